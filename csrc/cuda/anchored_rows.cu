@@ -1,0 +1,485 @@
+// the row kernels of linear_logprob and token_logprob on CUDA. Their meaning is written down in
+// prism_kernels/ops/anchored_rows/torch.py. A block of threads handles a row; memory bandwidth is what limits it.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include <prism/check.h>
+#include <prism/launch.cuh>
+#include <prism/vec.cuh>
+
+namespace prism {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kLoads = 4;
+// as in torch.py: exp(28) summed over 2**18 columns stays below 2**60, so that the squares still fit in fp32
+constexpr double kFar = 28.0;
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+// stands for -inf where it is multiplied by an exponential of 0 or by beta
+constexpr double kLowest = -1e4;
+
+// a vector of T, or one row of a matrix
+template <typename T>
+struct Vector {
+  T* data;
+  int64_t stride;
+
+  __device__ T& operator[](int64_t i) const { return data[i * stride]; }
+};
+
+// rows of any type with elements side by side
+struct Matrix {
+  void* data;
+  int64_t stride;
+
+  template <typename T>
+  __device__ T* row(int64_t i) const {
+    return static_cast<T*>(data) + i * stride;
+  }
+};
+
+// what turns z into the logits that the softmax sees
+template <typename A>
+struct Transform {
+  const void* bias;
+  int64_t bias_stride;
+  ScalarType bias_type;
+  A softcap;
+
+  __device__ A bias_at(int64_t v) const {
+    v *= bias_stride;
+    switch (bias_type) {
+      case ScalarType::Double:
+        return static_cast<A>(static_cast<const double*>(bias)[v]);
+      case ScalarType::BFloat16:
+        return widen<A>(static_cast<const __nv_bfloat16*>(bias)[v]);
+      case ScalarType::Half:
+        return widen<A>(static_cast<const __half*>(bias)[v]);
+      default:
+        return static_cast<A>(static_cast<const float*>(bias)[v]);
+    }
+  }
+
+  // turns z into x and gives dx/dz
+  template <int N>
+  __device__ __forceinline__ Pack<A, N> apply(Pack<A, N>& x, int column) const {
+    Pack<A, N> slope;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (bias != nullptr) x.value[j] += bias_at(column + j);
+      slope.value[j] = 1;
+      if (softcap != 0) {
+        const A y = tanh(x.value[j] / softcap);
+        x.value[j] = softcap * y;
+        slope.value[j] = 1 - y * y;
+      }
+    }
+    return slope;
+  }
+};
+
+template <typename A>
+struct Rows {
+  Vector<const int64_t> target;
+  Vector<const A> anchor;
+  Vector<const A> inv_temperature;
+  Transform<A> transform;
+  int columns;
+
+  // the target's column, or -1 if it is not in this slice
+  __device__ int target_of(int64_t row) const {
+    const int64_t column = target[row];
+    return column >= 0 && column < columns ? static_cast<int>(column) : -1;
+  }
+};
+
+template <typename A>
+struct ForwardArguments {
+  Rows<A> rows;
+  Matrix z;
+  Matrix exp;
+  Vector<A> stats[4];
+  bool in_place;
+  bool chain;
+};
+
+template <typename A>
+struct BackwardArguments {
+  Rows<A> rows;
+  Matrix source;
+  Matrix out;
+  Vector<const A> coefficients[3];
+};
+
+// the sums over the columns that a thread has seen; dot is in units of log2
+template <typename A>
+struct Sums {
+  A centre;
+  A sums[3];
+
+  // adds e = 2^t with t = (x - centre) * scale, which it puts into `out` too; 0 at the target
+  template <int N>
+  __device__ __forceinline__ void add(const Pack<A, N>& x, A scale, int target_at, Pack<A, N>& out) {
+    Pack<A, N> t;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      t.value[j] = (x.value[j] - centre) * scale;
+      out.value[j] = exp2_fast(t.value[j]);
+      t.value[j] = max(t.value[j], static_cast<A>(kLowest));
+    }
+    if (static_cast<unsigned>(target_at) < N) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        if (j == target_at) out.value[j] = t.value[j] = 0;
+      }
+    }
+    // summed within the pack first: fewer roundings on the way to a long sum
+    A sum = out.value[0], dot = out.value[0] * t.value[0], square = out.value[0] * out.value[0];
+#pragma unroll
+    for (int j = 1; j < N; ++j) {
+      sum += out.value[j];
+      dot += out.value[j] * t.value[j];
+      square += out.value[j] * out.value[j];
+    }
+    sums[0] += sum;
+    sums[1] += dot;
+    sums[2] += square;
+  }
+
+  __device__ __forceinline__ void move_to(A other, A scale) {
+    if (centre == other) return;
+    const A shift = max((centre - other) * scale, static_cast<A>(kLowest));
+    const A factor = exp2_fast(shift);
+    sums[1] = factor * (sums[1] + shift * sums[0]);
+    sums[0] *= factor;
+    sums[2] *= factor * factor;
+    centre = other;
+  }
+};
+
+template <typename A, int N>
+__device__ __forceinline__ A largest(A top, const Pack<A, N>& x) {
+#pragma unroll
+  for (int j = 0; j < N; ++j) top = max_nan(top, x.value[j]);
+  return top;
+}
+
+// Out is void if exponentials are not asked for; kTransform says that there is a bias or a soft cap
+template <typename Z, typename Out, bool kTransform>
+__global__ void __launch_bounds__(kThreads, sizeof(Z) == 8 ? 1 : 2)
+    anchored_rows_fwd_kernel(const ForwardArguments<compute_t<Z>> p) {
+  using A = compute_t<Z>;
+  constexpr bool kWrite = !std::is_void_v<Out>;
+  const int64_t row = blockIdx.x;
+  const int columns = p.rows.columns;
+  const int target = p.rows.target_of(row);
+  const A anchor = p.rows.anchor[row];
+  const A inv_temperature = p.rows.inv_temperature[row];
+  const A scale = inv_temperature * static_cast<A>(kLog2E);
+  const Z* z = p.z.template row<const Z>(row);
+  const A infinity = static_cast<A>(INFINITY);
+  A top = -infinity;
+  Sums<A> sums{anchor, {0, 0, 0}};
+  const auto is_far = [&] { return (top - anchor) * inv_temperature > static_cast<A>(kFar); };
+
+  if constexpr (kWrite) {
+    Out* exp = p.exp.template row<Out>(row);
+    const bool aligned = Split<Z>(z, columns).aligns(exp);
+    bool settled = false;
+    if (std::is_same_v<Z, Out> && p.in_place) {
+      // writing would destroy what a far row has to read again
+      for_each_pack<A, kThreads, kLoads>(z, columns, [&](auto x, int column) {
+        if constexpr (kTransform) p.rows.transform.apply(x, column);
+        top = largest(top, x);
+      });
+      block_reduce<kThreads>(top, sums.sums);
+      if (is_far()) sums.centre = top;
+      settled = true;
+    }
+    // a row is taken to be near at first: it is read a second time only if it turns out to be far
+    for (;;) {
+      for_each_pack<A, kThreads, kLoads>(z, columns, [&](auto x, int column) {
+        auto e = x;
+        if constexpr (kTransform) {
+          const auto slope = p.rows.transform.apply(x, column);
+          sums.add(x, scale, target - column, e);
+          if (p.chain) {
+#pragma unroll
+            for (int j = 0; j < sizeof(e) / sizeof(A); ++j) {
+              e.value[j] = column + j == target ? 0 : e.value[j] * slope.value[j];
+            }
+          }
+        } else {
+          sums.add(x, scale, target - column, e);
+        }
+        top = largest(top, x);
+        store(exp + column, e, aligned);
+      });
+      block_reduce<kThreads>(top, sums.sums);
+      if (settled || !is_far()) break;
+      sums = {top, {0, 0, 0}};
+      settled = true;
+    }
+    // inf too: NaN compares false
+    if (!(abs(sums.sums[0]) < infinity)) zero_row<kThreads>(exp, columns);
+  } else {
+    // each thread raises its own centre when it must, so a row is read once. a centre of -inf would give
+    // -inf - -inf, so it starts above that
+    sums.centre = max(anchor, -std::numeric_limits<A>::max());
+    if (anchor != anchor) sums.centre = anchor;
+    const A reach = static_cast<A>(kFar) / inv_temperature;
+    for_each_pack<A, kThreads, kLoads>(z, columns, [&](auto x, int column) {
+      if constexpr (kTransform) p.rows.transform.apply(x, column);
+      const A here = largest(-infinity, x);
+      top = max_nan(top, here);
+      if (here > sums.centre + reach) sums.move_to(here, scale);
+      auto e = x;
+      sums.add(x, scale, target - column, e);
+    });
+    A nothing[1] = {0};
+    block_reduce<kThreads>(top, nothing);
+    sums.move_to(is_far() ? top : anchor, scale);
+    block_reduce<kThreads>(top, sums.sums);
+  }
+
+  if (threadIdx.x == 0) {
+    p.stats[0][row] = sums.centre;
+    p.stats[1][row] = sums.sums[0];
+    p.stats[2][row] = sums.sums[1] * static_cast<A>(kLn2);
+    p.stats[3][row] = sums.sums[2];
+  }
+}
+
+template <typename Source, typename Out, bool kFromExp, bool kTransform>
+__global__ void __launch_bounds__(kThreads, sizeof(Source) == 8 ? 1 : 2)
+    anchored_rows_bwd_kernel(const BackwardArguments<compute_t<Source>> p) {
+  using A = compute_t<Source>;
+  const int64_t row = blockIdx.x;
+  const int columns = p.rows.columns;
+  const A alpha = p.coefficients[0][row];
+  const A beta = p.coefficients[1][row];
+  const A at_target = p.coefficients[2][row];
+  Out* out = p.out.template row<Out>(row);
+  if (alpha == 0 && beta == 0 && at_target == 0) {
+    zero_row<kThreads>(out, columns);
+    return;
+  }
+  const int target = p.rows.target_of(row);
+  const A anchor = p.rows.anchor[row];
+  const A inv_temperature = p.rows.inv_temperature[row];
+  const A scale = inv_temperature * static_cast<A>(kLog2E);
+  const A beta_log2 = beta * static_cast<A>(kLn2);
+  const Source* source = p.source.template row<const Source>(row);
+  const bool aligned = Split<Source>(source, columns).aligns(out);
+  const auto lowest = static_cast<A>(kLowest);
+
+  for_each_pack<A, kThreads, kLoads>(source, columns, [&](auto x, int column) {
+    constexpr int N = sizeof(x) / sizeof(A);
+    auto f = x;
+    if constexpr (kFromExp) {
+      if (beta != 0 || kTransform) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          const A e = x.value[j];
+          const A t = max(log2_fast(e), lowest);
+          f.value[j] = e * (alpha + beta_log2 * t);
+          if constexpr (kTransform) {
+            const A y = (t / scale + anchor) / p.rows.transform.softcap;
+            f.value[j] = e == 0 ? 0 : f.value[j] * (1 - y * y);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j) f.value[j] = alpha * x.value[j];
+      }
+    } else {
+      auto slope = x;
+      if constexpr (kTransform) slope = p.rows.transform.apply(x, column);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const A t = (x.value[j] - anchor) * scale;
+        f.value[j] = exp2_fast(t) * (alpha + beta_log2 * max(t, lowest));
+        if constexpr (kTransform) f.value[j] *= slope.value[j];
+      }
+    }
+    if (static_cast<unsigned>(target - column) < N) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        if (column + j == target) f.value[j] = at_target;
+      }
+    }
+    store(out + column, f, aligned);
+  });
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// calls call(Type<T>) with the type of a tensor's elements, one of those that A computes with
+template <typename A, typename Call>
+void with_type(const Tensor& tensor, const Call& call) {
+  if constexpr (std::is_same_v<A, double>) {
+    call(Type<double>{});
+  } else if (tensor.scalar_type() == ScalarType::BFloat16) {
+    call(Type<__nv_bfloat16>{});
+  } else if (tensor.scalar_type() == ScalarType::Half) {
+    call(Type<__half>{});
+  } else {
+    call(Type<float>{});
+  }
+}
+
+template <typename Call>
+void with_flag(bool flag, const Call& call) {
+  if (flag) {
+    call(std::true_type{});
+  } else {
+    call(std::false_type{});
+  }
+}
+
+// checks the arguments of one call of an operator against its rows
+template <typename A>
+struct Checked {
+  static constexpr ScalarType kCompute = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+  const char* op;
+  const Tensor& like;
+
+  void device(const char* name, const Tensor& tensor) const {
+    STD_TORCH_CHECK(tensor.get_device_index() == like.get_device_index() && tensor.is_cuda() == like.is_cuda(), op,
+                    ": expected ", name, " on the device of the rows");
+  }
+
+  Matrix matrix(const char* name, const Tensor& tensor) const {
+    check_shape(op, name, tensor, {like.size(0), like.size(1)});
+    check_rows(op, name, tensor);
+    if constexpr (kCompute == ScalarType::Double) {
+      check_dtype(op, name, tensor, {ScalarType::Double});
+    } else {
+      check_dtype(op, name, tensor, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+    }
+    device(name, tensor);
+    return {tensor.data_ptr(), tensor.stride(0)};
+  }
+
+  template <typename T>
+  Vector<T> vector(const char* name, const Tensor& tensor, ScalarType type) const {
+    check_shape(op, name, tensor, {like.size(0)});
+    check_dtype(op, name, tensor, {type});
+    device(name, tensor);
+    return {static_cast<T*>(tensor.data_ptr()), tensor.stride(0)};
+  }
+
+  // the rows of a matrix (N, T)
+  template <typename T, int N>
+  void vectors(const char* name, const Tensor& tensor, Vector<T> (&rows)[N]) const {
+    check_shape(op, name, tensor, {N, like.size(0)});
+    check_dtype(op, name, tensor, {kCompute});
+    device(name, tensor);
+    for (int n = 0; n < N; ++n) {
+      rows[n] = {static_cast<T*>(tensor.data_ptr()) + n * tensor.stride(0), tensor.stride(1)};
+    }
+  }
+
+  Rows<A> rows(const Tensor& target, const Tensor& anchor, const Tensor& inv_temperature,
+               const std::optional<Tensor>& bias, double softcap) const {
+    // columns and the steps past the last one are counted in 32 bits
+    STD_TORCH_CHECK(like.size(1) <= INT32_MAX / 2, op, ": expected at most 2**30 columns, got ", like.size(1));
+    Transform<A> transform{nullptr, 0, ScalarType::Float, static_cast<A>(softcap)};
+    if (bias) {
+      check_shape(op, "bias", *bias, {like.size(1)});
+      check_dtype(op, "bias", *bias,
+                  {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
+      device("bias", *bias);
+      transform = {bias->data_ptr(), bias->stride(0), bias->scalar_type(), static_cast<A>(softcap)};
+    }
+    return {vector<const int64_t>("target", target, ScalarType::Long), vector<const A>("anchor", anchor, kCompute),
+            vector<const A>("inv_temperature", inv_temperature, kCompute), transform,
+            static_cast<int>(like.size(1))};
+  }
+};
+
+template <typename A>
+void forward(const Tensor& z, const Tensor& target, const Tensor& anchor, const Tensor& inv_temperature,
+             const std::optional<Tensor>& bias, double softcap, bool chain, const std::optional<Tensor>& exp,
+             const Tensor& stats) {
+  const Checked<A> checked{"anchored_rows_fwd", z};
+  ForwardArguments<A> arguments{};
+  arguments.z = checked.matrix("z", z);
+  arguments.rows = checked.rows(target, anchor, inv_temperature, bias, softcap);
+  if (exp) arguments.exp = checked.matrix("exp", *exp);
+  checked.vectors("stats", stats, arguments.stats);
+  arguments.in_place = exp && exp->data_ptr() == z.data_ptr();
+  arguments.chain = chain && softcap != 0;
+  with_flag(bias || softcap != 0, [&](auto transform) {
+    with_type<A>(z, [&](auto z_type) {
+      using Z = typename decltype(z_type)::type;
+      constexpr bool kTransform = decltype(transform)::value;
+      if (!exp) {
+        launch(z, z.size(0), kThreads, anchored_rows_fwd_kernel<Z, void, kTransform>, arguments);
+        return;
+      }
+      with_type<A>(*exp, [&](auto exp_type) {
+        using Out = typename decltype(exp_type)::type;
+        launch(z, z.size(0), kThreads, anchored_rows_fwd_kernel<Z, Out, kTransform>, arguments);
+      });
+    });
+  });
+}
+
+template <typename A>
+void backward(const Tensor& source, bool source_is_exp, const Tensor& target, const Tensor& anchor,
+              const Tensor& inv_temperature, const Tensor& coefficients, const std::optional<Tensor>& bias,
+              double softcap, const Tensor& out) {
+  const Checked<A> checked{"anchored_rows_bwd", source};
+  BackwardArguments<A> arguments{};
+  arguments.source = checked.matrix("source", source);
+  arguments.rows = checked.rows(target, anchor, inv_temperature, bias, softcap);
+  arguments.out = checked.matrix("out", out);
+  checked.vectors("coefficients", coefficients, arguments.coefficients);
+  with_flag(softcap != 0 || (bias && !source_is_exp), [&](auto transform) {
+    with_flag(source_is_exp, [&](auto from_exp) {
+      with_type<A>(source, [&](auto source_type) {
+        with_type<A>(out, [&](auto out_type) {
+          using Source = typename decltype(source_type)::type;
+          using Out = typename decltype(out_type)::type;
+          constexpr bool kFromExp = decltype(from_exp)::value;
+          constexpr bool kTransform = decltype(transform)::value;
+          launch(source, source.size(0), kThreads, anchored_rows_bwd_kernel<Source, Out, kFromExp, kTransform>,
+                 arguments);
+        });
+      });
+    });
+  });
+}
+
+void anchored_rows_fwd(const Tensor& z, const Tensor& target, const Tensor& anchor, const Tensor& inv_temperature,
+                       const std::optional<Tensor>& bias, double softcap, bool chain, const std::optional<Tensor>& exp,
+                       const Tensor& stats) {
+  STD_TORCH_CHECK(z.dim() == 2, "anchored_rows_fwd: expected z of shape (T, V), got ", z.dim(), " dimensions");
+  const auto run = anchor.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
+  run(z, target, anchor, inv_temperature, bias, softcap, chain, exp, stats);
+}
+
+void anchored_rows_bwd(const Tensor& source, bool source_is_exp, const Tensor& target, const Tensor& anchor,
+                       const Tensor& inv_temperature, const Tensor& coefficients, const std::optional<Tensor>& bias,
+                       double softcap, const Tensor& out) {
+  STD_TORCH_CHECK(source.dim() == 2, "anchored_rows_bwd: expected source of shape (T, V), got ", source.dim(),
+                  " dimensions");
+  const auto run = anchor.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
+  run(source, source_is_exp, target, anchor, inv_temperature, coefficients, bias, softcap, out);
+}
+
+}  // namespace
+}  // namespace prism
+
+STABLE_TORCH_LIBRARY_IMPL(prism_kernels, CUDA, m) {
+  m.impl("anchored_rows_fwd", TORCH_BOX(&prism::anchored_rows_fwd));
+  m.impl("anchored_rows_bwd", TORCH_BOX(&prism::anchored_rows_bwd));
+}

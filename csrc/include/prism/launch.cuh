@@ -1,0 +1,30 @@
+// launches on the tensor's device and torch's current stream, through the LibTorch stable ABI
+
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+// absent from a CPU-only torch, into which the library must load all the same
+#pragma weak aoti_torch_get_current_cuda_stream
+#pragma weak torch_c10_cuda_check_msg
+#pragma weak torch_c10_cuda_free_error_msg
+
+namespace prism {
+
+// queues kernel(args...) with `blocks` blocks (none: no launch) where `tensor` lives; raises if it does not start
+template <typename... Parameters, typename... Arguments>
+void launch(const torch::stable::Tensor& tensor, int64_t blocks, int threads, void (*kernel)(Parameters...),
+            const Arguments&... arguments) {
+  if (blocks == 0) return;
+  STD_TORCH_CHECK(blocks <= INT32_MAX, "launch: expected fewer than 2**31 blocks, got ", blocks);
+  const int32_t device = tensor.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace prism

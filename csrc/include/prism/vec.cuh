@@ -1,0 +1,198 @@
+// rows read and written 16 bytes at a time, and reductions over a block
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include <prism/intrinsics.cuh>
+
+namespace prism {
+
+// the type to compute in for elements of type T
+template <typename T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// N consecutive elements, converted to A
+template <typename A, int N>
+struct Pack {
+  A value[N];
+};
+
+template <typename A, typename T>
+__device__ __forceinline__ A widen(T x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __bfloat162float(x);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __half2float(x);
+  } else {
+    return static_cast<A>(x);
+  }
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ T narrow(A x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(static_cast<float>(x));
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(static_cast<float>(x));
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+// the 16 bytes of `raw`, which hold elements of type T
+template <typename A, typename T>
+__device__ __forceinline__ Pack<A, 16 / sizeof(T)> unpack(const uint4& raw) {
+  Pack<A, 16 / sizeof(T)> pack;
+  alignas(16) T element[16 / sizeof(T)];
+  *reinterpret_cast<uint4*>(element) = raw;
+#pragma unroll
+  for (int j = 0; j < 16 / int(sizeof(T)); ++j) pack.value[j] = widen<A>(element[j]);
+  return pack;
+}
+
+// writes a pack to `to`; `aligned` says that whole packs lie on a multiple of their size (or of 16 bytes if larger)
+template <typename T, typename A, int N>
+__device__ __forceinline__ void store(T* to, const Pack<A, N>& pack, bool aligned) {
+  constexpr int kBytes = N * sizeof(T);
+  alignas(16) T element[N];
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && N % 2 == 0) {
+    // two elements to an instruction, which single conversions would not give
+#pragma unroll
+    for (int j = 0; j < N; j += 2) {
+      *reinterpret_cast<__nv_bfloat162*>(element + j) = __floats2bfloat162_rn(pack.value[j], pack.value[j + 1]);
+    }
+  } else if constexpr (std::is_same_v<T, __half> && N % 2 == 0) {
+#pragma unroll
+    for (int j = 0; j < N; j += 2) {
+      *reinterpret_cast<__half2*>(element + j) = __floats2half2_rn(pack.value[j], pack.value[j + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) element[j] = narrow<T>(pack.value[j]);
+  }
+  if (N > 1 && aligned) {
+    if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+      for (int k = 0; k < kBytes / 16; ++k) {
+        __stcs(reinterpret_cast<uint4*>(to) + k, reinterpret_cast<const uint4*>(element)[k]);
+      }
+    } else if constexpr (kBytes == 8) {
+      __stcs(reinterpret_cast<uint2*>(to), *reinterpret_cast<const uint2*>(element));
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) to[j] = element[j];
+  }
+}
+
+// how a row splits into columns before the first 16-byte boundary, whole 16-byte packs, and columns after the last
+template <typename T>
+struct Split {
+  static constexpr int kPack = 16 / sizeof(T);
+  int head;
+  int packs;
+  int edges;
+
+  __device__ Split(const T* row, int columns) {
+    const int past = static_cast<int>((reinterpret_cast<uintptr_t>(row) & 15) / sizeof(T));
+    head = min(columns, past == 0 ? 0 : kPack - past);
+    packs = (columns - head) / kPack;
+    edges = columns - packs * kPack;
+  }
+
+  // the column of edge i < edges
+  __device__ int edge(int i) const { return i < head ? i : i + packs * kPack; }
+
+  // whether the packs of this split start at multiples of their size (up to 16 bytes) in another row
+  template <typename U>
+  __device__ bool aligns(const U* row) const {
+    constexpr int kBytes = kPack * sizeof(U) < 16 ? kPack * sizeof(U) : 16;
+    return reinterpret_cast<uintptr_t>(row + head) % kBytes == 0;
+  }
+};
+
+// calls body(Pack, first column) for all columns of a row; each block of kThreads threads covers it once, every column
+// by the same thread whenever it is called. kLoads 16-byte loads are in flight before the first body runs. The row may
+// be written by the body at the columns it was given.
+template <typename A, int kThreads, int kLoads, typename T, typename Body>
+__device__ __forceinline__ void for_each_pack(const T* row, int columns, const Body& body) {
+  const Split<T> split(row, columns);
+  const int thread = static_cast<int>(threadIdx.x);
+  static_assert(kThreads >= 2 * Split<T>::kPack, "one thread for each edge");
+  if (thread < split.edges) {
+    const int column = split.edge(thread);
+    body(Pack<A, 1>{{widen<A>(row[column])}}, column);
+  }
+  const uint4* packs = reinterpret_cast<const uint4*>(row + split.head);
+  uint4 raw[kLoads];
+  int i = thread;
+  for (; i + (kLoads - 1) * kThreads < split.packs; i += kLoads * kThreads) {
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) raw[k] = __ldcs(packs + i + k * kThreads);
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      body(unpack<A, T>(raw[k]), split.head + (i + k * kThreads) * Split<T>::kPack);
+    }
+  }
+  // fewer than kLoads packs are left
+#pragma unroll
+  for (int k = 0; k < kLoads - 1; ++k) {
+    if (i + k * kThreads < split.packs) raw[k] = __ldcs(packs + i + k * kThreads);
+  }
+#pragma unroll
+  for (int k = 0; k < kLoads - 1; ++k) {
+    if (i + k * kThreads < split.packs) {
+      body(unpack<A, T>(raw[k]), split.head + (i + k * kThreads) * Split<T>::kPack);
+    }
+  }
+}
+
+// writes zeros to all columns of a row
+template <int kThreads, typename T>
+__device__ __forceinline__ void zero_row(T* row, int columns) {
+  const Split<T> split(row, columns);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < split.edges) row[split.edge(thread)] = narrow<T>(0.0f);
+  uint4* packs = reinterpret_cast<uint4*>(row + split.head);
+  for (int i = thread; i < split.packs; i += kThreads) __stcs(packs + i, make_uint4(0, 0, 0, 0));
+}
+
+// puts into `top` the largest (NaN if any is) and into each of `sums` the sum over the block, the same bits in every
+// thread and from run to run
+template <int kThreads, typename A, int N>
+__device__ __forceinline__ void block_reduce(A& top, A (&sums)[N]) {
+  constexpr int kWarps = kThreads / 32;
+  static_assert(kThreads % 32 == 0 && kWarps <= 32 && (kWarps & (kWarps - 1)) == 0);
+  __shared__ A partial[N + 1][kWarps];
+  const auto reduce = [&](int lanes) {
+#pragma unroll
+    for (int mask = lanes / 2; mask > 0; mask /= 2) {
+      top = max_nan(top, __shfl_xor_sync(0xffffffffu, top, mask));
+#pragma unroll
+      for (int n = 0; n < N; ++n) sums[n] += __shfl_xor_sync(0xffffffffu, sums[n], mask);
+    }
+  };
+  reduce(32);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (lane == 0) {
+    partial[N][warp] = top;
+#pragma unroll
+    for (int n = 0; n < N; ++n) partial[n][warp] = sums[n];
+  }
+  __syncthreads();
+  top = partial[N][lane % kWarps];
+#pragma unroll
+  for (int n = 0; n < N; ++n) sums[n] = partial[n][lane % kWarps];
+  reduce(kWarps);
+  // `partial` may be written again at once
+  __syncthreads();
+}
+
+}  // namespace prism

@@ -1,0 +1,100 @@
+"""Which implementation runs: an argument, a context, an environment variable, else a measured table."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+
+from prism_kernels.check import fail, one_of
+from prism_kernels.library import native_reason
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+
+# per op and device type, the fastest first. on the cpu measured (bench/results); the order on cuda is a
+# prediction until it has been measured there
+_PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
+    "linear_logprob": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
+    "token_logprob": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
+}
+_OTHER_DEVICES = ("torch",)
+
+_forced: ContextVar[str | None] = ContextVar("prism_kernels_backend", default=None)
+
+
+class Status(NamedTuple):
+    """One op on one backend: `reason` is None where it is available."""
+
+    op: str
+    backend: str
+    reason: str | None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every op inside the context on one backend; an op that cannot raises with the reason."""
+    one_of("use_backend", "name", name, BACKENDS)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def resolve(op: str, device: torch.device, requested: str | None = None) -> str:
+    """Returns the backend that `op` runs on for tensors of `device`.
+
+    An explicit choice (the argument, `use_backend`, PRISM_KERNELS_BACKEND, in this order) that is impossible raises;
+    without one the first available entry of the table is taken.
+    """
+    wanted = requested or _forced.get() or os.environ.get("PRISM_KERNELS_BACKEND")
+    if wanted:
+        if wanted not in BACKENDS:
+            one_of(op, "backend", wanted, BACKENDS)
+        why = unavailable(op, wanted, device.type)
+        if why is not None:
+            raise RuntimeError(f"{op}: backend {wanted!r} is not available for {device.type} tensors: {why}")
+        return wanted
+    for name in _PREFERENCE[op].get(device.type, _OTHER_DEVICES):
+        if unavailable(op, name, device.type) is None:
+            return name
+    raise RuntimeError(f"{op}: no backend for {device.type} tensors")
+
+
+def unavailable(op: str, backend: str, device: str) -> str | None:
+    """Returns why a backend cannot run an op on a device type, and what would help; None if it can."""
+    if op not in _PREFERENCE:
+        fail("backend", f"op to be one of {', '.join(_PREFERENCE)}", repr(op))
+    if backend == "torch":
+        return None
+    if backend == "cpu":
+        return native_reason["_C"] if device == "cpu" else "it is for CPU tensors; move the tensors or take another"
+    if backend == "cuda":
+        if device != "cuda":
+            return "it is for CUDA tensors; move the tensors or take another"
+        return native_reason["_C_cuda"] or _no_gpu()
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton` (Linux)"
+    if device == "cuda":
+        return _no_gpu()
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "it needs a CUDA device (or TRITON_INTERPRET=1, set before triton is imported, to interpret it on the CPU)"
+
+
+def _no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "torch sees no CUDA device (torch.cuda.is_available() is False)"
+
+
+def backend_status() -> list[Status]:
+    """Returns each op and backend with the reason why it is not available here (None: it is)."""
+    home = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "torch": "cpu"}
+    return [
+        Status(op, backend, unavailable(op, backend, home[backend]))
+        for op, devices in _PREFERENCE.items()
+        for backend in BACKENDS
+        if any(backend in names for names in devices.values())
+    ]

@@ -1,0 +1,140 @@
+"""Log-probabilities of given tokens straight from hidden states and the LM head; (T, V) never enters autograd."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prism_kernels import check
+from prism_kernels.backend import resolve
+from prism_kernels.ops.linear_logprob import blocks
+from prism_kernels.ops.linear_logprob.registration import NAME, LinearLogProbFunction, may_synchronise
+from prism_kernels.ops.token_logprob import FLOATS, row_temperature
+from prism_kernels.outputs import TokenLogProbs
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    cache_bytes: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> TokenLogProbs:
+    """Returns the log-probability of each target under the LM head, without holding the logits in autograd.
+
+    It replaces, with fp32 accumulation and exact also for confident tokens::
+
+        z = hidden @ weight.t() + bias + scale * (hidden @ A.t() @ B.t())
+        z = softcap * torch.tanh(z / softcap)
+        log_pi = torch.log_softmax(z / temperature[..., None], -1)
+        logp = log_pi.gather(-1, target[..., None])[..., 0]
+        entropy = -(log_pi.exp() * log_pi).sum(-1)
+
+    Rows with `ignore_index` cost nothing, nor do, in the backward pass, rows whose incoming gradient is 0; on a GPU
+    finding them reads one count from the device (not under torch.compile or graph capture, where all rows run).
+
+    Args:
+        hidden: (T, D) or (B, L, D), fp32, bf16, fp16 or fp64; the products run in its dtype.
+        weight: (V, D); a DTensor is gathered.
+        target: int64, of hidden's leading shape, already aligned (no shift).
+        bias: (V,).
+        temperature: a number, or a tensor of the target's shape.
+        softcap: c of c * tanh(z / c).
+        lora: (A (r, D), B (V, r), scale), an adapter on the head.
+        entropy: whether to return the entropy too (differentiable).
+        ignore_index: rows with this target are 0 throughout and have no gradient.
+        cache_bytes: memory for exponentials kept for the backward pass: None keeps all (three matrix products in
+            all), 0 keeps none (four, flat memory), between, the rows that fit.
+        process_group: weight and bias are this rank's slice of V; targets are global, every rank has the same rows.
+        backend: `cuda`, `triton`, `cpu` or `torch`; see `use_backend`.
+    """
+    for name, value in (("hidden", hidden), ("weight", weight), ("target", target)):
+        check.tensor(NAME, name, value)
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    if bias is not None and hasattr(bias, "full_tensor"):
+        bias = bias.full_tensor()
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    _check(hidden, weight, target, bias, softcap, cache_bytes)
+    tau = row_temperature(NAME, temperature, target, blocks.accumulator(hidden))
+    chosen = resolve(NAME, hidden.device, backend)
+
+    x = hidden.reshape(-1, hidden.shape[-1])
+    flat = target.reshape(-1)
+    total = flat.shape[0]
+    kept = None
+    if may_synchronise(x):
+        kept = (flat != ignore_index).nonzero()[:, 0]
+        kept = None if kept.numel() == total else kept
+        if kept is not None:
+            x, flat, tau = x.index_select(0, kept), flat.index_select(0, kept), tau.index_select(0, kept)
+    lora_hidden, lora_weight = _lora(x, weight, lora)
+    inputs = (x, weight, bias, lora_hidden, lora_weight)
+    cache_rows = 0
+    if torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs):
+        cache_rows = flat.shape[0]
+        if cache_bytes is not None:
+            cache_rows = min(cache_rows, cache_bytes // (weight.shape[0] * blocks.cached(x).itemsize))
+    results = LinearLogProbFunction.apply(
+        *inputs, flat, tau, softcap or 0.0, ignore_index, entropy, cache_rows, chosen, process_group
+    )
+    if kept is not None:
+        results = [r.new_zeros(total).index_copy(0, kept, r) for r in results]
+    logp, surprise, lse, square = (r.view(target.shape) for r in results)
+    return TokenLogProbs(logp, surprise if entropy else None, lse, square)
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    cache_bytes: int | None,
+) -> None:
+    if hidden.dim() not in (2, 3):
+        check.fail(NAME, "hidden of shape (T, D) or (B, L, D)", tuple(hidden.shape))
+    check.shape(NAME, "weight", weight, ("V", hidden.shape[-1]))
+    if weight.shape[0] == 0:
+        check.fail(NAME, "weight of shape (V, D) with V > 0", tuple(weight.shape))
+    check.shape(NAME, "target", target, tuple(hidden.shape[:-1]))
+    check.dtype(NAME, "hidden", hidden, FLOATS)
+    check.dtype(NAME, "weight", weight, FLOATS)
+    check.dtype(NAME, "target", target, (torch.int64,))
+    check.device(NAME, "weight", weight, hidden, "hidden")
+    check.device(NAME, "target", target, hidden, "hidden")
+    if bias is not None:
+        check.tensor(NAME, "bias", bias)
+        check.shape(NAME, "bias", bias, (weight.shape[0],))
+        check.dtype(NAME, "bias", bias, FLOATS)
+        check.device(NAME, "bias", bias, hidden, "hidden")
+    check.positive(NAME, "softcap", softcap)
+    if cache_bytes is not None and cache_bytes < 0:
+        check.fail(NAME, "cache_bytes >= 0 or None", cache_bytes)
+
+
+def _lora(
+    hidden: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor, float] | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns scale * hidden @ A.T, (T, r), in the accumulator's dtype, and B."""
+    if lora is None:
+        return None, None
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        check.fail(NAME, "lora to be a tuple (A, B, scale)", type(lora).__name__, TypeError)
+    a, b, scale = lora
+    check.shape(NAME, "lora A", a, ("r", hidden.shape[-1]))
+    check.shape(NAME, "lora B", b, (weight.shape[0], a.shape[0]))
+    for name, value in (("lora A", a), ("lora B", b)):
+        check.dtype(NAME, name, value, FLOATS)
+        check.device(NAME, name, value, hidden, "hidden")
+    exact = blocks.accumulator(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.nn.functional.linear(hidden.to(exact), a.to(exact)) * scale, b

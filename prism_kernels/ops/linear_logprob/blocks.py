@@ -1,0 +1,67 @@
+"""Matrix products with fp32 accumulation, and the sizes of the blocks in which logits exist."""
+
+import torch
+from torch import Tensor
+
+# columns of a weight block that is cast at a time
+CAST_COLUMNS = 8192
+# rows of a forward block on the cpu. below 512 rows MKL takes other kernels, whose bits differ
+CPU_ROWS = 512
+CPU_CACHED_ROWS = 2048
+# bytes of logits that exist at a time in the backward pass
+CPU_SCRATCH = 48 * 2**20
+CUDA_SCRATCH = 400 * 2**20
+
+
+def accumulator(hidden: Tensor) -> torch.dtype:
+    """Returns the dtype of logits and sums: fp32, or fp64 for fp64 input."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def operand(hidden: Tensor) -> torch.dtype:
+    """Returns the dtype in which matrix products run: the input's on CUDA; elsewhere at least fp32, which is faster."""
+    return hidden.dtype if hidden.device.type == "cuda" else accumulator(hidden)
+
+
+def cached(hidden: Tensor) -> torch.dtype:
+    """Returns the dtype in which exponentials are kept: fp16 would overflow, so bf16 stands in for it."""
+    return torch.bfloat16 if hidden.dtype == torch.float16 else hidden.dtype
+
+
+def forward_rows(hidden: Tensor, columns: int) -> int:
+    """Returns the rows of a forward block. It must not depend on their number: a row's bits do not either."""
+    if hidden.device.type != "cuda":
+        return CPU_ROWS
+    return max(128, min(2048, 2**30 // (4 * columns) // 128 * 128))
+
+
+def backward_block(hidden: Tensor, rows: int) -> tuple[int, int]:
+    """Returns rows and columns of a backward block, so that its logits and their gradient fit in the scratch."""
+    cuda = hidden.device.type == "cuda"
+    high = min(rows, 16384 if cuda else 4096)
+    size = accumulator(hidden).itemsize + (operand(hidden).itemsize if operand(hidden) != accumulator(hidden) else 0)
+    wide = (CUDA_SCRATCH if cuda else CPU_SCRATCH) // (size * high)
+    return high, max(256, wide // 256 * 256)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """Writes a @ b to `out`, or adds it there; out's dtype may be the accumulator's."""
+    if a.dtype == out.dtype:
+        if add:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+    elif add:
+        torch.addmm(out, a, b, out.dtype, out=out)
+    else:
+        torch.mm(a, b, out.dtype, out=out)
+
+
+def multiply_weight(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Writes x @ weight.T to `out`; a weight of another dtype is cast to x's a block of columns at a time."""
+    if weight.dtype == x.dtype:
+        multiply(x, weight.t(), out)
+        return
+    for v0 in range(0, weight.shape[0], CAST_COLUMNS):
+        v1 = v0 + CAST_COLUMNS
+        multiply(x, weight[v0:v1].to(x.dtype).t(), out[:, v0:v1])

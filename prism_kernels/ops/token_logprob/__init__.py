@@ -1,0 +1,69 @@
+"""Log-probabilities of given tokens from logits: one read forward, one read and one write backward."""
+
+import torch
+from torch import Tensor
+
+from prism_kernels import check
+from prism_kernels.backend import resolve
+from prism_kernels.ops.token_logprob.registration import NAME, TokenLogProbFunction, accumulator
+from prism_kernels.outputs import TokenLogProbs
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def token_logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> TokenLogProbs:
+    """Returns the log-probability of each target under softmax(logits / temperature), exact for confident tokens.
+
+    It replaces, without a second copy of the logits::
+
+        log_pi = torch.log_softmax(logits.float() / temperature[..., None], -1)
+        logp = log_pi.gather(-1, target[..., None])[..., 0]
+        entropy = -(log_pi.exp() * log_pi).sum(-1)
+
+    Args:
+        logits: (..., V), fp32, bf16, fp16 or fp64.
+        target: int64, of the logits' leading shape, already aligned (no shift).
+        temperature: a number, or a tensor of the target's shape.
+        entropy: whether to return the entropy too (differentiable).
+        ignore_index: rows with this target are 0 throughout and have no gradient.
+        inplace_backward: write the gradient over the logits. They must not be used otherwise, and backward runs once.
+        backend: `cuda`, `triton`, `cpu` or `torch`; see `use_backend`.
+    """
+    for name, value in (("logits", logits), ("target", target)):
+        check.tensor(NAME, name, value)
+    check.dtype(NAME, "logits", logits, FLOATS)
+    if logits.dim() < 2 or logits.shape[-1] == 0:
+        check.fail(NAME, "logits of shape (..., V) with V > 0", tuple(logits.shape))
+    check.shape(NAME, "target", target, tuple(logits.shape[:-1]))
+    check.dtype(NAME, "target", target, (torch.int64,))
+    check.device(NAME, "target", target, logits, "logits")
+    tau = row_temperature(NAME, temperature, target, accumulator(logits))
+    flat = logits.reshape(-1, logits.shape[-1])
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    results = TokenLogProbFunction.apply(
+        flat, target.reshape(-1), tau, ignore_index, inplace_backward, resolve(NAME, logits.device, backend)
+    )
+    logp, surprise, lse, square = (r.view(target.shape) for r in results)
+    return TokenLogProbs(logp, surprise if entropy else None, lse, square)
+
+
+def row_temperature(op: str, temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the temperature of each row, (T,), after checking what can be checked without reading a device."""
+    if isinstance(temperature, Tensor):
+        if temperature.dim() == 0:
+            temperature = temperature.expand(target.shape)
+        check.shape(op, "temperature", temperature, tuple(target.shape))
+        check.device(op, "temperature", temperature, target, "target")
+        return temperature.detach().to(dtype).reshape(-1)
+    check.positive(op, "temperature", temperature)
+    return torch.full((target.numel(),), temperature, dtype=dtype, device=target.device)
