@@ -12,6 +12,8 @@ BLOCK = 4096
 # a row whose largest logit lies further above the anchor than this is anchored at its maximum instead:
 # exp(28) summed over 2**18 columns stays below 2**60, so that the squares (2**120) still fit in fp32
 FAR = 28.0
+# exp(d) is 0 below this in every dtype; a finite d keeps 0 * d at 0, where -inf would make it NaN
+LOWEST = -1e4
 
 
 def _logits(z: Tensor, bias: Tensor | None, softcap: float, dtype: torch.dtype) -> Tensor:
@@ -70,7 +72,7 @@ def forward(
         e = d.exp()
         here = ((target >= v0) & (target < v1)).nonzero()[:, 0]
         e[here, target[here] - v0] = 0
-        d.clamp_(min=torch.finfo(dtype).min)  # 0 * -inf must count as 0, NaN must stay
+        d.clamp_(min=LOWEST)
         stats[1] += e.sum(1)
         stats[2] += d.mul_(e).sum(1)
         stats[3] += torch.linalg.vector_norm(e, dim=1).square_()
@@ -109,13 +111,13 @@ def backward(
         v1 = min(v0 + BLOCK, source.shape[1])
         if source_is_exp:
             e = source[:, v0:v1].to(dtype)
-            d = e.log().clamp_(min=torch.finfo(dtype).min)
+            d = e.log().clamp_(min=LOWEST)
             x = d / inv_temperature[:, None] + anchor[:, None] if softcap else None
         else:
             x = _logits(source[:, v0:v1], None if bias is None else bias[v0:v1], softcap, dtype)
             d = (x - anchor[:, None]).mul_(inv_temperature[:, None])
             e = d.exp()
-            d.clamp_(min=torch.finfo(dtype).min)
+            d.clamp_(min=LOWEST)
         f = d.mul_(beta).add_(alpha).mul_(e)
         if softcap and x is not None:
             f *= torch.where(e == 0, 0, 1 - (x / softcap).square_())

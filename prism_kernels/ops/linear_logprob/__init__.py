@@ -7,6 +7,7 @@ from torch import Tensor
 from prism_kernels import check
 from prism_kernels.backend import resolve
 from prism_kernels.ops.linear_logprob import blocks
+from prism_kernels.ops.linear_logprob.forward import Shard
 from prism_kernels.ops.linear_logprob.registration import NAME, LinearLogProbFunction, may_synchronise
 from prism_kernels.ops.token_logprob import FLOATS, row_temperature
 from prism_kernels.outputs import TokenLogProbs
@@ -53,6 +54,7 @@ def linear_logprob(
         cache_bytes: memory for exponentials kept for the backward pass: None keeps all (three matrix products in
             all), 0 keeps none (four, flat memory), between, the rows that fit.
         process_group: weight and bias are this rank's slice of V; targets are global, every rank has the same rows.
+            Reads the slices' sizes from the ranks; not under torch.compile.
         backend: `cuda`, `triton`, `cpu` or `torch`; see `use_backend`.
     """
     for name, value in (("hidden", hidden), ("weight", weight), ("target", target)):
@@ -79,12 +81,14 @@ def linear_logprob(
     lora_hidden, lora_weight = _lora(x, weight, lora)
     inputs = (x, weight, bias, lora_hidden, lora_weight)
     cache_rows = 0
+    shard = None if process_group is None else Shard.of(weight, process_group)
     if torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs):
         cache_rows = flat.shape[0]
         if cache_bytes is not None:
-            cache_rows = min(cache_rows, cache_bytes // (weight.shape[0] * blocks.cached(x).itemsize))
+            columns = weight.shape[0] if shard is None else shard.largest
+            cache_rows = min(cache_rows, cache_bytes // (columns * blocks.cached(x).itemsize))
     results = LinearLogProbFunction.apply(
-        *inputs, flat, tau, softcap or 0.0, ignore_index, entropy, cache_rows, chosen, process_group
+        *inputs, flat, tau, softcap or 0.0, ignore_index, entropy, cache_rows, chosen, shard
     )
     if kept is not None:
         results = [r.new_zeros(total).index_copy(0, kept, r) for r in results]

@@ -135,7 +135,7 @@ def _products(
     maker = _GradientMaker(work, coefs, scale, direct, operand, backend, tall, wide)
     for v0 in range(0, columns, wide):
         v1 = min(v0 + wide, columns)
-        weight = head.weight[v0:v1].to(operand)
+        weight = blocks.weight_block(head.weight[v0:v1], hidden)
         # what is summed over blocks of rows, or cannot be a product's output, is summed in fp32 first
         exact = unit is None and tall >= height
         sinks = []

@@ -57,11 +57,17 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         torch.mm(a, b, out.dtype, out=out)
 
 
-def multiply_weight(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Writes x @ weight.T to `out`; a weight of another dtype is cast to x's a block of columns at a time."""
-    if weight.dtype == x.dtype:
+def weight_block(weight: Tensor, hidden: Tensor) -> Tensor:
+    """Returns a block of the weight as the products take it: rounded to hidden's dtype, then in the operands'."""
+    return weight.to(hidden.dtype).to(operand(hidden))
+
+
+def multiply_weight(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Writes hidden @ weight.T to `out`; a weight of another dtype is cast a block of columns at a time."""
+    x = hidden.to(operand(hidden))
+    if weight.dtype == hidden.dtype == x.dtype:
         multiply(x, weight.t(), out)
         return
     for v0 in range(0, weight.shape[0], CAST_COLUMNS):
         v1 = v0 + CAST_COLUMNS
-        multiply(x, weight[v0:v1].to(x.dtype).t(), out[:, v0:v1])
+        multiply(x, weight_block(weight[v0:v1], hidden).t(), out[:, v0:v1])

@@ -31,16 +31,28 @@ class Head(NamedTuple):
     softcap: float
 
 
-def local_targets(target: Tensor, keep: Tensor, columns: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Returns the targets as indices into this rank's slice (see `Head.target`)."""
-    total = columns
-    first: Tensor | int = 0
-    if group is not None:
-        sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=target.device)
-        mine = torch.tensor([columns], dtype=torch.int64, device=target.device)
+class Shard(NamedTuple):
+    """This rank's slice of a vocabulary that is spread over the ranks of a process group."""
+
+    group: dist.ProcessGroup
+    # the slice's first column, the columns of all ranks, and those of the rank that has most
+    first: int
+    total: int
+    largest: int
+
+    @staticmethod
+    def of(weight: Tensor, group: dist.ProcessGroup) -> "Shard":
+        """Returns this rank's place among the ranks, whose slices may differ in size; reads the sizes from them."""
+        sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=weight.device)
+        mine = torch.tensor([weight.shape[0]], dtype=torch.int64, device=weight.device)
         dist.all_gather_into_tensor(sizes, mine, group=group)
-        first = sizes[: dist.get_rank(group)].sum()
-        total = sizes.sum()
+        columns = sizes.tolist()
+        return Shard(group, sum(columns[: dist.get_rank(group)]), sum(columns), max(columns))
+
+
+def local_targets(target: Tensor, keep: Tensor, columns: int, shard: Shard | None) -> Tensor:
+    """Returns the targets as indices into this rank's slice (see `Head.target`)."""
+    first, total = (0, columns) if shard is None else (shard.first, shard.total)
     exists = (target >= 0) & (target < total)
     local = target - first
     local = torch.where(exists & (local >= 0) & (local < columns), local, -1)
@@ -60,24 +72,24 @@ def _target_logits(head: Head, z: Tensor, rows: slice) -> Tensor:
     return torch.where(target == columns, torch.nan, logit)
 
 
-def forward(
-    head: Head, cache_rows: int, chain: bool, backend: str, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
+def forward(head: Head, cache_rows: int, chain: bool, backend: str, shard: Shard | None) -> tuple[Tensor, Tensor]:
     """Returns the row sums (5, T), in the order of `RowSums`, and the exponentials (cache_rows, V) of the first rows.
 
     With `chain` the exponentials carry the soft cap's slope; at the target they hold minus the sum of the others.
     """
     kernels = ROW_KERNELS[backend]
     total, columns = head.hidden.shape[0], head.weight.shape[0]
-    accumulator, operand = blocks.accumulator(head.hidden), blocks.operand(head.hidden)
+    accumulator = blocks.accumulator(head.hidden)
     sums = torch.empty(5, total, dtype=accumulator, device=head.hidden.device)
     cache = torch.empty(cache_rows, columns, dtype=blocks.cached(head.hidden), device=head.hidden.device)
-    height = blocks.forward_rows(head.hidden, columns)
+    # the same on every rank, since each block is a round of collectives
+    height = blocks.forward_rows(head.hidden, columns if shard is None else shard.largest)
     # on the cpu, blocks that lie whole in an fp32 cache are computed in place there, several at a time
     in_place = cache.dtype == accumulator
     direct = cache_rows // height * height if in_place else 0
     step = max(height, blocks.CPU_CACHED_ROWS) if in_place and cache.device.type != "cuda" else height
-    weight = head.weight if cache.device.type != "cuda" else head.weight.to(operand)
+    # a GPU has the bandwidth to cast it once for all blocks of rows; elsewhere it is cast block by block
+    weight = head.weight if cache.device.type != "cuda" else head.weight.to(head.hidden.dtype)
 
     scratch: Tensor | None = None
     start = 0
@@ -86,7 +98,7 @@ def forward(
         if start < cache_rows < end:
             end = cache_rows
         rows = slice(start, end)
-        x = head.hidden[rows].to(operand)
+        x = head.hidden[rows]
         if end <= direct:
             z = cache[rows]
         else:
@@ -99,7 +111,7 @@ def forward(
         z = z[: end - start]
         if head.lora_hidden is not None and head.lora_weight is not None:
             z.addmm_(head.lora_hidden[rows], head.lora_weight.t())
-        _row_block(head, kernels.forward, z, rows, cache[rows] if end <= cache_rows else None, sums, chain, group)
+        _row_block(head, kernels.forward, z, rows, cache[rows] if end <= cache_rows else None, sums, chain, shard)
         start = end
     return sums, cache
 
@@ -112,22 +124,22 @@ def _row_block(
     exp: Tensor | None,
     sums: Tensor,
     chain: bool,
-    group: dist.ProcessGroup | None,
+    shard: Shard | None,
 ) -> None:
     target, inv_temperature = head.target[rows], head.inv_temperature[rows]
     stats = sums[:4, rows]
     logit = _target_logits(head, z, rows)
     anchor = logit
-    if group is not None:
-        dist.all_reduce(logit, group=group)
+    if shard is not None:
+        dist.all_reduce(logit, group=shard.group)
         # every rank must take the same anchor: the highest that any of them needs
         kernel(z, target, logit, inv_temperature, head.bias, head.softcap, False, None, stats)
         anchor = stats[0].clone()
-        dist.all_reduce(anchor, dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(anchor, dist.ReduceOp.MAX, group=shard.group)
     kernel(z, target, anchor, inv_temperature, head.bias, head.softcap, chain, exp, stats)
-    if group is not None:
+    if shard is not None:
         merged = stats[1:].contiguous()
-        dist.all_reduce(merged, group=group)
+        dist.all_reduce(merged, group=shard.group)
         stats[1:] = merged
     sums[4, rows] = logit
     if exp is not None:

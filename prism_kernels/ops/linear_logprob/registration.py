@@ -12,7 +12,7 @@ from prism_kernels.library import LIBRARY, define
 from prism_kernels.ops.anchored_rows.formulas import RowSums, outcome
 from prism_kernels.ops.linear_logprob import blocks
 from prism_kernels.ops.linear_logprob.backward import Gradients, Needs, backward
-from prism_kernels.ops.linear_logprob.forward import Head, forward, local_targets
+from prism_kernels.ops.linear_logprob.forward import Head, Shard, forward, local_targets
 
 NAME = "linear_logprob"
 
@@ -40,7 +40,7 @@ def _head(
     temperature: Tensor,
     softcap: float,
     ignore_index: int,
-    group: dist.ProcessGroup | None,
+    shard: Shard | None,
 ) -> tuple[Head, Tensor]:
     accumulator = blocks.accumulator(hidden)
     keep = target != ignore_index
@@ -50,7 +50,7 @@ def _head(
         None if bias is None else bias.to(accumulator),
         None if lora_hidden is None else lora_hidden.to(accumulator),
         None if lora_weight is None else lora_weight.to(accumulator),
-        local_targets(target, keep, weight.shape[0], group),
+        local_targets(target, keep, weight.shape[0], shard),
         torch.where(temperature > 0, 1 / temperature, torch.nan),
         softcap,
     )
@@ -76,22 +76,22 @@ def run_forward(
     entropy: bool,
     cache_rows: int,
     backend: str,
-    group: dist.ProcessGroup | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns logp, entropy, lse, sum of squares, the row sums and the kept exponentials."""
-    if group is None:
+    if shard is None:
         check.targets(NAME, target, weight.shape[0], ignore_index)
     check.temperatures(NAME, temperature)
     # a surrounding autocast must not lower the products in here
     with torch.autocast(hidden.device.type, enabled=False):
         head, keep = _head(
-            hidden, weight, bias, lora_hidden, lora_weight, target, temperature, softcap, ignore_index, group
+            hidden, weight, bias, lora_hidden, lora_weight, target, temperature, softcap, ignore_index, shard
         )
-        if backend == "triton" and cache_rows == 0 and lora_hidden is None and group is None:
+        if backend == "triton" and cache_rows == 0 and lora_hidden is None and shard is None:
             sums = _fused(head)
             cache = hidden.new_empty(0, weight.shape[0], dtype=blocks.cached(hidden))
         else:
-            sums, cache = forward(head, cache_rows, _chain(hidden, softcap, entropy, cache_rows), backend, group)
+            sums, cache = forward(head, cache_rows, _chain(hidden, softcap, entropy, cache_rows), backend, shard)
         return *outcome(RowSums(*sums), head.inv_temperature, keep), sums, cache
 
 
@@ -121,12 +121,12 @@ def run_backward(
     rows: Tensor | None,
     needs: list[bool],
     backend: str,
-    group: dist.ProcessGroup | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of hidden, weight, bias, lora_hidden and lora_weight; empty where not needed."""
     with torch.autocast(hidden.device.type, enabled=False):
         head, keep = _head(
-            hidden, weight, bias, lora_hidden, lora_weight, target, temperature, softcap, ignore_index, group
+            hidden, weight, bias, lora_hidden, lora_weight, target, temperature, softcap, ignore_index, shard
         )
         dtypes = (
             weight.dtype,
@@ -135,10 +135,10 @@ def run_backward(
         )
         chain = _chain(hidden, softcap, entropy, cache.shape[0])
         grads = backward(head, sums, cache, chain, keep, grad_logp, grad_entropy, rows, Needs(*needs), dtypes, backend)
-        if group is not None:
+        if shard is not None:
             for grad in (grads.hidden, grads.lora_hidden):
                 if grad.numel():
-                    dist.all_reduce(grad, group=group)
+                    dist.all_reduce(grad, group=shard.group)
         return tuple(grads)
 
 
@@ -208,20 +208,20 @@ class LinearLogProbFunction(torch.autograd.Function):
         entropy: bool,
         cache_rows: int,
         backend: str,
-        group: dist.ProcessGroup | None,
+        shard: Shard | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns logp, entropy, lse and the sum of squared probabilities."""
         head = (hidden, weight, bias, lora_hidden, lora_weight, target, temperature, softcap)
         arguments = (*head, ignore_index, entropy, cache_rows, backend)
-        if group is None:
+        if shard is None:
             results = torch.ops.prism_kernels.linear_logprob_fwd(*arguments)
         else:
             # a process group is no operator argument; collectives run as they stand
-            results = run_forward(*arguments, group)
+            results = run_forward(*arguments, shard)
         logp, surprise, lse, square, sums, cache = results
         ctx.save_for_backward(*head[:7], sums, cache)
         ctx.options = (softcap, ignore_index, entropy)
-        ctx.where = (backend, group)
+        ctx.where = (backend, shard)
         ctx.mark_non_differentiable(lse, square)
         ctx.set_materialize_grads(False)
         return logp, surprise, lse, square
@@ -233,7 +233,7 @@ class LinearLogProbFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Returns the gradients that are needed; rows whose incoming gradient is 0 are left out of the products."""
         *tensors, sums, cache = ctx.saved_tensors
-        backend, group = ctx.where
+        backend, shard = ctx.where
         needs = list(ctx.needs_input_grad[:5])
         if grad_logp is None and grad_entropy is None:
             return (None,) * 13
@@ -259,8 +259,8 @@ class LinearLogProbFunction(torch.autograd.Function):
             needs,
             backend,
         )
-        if group is None:
+        if shard is None:
             grads = torch.ops.prism_kernels.linear_logprob_bwd(*arguments)
         else:
-            grads = run_backward(*arguments, group)
+            grads = run_backward(*arguments, shard)
         return *(g if n else None for g, n in zip(grads, needs)), *(None,) * 8
