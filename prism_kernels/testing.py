@@ -86,12 +86,8 @@ def gradients(outputs: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> lis
 
 def poison_allocations() -> Callable[[], None]:
     """Fills what torch.empty and its kin return with NaN from now on; returns the function that undoes it."""
-    before = (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-
-    def undo() -> None:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-    return undo
+    # torch's default, but a caller may have switched it off
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    return lambda: torch.use_deterministic_algorithms(before)

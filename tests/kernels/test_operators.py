@@ -1,7 +1,12 @@
 """opcheck of every operator in the namespace, and the report of `python -m prism_kernels`."""
 
+import subprocess
+import sys
+
+import pytest
 import torch
 
+import prism_kernels
 from prism_kernels.backend import resolve
 
 T, V, D, R = 7, 33, 8, 2

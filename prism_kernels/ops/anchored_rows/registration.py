@@ -3,6 +3,8 @@
 `exp` may be `z` itself and `out` may be `source` itself (the same memory, element for element); other overlaps may not.
 """
 
+from typing import Any
+
 import torch
 
 from prism_kernels.library import LIBRARY, define
@@ -23,17 +25,17 @@ define("anchored_rows_fwd.triton" + _FORWARD)
 define("anchored_rows_bwd.triton" + _BACKWARD)
 
 
-def _nothing(*args: object) -> None:
+def _nothing(*args: Any) -> None:
     """Returns nothing: every output is an argument."""
 
 
-def _forward_triton(*args: object) -> None:
+def _forward_triton(*args: Any) -> None:
     from prism_kernels.ops.anchored_rows.triton import forward
 
     forward(*args)
 
 
-def _backward_triton(*args: object) -> None:
+def _backward_triton(*args: Any) -> None:
     from prism_kernels.ops.anchored_rows.triton import backward
 
     backward(*args)

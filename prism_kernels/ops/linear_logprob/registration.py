@@ -122,7 +122,7 @@ def run_backward(
     needs: list[bool],
     backend: str,
     shard: Shard | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Returns the gradients of hidden, weight, bias, lora_hidden and lora_weight; empty where not needed."""
     with torch.autocast(hidden.device.type, enabled=False):
         head, keep = _head(
@@ -139,7 +139,7 @@ def run_backward(
             for grad in (grads.hidden, grads.lora_hidden):
                 if grad.numel():
                     dist.all_reduce(grad, group=shard.group)
-        return tuple(grads)
+        return grads
 
 
 def _forward_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -217,7 +217,7 @@ class LinearLogProbFunction(torch.autograd.Function):
             results = torch.ops.prism_kernels.linear_logprob_fwd(*arguments)
         else:
             # a process group is no operator argument; collectives run as they stand
-            results = run_forward(*arguments, shard)
+            results = run_forward(*arguments, shard=shard)
         logp, surprise, lse, square, sums, cache = results
         ctx.save_for_backward(*head[:7], sums, cache)
         ctx.options = (softcap, ignore_index, entropy)
@@ -240,13 +240,12 @@ class LinearLogProbFunction(torch.autograd.Function):
         if grad_logp is None:
             grad_logp = torch.zeros_like(sums[0])
         rows = None
-        # with a group every rank must take part in the same way, and all have the same gradients
         if may_synchronise(grad_logp):
             has = grad_logp != 0 if grad_entropy is None else (grad_logp != 0) | (grad_entropy != 0)
             rows = has.nonzero()[:, 0]
             rows = None if rows.numel() == has.numel() else rows
         softcap, ignore_index, entropy = ctx.options
-        arguments = (
+        arguments: Any = (
             *tensors,
             softcap,
             ignore_index,
