@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -17,8 +18,11 @@
 
 namespace prism {
 
+// vec.h reads and writes them
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
+
+namespace {
 
 // V columns of T rows, of the dtype `type`
 struct Matrix {
@@ -64,12 +68,14 @@ struct Backward {
   T softcap;
 };
 
+}  // namespace
 }  // namespace prism
 
 #define PRISM_EACH_ISA <cpu/anchored_rows_isa.h>
 #include <prism/each_isa.h>
 
 namespace prism {
+namespace {
 
 template <class T>
 Column<T> column(const Tensor& tensor) {
@@ -220,6 +226,7 @@ void anchored_rows_bwd(const Tensor& source, bool source_is_exp, const Tensor& t
   run(source, source_is_exp, target, anchor, inv_temperature, coefficients, bias, softcap, out);
 }
 
+}  // namespace
 }  // namespace prism
 
 STABLE_TORCH_LIBRARY_IMPL(prism_kernels, CPU, m) {

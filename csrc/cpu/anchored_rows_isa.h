@@ -1,24 +1,72 @@
 // No include guard: each_isa.h includes this file once for each instruction set.
+//
+// A row is worked through in blocks. The kernels proper read and write the type they compute with; a block of another
+// element type goes through a buffer that stays in the first-level cache.
 
 namespace prism::PRISM_ISA {
+namespace {
 
-// columns whose sums are formed in the compute type before they join a row's, which are double
+// also the columns whose sums are formed in the type computed with, before they join a row's, which are double
 constexpr int64_t kBlock = 4096;
 // as FAR in torch.py
-constexpr double kFar = 28;
+constexpr int kFar = 28;
 
-// calls `f` with a null pointer to the element type that the kernels for V read and write
-template <class V, class F>
-PRISM_INLINE void with_element(ScalarType type, F&& f) {
-  if constexpr (std::is_same_v<V, double>) {
-    f(static_cast<double*>(nullptr));
-  } else if (type == ScalarType::Float) {
-    f(static_cast<float*>(nullptr));
-  } else if (type == ScalarType::BFloat16) {
-    f(static_cast<BFloat16*>(nullptr));
-  } else {
-    f(static_cast<Half*>(nullptr));
+template <class T>
+struct alignas(64) Buffer {
+  T data[kBlock];
+};
+
+template <class V, class E>
+void widen(const E* from, int64_t n, typename Lanes<V>::Value* to) {
+  constexpr int64_t W = Lanes<V>::count;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load<V>(from + i));
+  // a whole vector, since the buffer is a whole number of them
+  if (i < n) store(to + i, load_some<V>(from + i, n - i));
+}
+
+template <class V, class E>
+void narrow(const typename Lanes<V>::Value* from, int64_t n, E* to) {
+  constexpr int64_t W = Lanes<V>::count;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load<V>(from + i));
+  if (i < n) store_some(to + i, load<V>(from + i), n - i);
+}
+
+// n columns of row t from `begin` on, where they lie or, if of another type, in the buffer
+template <class V, class T = typename Lanes<V>::Value>
+const T* read(const Matrix& matrix, int64_t t, int64_t begin, int64_t n, Buffer<T>& buffer) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (matrix.type == ScalarType::BFloat16) {
+      widen<V>(row_pointer<const BFloat16>(matrix, t) + begin, n, buffer.data);
+      return buffer.data;
+    }
+    if (matrix.type == ScalarType::Half) {
+      widen<V>(row_pointer<const Half>(matrix, t) + begin, n, buffer.data);
+      return buffer.data;
+    }
   }
+  return row_pointer<const T>(matrix, t) + begin;
+}
+
+// where the kernel should write these columns so that `write` brings them into the matrix
+template <class T>
+T* destination(const Matrix& matrix, int64_t t, int64_t begin, Buffer<T>& buffer) {
+  const bool same = matrix.type == ScalarType::Float || matrix.type == ScalarType::Double;
+  return same ? row_pointer<T>(matrix, t) + begin : buffer.data;
+}
+
+template <class V, class T = typename Lanes<V>::Value>
+void write(const Matrix& matrix, int64_t t, int64_t begin, int64_t n, const Buffer<T>& buffer) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (matrix.type == ScalarType::BFloat16) narrow<V>(buffer.data, n, row_pointer<BFloat16>(matrix, t) + begin);
+    if (matrix.type == ScalarType::Half) narrow<V>(buffer.data, n, row_pointer<Half>(matrix, t) + begin);
+  }
+}
+
+inline void zero(const Matrix& matrix, int64_t t, int64_t columns) {
+  const int64_t size = matrix.type == ScalarType::Double ? 8 : matrix.type == ScalarType::Float ? 4 : 2;
+  std::memset(static_cast<char*>(matrix.data) + t * matrix.stride * size, 0, columns * size);
 }
 
 // x = z + bias under the soft cap, and the slope dx/dz
@@ -27,299 +75,288 @@ struct Logit {
   V x, slope;
 };
 
-// how a row's logits come from memory; kPlain: neither bias nor soft cap
-template <class V, bool kPlain>
-struct Cap {
-  using T = typename Lanes<V>::Value;
-  const T* bias;
-  T softcap;
+template <class V>
+PRISM_INLINE Logit<V> soft_cap(V z, typename Lanes<V>::Value softcap) {
+  const V one = broadcast<V>(1);
+  if (softcap == 0) return {z, one};
+  const V ratio = tanh(z / softcap);
+  return {ratio * softcap, one - ratio * ratio};
+}
 
-  PRISM_INLINE V add_bias(V z, V b) const { return bias ? z + b : z; }
+// the columns i, i + 1, ... of a block's logits; kPlain: there is neither bias nor soft cap
+template <class V, bool kPlain, class T = typename Lanes<V>::Value>
+PRISM_INLINE Logit<V> logit_at(const T* z, const T* bias, int64_t i, T softcap) {
+  V x = load<V>(z + i);
+  if constexpr (kPlain) return {x, broadcast<V>(1)};
+  if (bias) x += load<V>(bias + i);
+  return soft_cap(x, softcap);
+}
 
-  PRISM_INLINE Logit<V> operator()(V z) const {
-    const V one = broadcast<V>(1);
-    if (kPlain || softcap == 0) return {z, one};
-    const V ratio = tanh(z / softcap);
-    return {ratio * softcap, one - ratio * ratio};
+template <class V, bool kPlain, class T = typename Lanes<V>::Value>
+PRISM_INLINE Logit<V> logit_at_some(const T* z, const T* bias, int64_t i, int64_t n, T softcap) {
+  V x = load_some<V>(z + i, n);
+  if constexpr (kPlain) return {x, broadcast<V>(1)};
+  if (bias) x += load_some<V>(bias + i, n);
+  return soft_cap(x, softcap);
+}
+
+// the largest z + bias of a block, NaN aside
+template <class V, class T = typename Lanes<V>::Value>
+T top_of(const T* z, const T* bias, int64_t columns) {
+  constexpr int64_t W = Lanes<V>::count;
+  constexpr T none = -std::numeric_limits<T>::infinity();
+  V most[4] = {broadcast<V>(none), broadcast<V>(none), broadcast<V>(none), broadcast<V>(none)};
+  const auto include = [&](int64_t i, V& top) __attribute__((always_inline)) {
+    V x = load<V>(z + i);
+    if (bias) x += load<V>(bias + i);
+    top = x > top ? x : top;
+  };
+  int64_t i = 0;
+  for (; i + 4 * W <= columns; i += 4 * W) {
+    include(i, most[0]);
+    include(i + W, most[1]);
+    include(i + 2 * W, most[2]);
+    include(i + 3 * W, most[3]);
   }
-};
+  for (; i + W <= columns; i += W) include(i, most[0]);
+  most[0] = most[1] > most[0] ? most[1] : most[0];
+  most[2] = most[3] > most[2] ? most[3] : most[2];
+  T top = max_lanes(most[2] > most[0] ? most[2] : most[0]);
+  for (; i < columns; ++i) {
+    const T x = bias ? z[i] + bias[i] : z[i];
+    top = x > top ? x : top;
+  }
+  return top;
+}
+
+// ---- forward
 
 template <class V>
 struct Sums {
   V e{}, ed{}, ee{};
 };
 
-// E is void where the exponentials are not written
-template <class V, class Z, class E, bool kPlain>
+template <class V, bool kPlain, bool kWrite>
 struct ForwardRow {
   using T = typename Lanes<V>::Value;
   static constexpr int64_t W = Lanes<V>::count;
-  const Z *z, *next;
-  E* exp;
-  Cap<V, kPlain> cap;
-  bool chain;
   V centre, inv_temperature;
+  Bounds<V> bounds;
+  T softcap;
+  bool chain;
 
-  PRISM_INLINE V raw(int64_t i) const {
-    const V x = load<V>(z + i);
-    if constexpr (kPlain) return x;
-    return cap.bias ? x + load<V>(cap.bias + i) : x;
-  }
-  PRISM_INLINE V raw_some(int64_t i, int64_t n) const {
-    const V x = load_some<V>(z + i, n);
-    if constexpr (kPlain) return x;
-    return cap.bias ? x + load_some<V>(cap.bias + i, n) : x;
-  }
-  PRISM_INLINE V exponent(V x) const { return clamp_exponent((x - centre) * inv_temperature); }
-  PRISM_INLINE static void accumulate(V e, V d, Sums<V>& sums) {
+  PRISM_INLINE V exponent(V x) const { return bounds.clamp((x - centre) * inv_temperature); }
+
+  PRISM_INLINE V add(V d, Sums<V>& sums) const {
+    const V e = exp_clamped(d);
     sums.e += e;
     sums.ed += e * d;
     sums.ee += e * e;
-  }
-  PRISM_INLINE V written(V e, V slope) const { return !kPlain && chain ? e * slope : e; }
-
-  PRISM_INLINE void step(int64_t i, Sums<V>& sums) const {
-    const Logit<V> logit = cap(raw(i));
-    const V d = exponent(logit.x);
-    const V e = prism::PRISM_ISA::exp(d);
-    accumulate(e, d, sums);
-    if constexpr (!std::is_void_v<E>) store(exp + i, written(e, logit.slope));
+    return e;
   }
 
-  // the n columns from i on as one vector; the lane `target` and those from n on count as e = 0
-  __attribute__((noinline)) void step_some(int64_t i, int64_t n, int64_t target, Sums<V>& sums) const {
-    const Logit<V> logit = cap(raw_some(i, n));
+  PRISM_INLINE void step(const T* z, const T* bias, T* exp, int64_t i, Sums<V>& sums) const {
+    const Logit<V> logit = logit_at<V, kPlain>(z, bias, i, softcap);
+    const V e = add(exponent(logit.x), sums);
+    if constexpr (kWrite) store(exp + i, !kPlain && chain ? e * logit.slope : e);
+  }
+
+  // n columns, at most a vector; the lane `target` and those from n on count as e = 0
+  __attribute__((noinline)) void step_some(const T* z, const T* bias, T* exp, int64_t i, int64_t n, int64_t target,
+                                           Sums<V>& sums) const {
+    const Logit<V> logit = logit_at_some<V, kPlain>(z, bias, i, n, softcap);
     T lanes[W];
     store(lanes, exponent(logit.x));
     for (int64_t lane = 0; lane < W; ++lane) {
       if (lane >= n || lane == target) lanes[lane] = Lanes<V>::lowest;
     }
-    const V d = load<V>(lanes);
-    const V e = prism::PRISM_ISA::exp(d);
-    accumulate(e, d, sums);
-    if constexpr (!std::is_void_v<E>) {
-      // not a bare product: at the target the slope may be NaN
-      V f = written(e, logit.slope);
+    const V e = add(load<V>(lanes), sums);
+    if constexpr (kWrite) {
+      V f = !kPlain && chain ? e * logit.slope : e;
+      // the slope at the target may be NaN
       f = e == 0 ? e : f;
       store_some(exp + i, f, n);
     }
   }
 
-  PRISM_INLINE void span(int64_t begin, int64_t end, Sums<V>& sums) const {
+  // `ahead` is fetched meanwhile: `ahead_size` bytes for each column
+  void span(const T* z, const T* bias, T* exp, int64_t begin, int64_t end, const char* ahead, int64_t ahead_size,
+            Sums<V>& sums) const {
+    // a copy that nothing else can point to stays in registers
+    const ForwardRow row = *this;
     Sums<V> even, odd;
     int64_t i = begin;
     for (; i + 2 * W <= end; i += 2 * W) {
-      // the next row comes to the cache while this one computes
-      for (int64_t k = 0; k < 2 * W; k += 64 / sizeof(Z)) __builtin_prefetch(next + i + k, 0, 2);
-      step(i, even);
-      step(i + W, odd);
+      for (int64_t k = 0; k < 2 * W; k += 16) __builtin_prefetch(ahead + (i + k) * ahead_size, 0, 2);
+      row.step(z, bias, exp, i, even);
+      row.step(z, bias, exp, i + W, odd);
     }
-    for (; i + W <= end; i += W) step(i, even);
+    for (; i + W <= end; i += W) row.step(z, bias, exp, i, even);
     sums.e += even.e + odd.e;
     sums.ed += even.ed + odd.ed;
     sums.ee += even.ee + odd.ee;
-    if (i < end) step_some(i, end - i, -1, sums);
+    if (i < end) step_some(z, bias, exp, i, end - i, -1, sums);
   }
 
-  // the largest logit, NaN aside
-  PRISM_INLINE T top(int64_t columns) const {
-    const V lowest = broadcast<V>(-std::numeric_limits<T>::infinity());
-    V most[4] = {lowest, lowest, lowest, lowest};
-    int64_t i = 0;
-    for (; i + 4 * W <= columns; i += 4 * W) {
-      for (int64_t k = 0; k < 4; ++k) {
-        const V x = raw(i + k * W);
-        most[k] = x > most[k] ? x : most[k];
-      }
+  void block(const T* z, const T* bias, T* exp, int64_t columns, int64_t target, const char* ahead, int64_t ahead_size,
+             Sums<V>& sums) const {
+    if (target < 0 || target >= columns) {
+      span(z, bias, exp, 0, columns, ahead, ahead_size, sums);
+      return;
     }
-    for (; i + W <= columns; i += W) {
-      const V x = raw(i);
-      most[0] = x > most[0] ? x : most[0];
-    }
-    for (; i < columns; ++i) {
-      const V x = broadcast<V>(load_first(raw_some(i, 1)));
-      most[1] = x > most[1] ? x : most[1];
-    }
-    for (int64_t k = 1; k < 4; ++k) most[0] = most[k] > most[0] ? most[k] : most[0];
-    return load_first(cap(broadcast<V>(max_lanes(most[0]))).x);
-  }
-
-  bool has_nan(int64_t columns) const {
-    for (int64_t i = 0; i < columns; ++i) {
-      const T x = load_first(cap(raw_some(i, 1)).x);
-      if (x != x) return true;
-    }
-    return false;
-  }
-
-  PRISM_INLINE static T load_first(V x) {
-    T first;
-    std::memcpy(&first, &x, sizeof first);
-    return first;
+    const int64_t first = target / W * W, last = std::min(first + W, columns);
+    span(z, bias, exp, 0, first, ahead, ahead_size, sums);
+    step_some(z, bias, exp, first, last - first, target - first, sums);
+    span(z, bias, exp, last, columns, ahead, ahead_size, sums);
   }
 };
 
-template <class V, class Z, class E, bool kPlain>
-void forward_rows(const Forward<typename Lanes<V>::Value>& a, int64_t begin, int64_t end) {
-  using T = typename Lanes<V>::Value;
-  constexpr int64_t W = Lanes<V>::count;
+template <class V, bool kPlain, bool kWrite, class T = typename Lanes<V>::Value>
+void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
+  Buffer<T> buffer;
+  const auto for_blocks = [&](int64_t t, auto&& f) {
+    for (int64_t v = 0; v < a.columns; v += kBlock) {
+      const int64_t n = std::min(kBlock, a.columns - v);
+      f(v, n, read<V>(a.z, t, v, n, buffer), a.bias ? a.bias + v : nullptr);
+    }
+  };
+  const int64_t size = a.z.type == ScalarType::Double ? 8 : a.z.type == ScalarType::Float ? 4 : 2;
   for (int64_t t = begin; t < end; ++t) {
-    ForwardRow<V, Z, E, kPlain> row{row_pointer<const Z>(a.z, t), row_pointer<const Z>(a.z, t + 1 < end ? t + 1 : t),
-                                    static_cast<E*>(nullptr), {a.bias, a.softcap}, a.chain, V{}, V{}};
-    if constexpr (!std::is_void_v<E>) row.exp = row_pointer<E>(a.exp, t);
-    const T anchor = a.anchor[t], inv_temperature = a.inv_temperature[t], top = row.top(a.columns);
-    // a NaN is the largest of its row, and lies not further than anything
-    const bool far = (top - anchor) * inv_temperature > kFar && !row.has_nan(a.columns);
+    const T anchor = a.anchor[t], inv_temperature = a.inv_temperature[t];
+    T top = -std::numeric_limits<T>::infinity();
+    for_blocks(t, [&](int64_t, int64_t n, const T* z, const T* bias) { top = std::max(top, top_of<V>(z, bias, n)); });
+    if constexpr (!kPlain) top = max_lanes(soft_cap(broadcast<V>(top), a.softcap).x);
+    bool far = (top - anchor) * inv_temperature > kFar;
+    if (far) {
+      // a NaN would be the largest of its row, and is not further than anything
+      for_blocks(t, [&](int64_t, int64_t n, const T* z, const T* bias) {
+        for (int64_t i = 0; i < n; ++i) far = far && !std::isnan(bias ? z[i] + bias[i] : z[i]);
+      });
+    }
     const T centre = far ? top : anchor;
-    row.centre = broadcast<V>(centre);
-    row.inv_temperature = broadcast<V>(inv_temperature);
-
-    const int64_t target = a.target[t];
+    const ForwardRow<V, kPlain, kWrite> row{broadcast<V>(centre), broadcast<V>(inv_temperature), Bounds<V>(),
+                                            a.softcap, a.chain};
+    // the next row comes to the cache while this one computes
+    const char* next = static_cast<const char*>(a.z.data) + (t + 1 < end ? t + 1 : t) * a.z.stride * size;
     double e = 0, ed = 0, ee = 0;
-    for (int64_t block = 0; block < a.columns; block += kBlock) {
-      const int64_t stop = std::min(block + kBlock, a.columns);
+    for_blocks(t, [&](int64_t v, int64_t n, const T* z, const T* bias) {
       Sums<V> sums;
-      if (target >= block && target < stop) {
-        const int64_t first = block + (target - block) / W * W, last = std::min(first + W, stop);
-        row.span(block, first, sums);
-        row.step_some(first, last - first, target - first, sums);
-        row.span(last, stop, sums);
-      } else {
-        row.span(block, stop, sums);
-      }
+      T* exp = nullptr;
+      if constexpr (kWrite) exp = destination(a.exp, t, v, buffer);
+      row.block(z, bias, exp, n, a.target[t] - v, next + v * size, size, sums);
+      if constexpr (kWrite) write<V>(a.exp, t, v, n, buffer);
       e += sum_lanes(sums.e);
       ed += sum_lanes(sums.ed);
       ee += sum_lanes(sums.ee);
-    }
+    });
     a.stats[0][t] = centre;
     a.stats[1][t] = static_cast<T>(e);
     a.stats[2][t] = static_cast<T>(ed);
     a.stats[3][t] = static_cast<T>(ee);
-    if constexpr (!std::is_void_v<E>) {
-      if (!std::isfinite(a.stats[1][t])) std::memset(static_cast<void*>(row.exp), 0, a.columns * sizeof(E));
-    }
+    if (kWrite && !std::isfinite(a.stats[1][t])) zero(a.exp, t, a.columns);
   }
 }
 
 template <class V>
 void forward(const Forward<typename Lanes<V>::Value>& a, int64_t begin, int64_t end) {
-  const bool plain = a.bias == nullptr && a.softcap == 0;
-  with_element<V>(a.z.type, [&](auto* z) {
-    using Z = std::remove_pointer_t<decltype(z)>;
-    if (a.exp.data == nullptr) {
-      plain ? forward_rows<V, Z, void, true>(a, begin, end) : forward_rows<V, Z, void, false>(a, begin, end);
-      return;
-    }
-    with_element<V>(a.exp.type, [&](auto* exp) {
-      using E = std::remove_pointer_t<decltype(exp)>;
-      plain ? forward_rows<V, Z, E, true>(a, begin, end) : forward_rows<V, Z, E, false>(a, begin, end);
-    });
-  });
+  const bool plain = a.bias == nullptr && a.softcap == 0, write = a.exp.data != nullptr;
+  if (plain) {
+    write ? forward_rows<V, true, true>(a, begin, end) : forward_rows<V, true, false>(a, begin, end);
+  } else {
+    write ? forward_rows<V, false, true>(a, begin, end) : forward_rows<V, false, false>(a, begin, end);
+  }
 }
 
-// what `source` holds and what its row's gradient needs of it
+// ---- backward
+
+// what a block of `source` holds, and what is needed of it
 enum class Source {
   logits,          // without bias and soft cap
   general_logits,  // with either
-  scaled_exp,      // only alpha * e is asked for
-  exp              // d = log e is needed
+  scaled_exp,      // alpha * e is all there is to do
+  exp              // log e is needed
 };
 
-template <class V, class S, class O, Source kSource>
+template <class V, Source kSource>
 struct BackwardRow {
   using T = typename Lanes<V>::Value;
   static constexpr int64_t W = Lanes<V>::count;
-  const S* source;
-  O* out;
-  Cap<V, kSource == Source::logits> cap;
+  static constexpr bool kPlain = kSource != Source::general_logits;
   V centre, inv_temperature, temperature, alpha, beta;
+  Bounds<V> bounds;
+  T softcap;
 
-  PRISM_INLINE V gradient(V x) const {
+  PRISM_INLINE V gradient(Logit<V> logit) const {
     if constexpr (kSource == Source::scaled_exp) {
-      return x * alpha;
+      return logit.x * alpha;
     } else if constexpr (kSource == Source::exp) {
-      const V d = log_positive(x);
-      const V f = (d * beta + alpha) * x;
-      if (cap.softcap == 0) return f;
-      const V ratio = (d * temperature + centre) / cap.softcap;
-      return f * (broadcast<V>(1) - ratio * ratio);
+      const V d = log_positive(logit.x);
+      const V f = (d * beta + alpha) * logit.x;
+      if (softcap == 0) return f;
+      const V ratio = (d * temperature + centre) / softcap;
+      return f * (1 - ratio * ratio);
     } else {
-      const Logit<V> logit = cap(x);
-      const V d = clamp_exponent((logit.x - centre) * inv_temperature);
-      const V f = (d * beta + alpha) * prism::PRISM_ISA::exp(d);
-      return kSource == Source::logits ? f : f * logit.slope;
+      const V d = bounds.clamp((logit.x - centre) * inv_temperature);
+      const V f = (d * beta + alpha) * exp_clamped(d);
+      return kPlain ? f : f * logit.slope;
     }
   }
 
-  PRISM_INLINE void step(int64_t i) const {
-    V x = load<V>(source + i);
-    if constexpr (kSource == Source::general_logits) x = cap.bias ? x + load<V>(cap.bias + i) : x;
-    store(out + i, gradient(x));
-  }
-
-  __attribute__((noinline)) void step_some(int64_t i, int64_t n) const {
-    V x = load_some<V>(source + i, n);
-    if constexpr (kSource == Source::general_logits) x = cap.bias ? x + load_some<V>(cap.bias + i, n) : x;
-    store_some(out + i, gradient(x), n);
-  }
-
-  void all(int64_t columns) const {
+  void block(const T* source, const T* bias, T* out, int64_t columns) const {
+    const BackwardRow row = *this;
     int64_t i = 0;
-    for (; i + W <= columns; i += W) step(i);
-    if (i < columns) step_some(i, columns - i);
+    for (; i + W <= columns; i += W) {
+      store(out + i, row.gradient(logit_at<V, kPlain>(source, bias, i, row.softcap)));
+    }
+    if (i < columns) {
+      const int64_t n = columns - i;
+      store_some(out + i, gradient(logit_at_some<V, kPlain>(source, bias, i, n, softcap)), n);
+    }
   }
 };
 
-template <class V, class S, class O, Source kSource>
-void backward_row(const Backward<typename Lanes<V>::Value>& a, int64_t t) {
-  using T = typename Lanes<V>::Value;
-  const BackwardRow<V, S, O, kSource> row{row_pointer<const S>(a.source, t),
-                                          row_pointer<O>(a.out, t),
-                                          {a.bias, a.softcap},
-                                          broadcast<V>(a.anchor[t]),
-                                          broadcast<V>(a.inv_temperature[t]),
-                                          broadcast<V>(T(1) / a.inv_temperature[t]),
-                                          broadcast<V>(a.coefficients[0][t]),
-                                          broadcast<V>(a.coefficients[1][t])};
-  row.all(a.columns);
-}
-
-template <class V, class S, class O>
-void backward_rows(const Backward<typename Lanes<V>::Value>& a, int64_t begin, int64_t end) {
-  for (int64_t t = begin; t < end; ++t) {
-    O* out = row_pointer<O>(a.out, t);
-    const auto alpha = a.coefficients[0][t], beta = a.coefficients[1][t], at_target = a.coefficients[2][t];
-    if (alpha == 0 && beta == 0 && at_target == 0) {
-      std::memset(static_cast<void*>(out), 0, a.columns * sizeof(O));
-      continue;
-    }
-    if (a.source_is_exp) {
-      const bool scaled = beta == 0 && a.softcap == 0;
-      scaled ? backward_row<V, S, O, Source::scaled_exp>(a, t) : backward_row<V, S, O, Source::exp>(a, t);
-    } else {
-      const bool plain = a.bias == nullptr && a.softcap == 0;
-      plain ? backward_row<V, S, O, Source::logits>(a, t) : backward_row<V, S, O, Source::general_logits>(a, t);
-    }
-    const int64_t target = a.target[t];
-    if (target >= 0 && target < a.columns) out[target] = static_cast<O>(at_target);
+template <class V, Source kSource, class T = typename Lanes<V>::Value>
+void backward_row(const Backward<T>& a, int64_t t) {
+  const BackwardRow<V, kSource> row{broadcast<V>(a.anchor[t]),
+                                    broadcast<V>(a.inv_temperature[t]),
+                                    broadcast<V>(1 / a.inv_temperature[t]),
+                                    broadcast<V>(a.coefficients[0][t]),
+                                    broadcast<V>(a.coefficients[1][t]),
+                                    Bounds<V>(),
+                                    a.softcap};
+  Buffer<T> buffer;
+  for (int64_t v = 0; v < a.columns; v += kBlock) {
+    const int64_t n = std::min(kBlock, a.columns - v);
+    const T* source = read<V>(a.source, t, v, n, buffer);
+    T* out = destination(a.out, t, v, buffer);
+    row.block(source, a.bias ? a.bias + v : nullptr, out, n);
+    const int64_t target = a.target[t] - v;
+    if (target >= 0 && target < n) out[target] = a.coefficients[2][t];
+    write<V>(a.out, t, v, n, buffer);
   }
 }
 
 template <class V>
 void backward(const Backward<typename Lanes<V>::Value>& a, int64_t begin, int64_t end) {
-  with_element<V>(a.source.type, [&](auto* source) {
-    with_element<V>(a.out.type, [&](auto* out) {
-      using S = std::remove_pointer_t<decltype(source)>;
-      using O = std::remove_pointer_t<decltype(out)>;
-      backward_rows<V, S, O>(a, begin, end);
-    });
-  });
+  const bool plain = a.bias == nullptr && a.softcap == 0;
+  for (int64_t t = begin; t < end; ++t) {
+    const auto alpha = a.coefficients[0][t], beta = a.coefficients[1][t], at_target = a.coefficients[2][t];
+    if (alpha == 0 && beta == 0 && at_target == 0) {
+      zero(a.out, t, a.columns);
+    } else if (!a.source_is_exp) {
+      plain ? backward_row<V, Source::logits>(a, t) : backward_row<V, Source::general_logits>(a, t);
+    } else {
+      const bool scaled = beta == 0 && a.softcap == 0;
+      scaled ? backward_row<V, Source::scaled_exp>(a, t) : backward_row<V, Source::exp>(a, t);
+    }
+  }
 }
 
 inline void forward_float(const Forward<float>& a, int64_t begin, int64_t end) { forward<Vec>(a, begin, end); }
 inline void backward_float(const Backward<float>& a, int64_t begin, int64_t end) { backward<Vec>(a, begin, end); }
-// double is for checks of gradients: as fast as the C library, so one copy of it will do
+// double is for checking gradients: the C library does its mathematics, whatever the instruction set
 inline void forward_double(const Forward<double>& a, int64_t begin, int64_t end) { forward<double>(a, begin, end); }
 inline void backward_double(const Backward<double>& a, int64_t begin, int64_t end) { backward<double>(a, begin, end); }
 
+}  // namespace
 }  // namespace prism::PRISM_ISA

@@ -14,7 +14,10 @@ namespace prism {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kLoads = 4;
+// with two blocks to a multiprocessor and up to four 16-byte loads in flight to a thread, 64 KiB are on their way, twice
+// what the latency of an H200's memory asks for; the loads are fewer where more would not fit the registers
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
 // as in torch.py: exp(28) summed over 2**18 columns stays below 2**60, so that the squares still fit in fp32
 constexpr double kFar = 28.0;
 constexpr double kLog2E = 1.4426950408889634;
@@ -134,7 +137,7 @@ struct Sums {
     if (static_cast<unsigned>(target_at) < N) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        if (j == target_at) out.value[j] = t.value[j] = 0;
+        if (j == target_at) out.value[j] = 0;
       }
     }
     // summed within the pack first: fewer roundings on the way to a long sum
@@ -170,10 +173,11 @@ __device__ __forceinline__ A largest(A top, const Pack<A, N>& x) {
 
 // Out is void if exponentials are not asked for; kTransform says that there is a bias or a soft cap
 template <typename Z, typename Out, bool kTransform>
-__global__ void __launch_bounds__(kThreads, sizeof(Z) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, kBlocks<Z>)
     anchored_rows_fwd_kernel(const ForwardArguments<compute_t<Z>> p) {
   using A = compute_t<Z>;
   constexpr bool kWrite = !std::is_void_v<Out>;
+  constexpr int kLoads = kTransform ? 1 : kWrite && sizeof(Z) == 2 ? 2 : 4;
   const int64_t row = blockIdx.x;
   const int columns = p.rows.columns;
   const int target = p.rows.target_of(row);
@@ -181,6 +185,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Z) == 8 ? 1 : 2)
   const A inv_temperature = p.rows.inv_temperature[row];
   const A scale = inv_temperature * static_cast<A>(kLog2E);
   const Z* z = p.z.template row<const Z>(row);
+  Split<Z> split(z, columns);
   const A infinity = static_cast<A>(INFINITY);
   A top = -infinity;
   Sums<A> sums{anchor, {0, 0, 0}};
@@ -188,11 +193,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Z) == 8 ? 1 : 2)
 
   if constexpr (kWrite) {
     Out* exp = p.exp.template row<Out>(row);
-    const bool aligned = Split<Z>(z, columns).aligns(exp);
+    split.align_with(exp);
     bool settled = false;
     if (std::is_same_v<Z, Out> && p.in_place) {
       // writing would destroy what a far row has to read again
-      for_each_pack<A, kThreads, kLoads>(z, columns, [&](auto x, int column) {
+      for_each_pack<A, kThreads, kLoads>(z, split, [&](auto x, int column) {
         if constexpr (kTransform) p.rows.transform.apply(x, column);
         top = largest(top, x);
       });
@@ -202,14 +207,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(Z) == 8 ? 1 : 2)
     }
     // a row is taken to be near at first: it is read a second time only if it turns out to be far
     for (;;) {
-      for_each_pack<A, kThreads, kLoads>(z, columns, [&](auto x, int column) {
+      for_each_pack<A, kThreads, kLoads>(z, split, [&](auto x, int column) {
         auto e = x;
         if constexpr (kTransform) {
           const auto slope = p.rows.transform.apply(x, column);
           sums.add(x, scale, target - column, e);
           if (p.chain) {
 #pragma unroll
-            for (int j = 0; j < sizeof(e) / sizeof(A); ++j) {
+            for (int j = 0; j < x.kSize; ++j) {
               e.value[j] = column + j == target ? 0 : e.value[j] * slope.value[j];
             }
           }
@@ -217,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Z) == 8 ? 1 : 2)
           sums.add(x, scale, target - column, e);
         }
         top = largest(top, x);
-        store(exp + column, e, aligned);
+        store(exp + column, e);
       });
       block_reduce<kThreads>(top, sums.sums);
       if (settled || !is_far()) break;
@@ -229,10 +234,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Z) == 8 ? 1 : 2)
   } else {
     // each thread raises its own centre when it must, so a row is read once. a centre of -inf would give
     // -inf - -inf, so it starts above that
-    sums.centre = max(anchor, -std::numeric_limits<A>::max());
-    if (anchor != anchor) sums.centre = anchor;
+    sums.centre = anchor == -infinity ? static_cast<A>(-1e38) : anchor;
     const A reach = static_cast<A>(kFar) / inv_temperature;
-    for_each_pack<A, kThreads, kLoads>(z, columns, [&](auto x, int column) {
+    for_each_pack<A, kThreads, kLoads>(z, split, [&](auto x, int column) {
       if constexpr (kTransform) p.rows.transform.apply(x, column);
       const A here = largest(-infinity, x);
       top = max_nan(top, here);
@@ -255,9 +259,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(Z) == 8 ? 1 : 2)
 }
 
 template <typename Source, typename Out, bool kFromExp, bool kTransform>
-__global__ void __launch_bounds__(kThreads, sizeof(Source) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, kBlocks<Source>)
     anchored_rows_bwd_kernel(const BackwardArguments<compute_t<Source>> p) {
   using A = compute_t<Source>;
+  constexpr int kLoads = kTransform ? 1 : 4;
   const int64_t row = blockIdx.x;
   const int columns = p.rows.columns;
   const A alpha = p.coefficients[0][row];
@@ -274,11 +279,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(Source) == 8 ? 1 : 2)
   const A scale = inv_temperature * static_cast<A>(kLog2E);
   const A beta_log2 = beta * static_cast<A>(kLn2);
   const Source* source = p.source.template row<const Source>(row);
-  const bool aligned = Split<Source>(source, columns).aligns(out);
+  Split<Source> split(source, columns);
+  split.align_with(out);
   const auto lowest = static_cast<A>(kLowest);
 
-  for_each_pack<A, kThreads, kLoads>(source, columns, [&](auto x, int column) {
-    constexpr int N = sizeof(x) / sizeof(A);
+  for_each_pack<A, kThreads, kLoads>(source, split, [&](auto x, int column) {
+    constexpr int N = decltype(x)::kSize;
     auto f = x;
     if constexpr (kFromExp) {
       if (beta != 0 || kTransform) {
@@ -312,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Source) == 8 ? 1 : 2)
         if (column + j == target) f.value[j] = at_target;
       }
     }
-    store(out + column, f, aligned);
+    store(out + column, f);
   });
 }
 

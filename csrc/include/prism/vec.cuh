@@ -20,6 +20,7 @@ using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 // N consecutive elements, converted to A
 template <typename A, int N>
 struct Pack {
+  static constexpr int kSize = N;
   A value[N];
 };
 
@@ -56,9 +57,9 @@ __device__ __forceinline__ Pack<A, 16 / sizeof(T)> unpack(const uint4& raw) {
   return pack;
 }
 
-// writes a pack to `to`; `aligned` says that whole packs lie on a multiple of their size (or of 16 bytes if larger)
+// writes a pack to `to`, which lies on a multiple of the pack's size, or of 16 bytes if that is less
 template <typename T, typename A, int N>
-__device__ __forceinline__ void store(T* to, const Pack<A, N>& pack, bool aligned) {
+__device__ __forceinline__ void store(T* to, const Pack<A, N>& pack) {
   constexpr int kBytes = N * sizeof(T);
   alignas(16) T element[N];
   if constexpr (std::is_same_v<T, __nv_bfloat16> && N % 2 == 0) {
@@ -76,18 +77,16 @@ __device__ __forceinline__ void store(T* to, const Pack<A, N>& pack, bool aligne
 #pragma unroll
     for (int j = 0; j < N; ++j) element[j] = narrow<T>(pack.value[j]);
   }
-  if (N > 1 && aligned) {
-    if constexpr (kBytes % 16 == 0) {
-#pragma unroll
-      for (int k = 0; k < kBytes / 16; ++k) {
-        __stcs(reinterpret_cast<uint4*>(to) + k, reinterpret_cast<const uint4*>(element)[k]);
-      }
-    } else if constexpr (kBytes == 8) {
-      __stcs(reinterpret_cast<uint2*>(to), *reinterpret_cast<const uint2*>(element));
-    }
+  if constexpr (N == 1) {
+    *to = element[0];
+  } else if constexpr (kBytes == 8) {
+    __stcs(reinterpret_cast<uint2*>(to), *reinterpret_cast<const uint2*>(element));
   } else {
+    static_assert(kBytes % 16 == 0);
 #pragma unroll
-    for (int j = 0; j < N; ++j) to[j] = element[j];
+    for (int k = 0; k < kBytes / 16; ++k) {
+      __stcs(reinterpret_cast<uint4*>(to) + k, reinterpret_cast<const uint4*>(element)[k]);
+    }
   }
 }
 
@@ -99,7 +98,7 @@ struct Split {
   int packs;
   int edges;
 
-  __device__ Split(const T* row, int columns) {
+  __device__ __forceinline__ Split(const T* row, int columns) {
     const int past = static_cast<int>((reinterpret_cast<uintptr_t>(row) & 15) / sizeof(T));
     head = min(columns, past == 0 ? 0 : kPack - past);
     packs = (columns - head) / kPack;
@@ -107,48 +106,42 @@ struct Split {
   }
 
   // the column of edge i < edges
-  __device__ int edge(int i) const { return i < head ? i : i + packs * kPack; }
+  __device__ __forceinline__ int edge(int i) const { return i < head ? i : i + packs * kPack; }
 
-  // whether the packs of this split start at multiples of their size (up to 16 bytes) in another row
+  // drops the packs if they are not aligned in the row to be written: it is written column by column then
   template <typename U>
-  __device__ bool aligns(const U* row) const {
+  __device__ __forceinline__ void align_with(const U* row) {
     constexpr int kBytes = kPack * sizeof(U) < 16 ? kPack * sizeof(U) : 16;
-    return reinterpret_cast<uintptr_t>(row + head) % kBytes == 0;
+    if (reinterpret_cast<uintptr_t>(row + head) % kBytes != 0) {
+      edges += packs * kPack;
+      packs = 0;
+    }
   }
 };
 
-// calls body(Pack, first column) for all columns of a row; each block of kThreads threads covers it once, every column
-// by the same thread whenever it is called. kLoads 16-byte loads are in flight before the first body runs. The row may
-// be written by the body at the columns it was given.
+// calls body(Pack, first column) for all columns of a row. Each block of kThreads threads covers the row once, a column
+// always in the same thread, with kLoads 16-byte loads in flight; the body may write the columns that it was given.
 template <typename A, int kThreads, int kLoads, typename T, typename Body>
-__device__ __forceinline__ void for_each_pack(const T* row, int columns, const Body& body) {
-  const Split<T> split(row, columns);
+__device__ __forceinline__ void for_each_pack(const T* row, const Split<T>& split, const Body& body) {
   const int thread = static_cast<int>(threadIdx.x);
-  static_assert(kThreads >= 2 * Split<T>::kPack, "one thread for each edge");
-  if (thread < split.edges) {
-    const int column = split.edge(thread);
+#pragma unroll 1
+  for (int i = thread; i < split.edges; i += kThreads) {
+    const int column = split.edge(i);
     body(Pack<A, 1>{{widen<A>(row[column])}}, column);
   }
   const uint4* packs = reinterpret_cast<const uint4*>(row + split.head);
-  uint4 raw[kLoads];
-  int i = thread;
-  for (; i + (kLoads - 1) * kThreads < split.packs; i += kLoads * kThreads) {
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) raw[k] = __ldcs(packs + i + k * kThreads);
+#pragma unroll 1
+  for (int i = thread; i < split.packs; i += kLoads * kThreads) {
+    uint4 raw[kLoads];
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      body(unpack<A, T>(raw[k]), split.head + (i + k * kThreads) * Split<T>::kPack);
+      if (i + k * kThreads < split.packs) raw[k] = __ldcs(packs + i + k * kThreads);
     }
-  }
-  // fewer than kLoads packs are left
 #pragma unroll
-  for (int k = 0; k < kLoads - 1; ++k) {
-    if (i + k * kThreads < split.packs) raw[k] = __ldcs(packs + i + k * kThreads);
-  }
-#pragma unroll
-  for (int k = 0; k < kLoads - 1; ++k) {
-    if (i + k * kThreads < split.packs) {
-      body(unpack<A, T>(raw[k]), split.head + (i + k * kThreads) * Split<T>::kPack);
+    for (int k = 0; k < kLoads; ++k) {
+      if (i + k * kThreads < split.packs) {
+        body(unpack<A, T>(raw[k]), split.head + (i + k * kThreads) * Split<T>::kPack);
+      }
     }
   }
 }
@@ -160,6 +153,7 @@ __device__ __forceinline__ void zero_row(T* row, int columns) {
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < split.edges) row[split.edge(thread)] = narrow<T>(0.0f);
   uint4* packs = reinterpret_cast<uint4*>(row + split.head);
+#pragma unroll 1
   for (int i = thread; i < split.packs; i += kThreads) __stcs(packs + i, make_uint4(0, 0, 0, 0));
 }
 

@@ -38,15 +38,27 @@ PRISM_INLINE V broadcast(typename Lanes<V>::Value x) {
   return x - V{};
 }
 
-// both keep a NaN in `x`, and compile to a single instruction
+// [lowest, highest], into which an exponent is brought before exp_clamped takes it
 template <class V>
-PRISM_INLINE V at_least(V bound, V x) {
-  return bound > x ? bound : x;
-}
-template <class V>
-PRISM_INLINE V at_most(V bound, V x) {
-  return bound < x ? bound : x;
-}
+struct Bounds {
+  V lowest, highest;
+
+  Bounds() {
+    typename Lanes<V>::Value low = Lanes<V>::lowest, high = Lanes<V>::highest;
+#if defined(__x86_64__)
+    // GCC finds the instructions for min and max only where the bound is not a constant that it knows
+    __asm__("" : "+x"(low), "+x"(high));
+#endif
+    lowest = broadcast<V>(low);
+    highest = broadcast<V>(high);
+  }
+
+  // NaN stays NaN
+  PRISM_INLINE V clamp(V d) const {
+    d = lowest > d ? lowest : d;
+    return highest < d ? highest : d;
+  }
+};
 
 template <class V>
 PRISM_INLINE double sum_lanes(V x) {
@@ -136,13 +148,8 @@ PRISM_INLINE void store_some(T* p, V x, int64_t n) {
 
 // ---- mathematics: the polynomials are minimax fits on the reduced ranges
 
-template <class V>
-PRISM_INLINE V clamp_exponent(V d) {
-  return at_most(broadcast<V>(Lanes<V>::highest), at_least(broadcast<V>(Lanes<V>::lowest), d));
-}
-
-// exp(d) to about 1 ulp for d out of clamp_exponent, NaN for NaN; 0 at `lowest`, inf from 88.4 on
-PRISM_INLINE Vec exp(Vec d) {
+// exp(d) to about 1 ulp for d within Bounds, NaN for NaN; 0 at `lowest`, inf from 88.4 on
+PRISM_INLINE Vec exp_clamped(Vec d) {
   // adding 1.5 * 2^23 rounds to an integer n = d / log 2; the 127 puts n + 127, an exponent, into the low bits
   constexpr float magic = 0x1.8p23f + 127;
   const Vec shifted = d * 1.44269504f + magic;
@@ -159,7 +166,7 @@ PRISM_INLINE Vec exp(Vec d) {
   // n = -127 makes this 0 and n = 128 makes it inf
   return p * (Vec)((BitVec)shifted << 23);
 }
-PRISM_INLINE double exp(double d) { return std::exp(d); }
+PRISM_INLINE double exp_clamped(double d) { return std::exp(d); }
 
 // log(x) to about 1 ulp for finite x > 0; some finite number for 0, inf and NaN
 PRISM_INLINE Vec log_positive(Vec x) {
@@ -183,11 +190,13 @@ PRISM_INLINE Vec log_positive(Vec x) {
 }
 PRISM_INLINE double log_positive(double x) { return x == 0 ? Lanes<double>::lowest : std::log(x); }
 
-// tanh(x) to about 2 ulp, +-1 for +-inf, NaN for NaN
+// tanh(x) to about 1.5 ulp, +-1 for +-inf, NaN for NaN
 PRISM_INLINE Vec tanh(Vec x) {
   const BitVec sign = (BitVec)x & 0x80000000;
-  const Vec magnitude = at_most(broadcast<Vec>(10.0f), (Vec)((BitVec)x ^ sign));
-  const Vec large = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);
+  const Vec magnitude = (Vec)((BitVec)x ^ sign);
+  // 1 - 2 / (exp(20) + 1) is 1 already
+  const Vec twice = magnitude > 10.0f ? broadcast<Vec>(20.0f) : magnitude + magnitude;
+  const Vec large = 1.0f - 2.0f / (exp_clamped(twice) + 1.0f);
   const Vec square = magnitude * magnitude;
   Vec p = square * -0.0057175057f + 0.0206510536f;
   p = p * square - 0.0537436642f;

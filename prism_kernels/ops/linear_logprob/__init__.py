@@ -57,16 +57,9 @@ def linear_logprob(
             Reads the slices' sizes from the ranks; not under torch.compile.
         backend: `cuda`, `triton`, `cpu` or `torch`; see `use_backend`.
     """
-    for name, value in (("hidden", hidden), ("weight", weight), ("target", target)):
-        check.tensor(NAME, name, value)
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
-    if bias is not None and hasattr(bias, "full_tensor"):
-        bias = bias.full_tensor()
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    _check(hidden, weight, target, bias, softcap, cache_bytes)
-    tau = row_temperature(NAME, temperature, target, blocks.accumulator(hidden))
+    hidden, weight, bias, tau = head_arguments(NAME, hidden, weight, target, bias, temperature, softcap)
+    if cache_bytes is not None and cache_bytes < 0:
+        check.fail(NAME, "cache_bytes >= 0 or None", cache_bytes)
     chosen = resolve(NAME, hidden.device, backend)
 
     x = hidden.reshape(-1, hidden.shape[-1])
@@ -78,7 +71,7 @@ def linear_logprob(
         kept = None if kept.numel() == total else kept
         if kept is not None:
             x, flat, tau = x.index_select(0, kept), flat.index_select(0, kept), tau.index_select(0, kept)
-    lora_hidden, lora_weight = _lora(x, weight, lora)
+    lora_hidden, lora_weight = lora_factors(NAME, x, weight, lora)
     inputs = (x, weight, bias, lora_hidden, lora_weight)
     cache_rows = 0
     shard = None if process_group is None else Shard.of(weight, process_group)
@@ -96,49 +89,69 @@ def linear_logprob(
     return TokenLogProbs(logp, surprise if entropy else None, lse, square)
 
 
+def head_arguments(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Returns hidden as autocast wants it, weight and bias gathered, and each row's temperature, all checked."""
+    for name, value in (("hidden", hidden), ("weight", weight), ("target", target)):
+        check.tensor(op, name, value)
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    if bias is not None and hasattr(bias, "full_tensor"):
+        bias = bias.full_tensor()
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    _check(op, hidden, weight, target, bias, softcap)
+    return hidden, weight, bias, row_temperature(op, temperature, target, blocks.accumulator(hidden))
+
+
 def _check(
+    op: str,
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
     softcap: float | None,
-    cache_bytes: int | None,
 ) -> None:
     if hidden.dim() not in (2, 3):
-        check.fail(NAME, "hidden of shape (T, D) or (B, L, D)", tuple(hidden.shape))
-    check.shape(NAME, "weight", weight, ("V", hidden.shape[-1]))
+        check.fail(op, "hidden of shape (T, D) or (B, L, D)", tuple(hidden.shape))
+    check.shape(op, "weight", weight, ("V", hidden.shape[-1]))
     if weight.shape[0] == 0:
-        check.fail(NAME, "weight of shape (V, D) with V > 0", tuple(weight.shape))
-    check.shape(NAME, "target", target, tuple(hidden.shape[:-1]))
-    check.dtype(NAME, "hidden", hidden, FLOATS)
-    check.dtype(NAME, "weight", weight, FLOATS)
-    check.dtype(NAME, "target", target, (torch.int64,))
-    check.device(NAME, "weight", weight, hidden, "hidden")
-    check.device(NAME, "target", target, hidden, "hidden")
+        check.fail(op, "weight of shape (V, D) with V > 0", tuple(weight.shape))
+    check.shape(op, "target", target, tuple(hidden.shape[:-1]))
+    check.dtype(op, "hidden", hidden, FLOATS)
+    check.dtype(op, "weight", weight, FLOATS)
+    check.dtype(op, "target", target, (torch.int64,))
+    check.device(op, "weight", weight, hidden, "hidden")
+    check.device(op, "target", target, hidden, "hidden")
     if bias is not None:
-        check.tensor(NAME, "bias", bias)
-        check.shape(NAME, "bias", bias, (weight.shape[0],))
-        check.dtype(NAME, "bias", bias, FLOATS)
-        check.device(NAME, "bias", bias, hidden, "hidden")
-    check.positive(NAME, "softcap", softcap)
-    if cache_bytes is not None and cache_bytes < 0:
-        check.fail(NAME, "cache_bytes >= 0 or None", cache_bytes)
+        check.tensor(op, "bias", bias)
+        check.shape(op, "bias", bias, (weight.shape[0],))
+        check.dtype(op, "bias", bias, FLOATS)
+        check.device(op, "bias", bias, hidden, "hidden")
+    check.positive(op, "softcap", softcap)
 
 
-def _lora(
-    hidden: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor, float] | None
+def lora_factors(
+    op: str, hidden: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor, float] | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Returns scale * hidden @ A.T, (T, r), in the accumulator's dtype, and B."""
     if lora is None:
         return None, None
     if not isinstance(lora, tuple) or len(lora) != 3:
-        check.fail(NAME, "lora to be a tuple (A, B, scale)", type(lora).__name__, TypeError)
+        check.fail(op, "lora to be a tuple (A, B, scale)", type(lora).__name__, TypeError)
     a, b, scale = lora
-    check.shape(NAME, "lora A", a, ("r", hidden.shape[-1]))
-    check.shape(NAME, "lora B", b, (weight.shape[0], a.shape[0]))
+    check.shape(op, "lora A", a, ("r", hidden.shape[-1]))
+    check.shape(op, "lora B", b, (weight.shape[0], a.shape[0]))
     for name, value in (("lora A", a), ("lora B", b)):
-        check.dtype(NAME, name, value, FLOATS)
-        check.device(NAME, name, value, hidden, "hidden")
+        check.dtype(op, name, value, FLOATS)
+        check.device(op, name, value, hidden, "hidden")
     exact = blocks.accumulator(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         return torch.nn.functional.linear(hidden.to(exact), a.to(exact)) * scale, b

@@ -48,10 +48,12 @@ def backward(
     needs: Needs,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     backend: str,
+    onto: Gradients | None = None,
 ) -> Gradients:
     """Returns the gradients; `rows`, where given, are the only rows with a gradient, in rising order.
 
     `dtypes` are those of the gradients of weight, bias and LoRA's weight; hidden's are its own and LoRA's hidden's.
+    With `onto` those of weight, bias and LoRA's weight are added to its tensors, in the accumulator's dtype.
     """
     total = head.hidden.shape[0]
     work = _Work(head, RowSums(*sums), cache, keep, grad_logp, grad_entropy, total)
@@ -64,7 +66,7 @@ def backward(
     # exponentials that are already the gradient up to a factor for each row go into the products as they are
     direct = grad_entropy is None and (not head.softcap or chain) and cache.dtype == operand and cache.shape[0] == total
     scale = _row_scale(coefs, work.sums, direct, operand)
-    grads = _products(work, coefs, scale, direct, needs, dtypes, backend)
+    grads = _products(work, coefs, scale, direct, needs, dtypes, backend, onto)
 
     bad = poisoned(work.sums, work.head.inv_temperature, work.keep) & work.has_gradient()
 
@@ -90,6 +92,7 @@ def _products(
     needs: Needs,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     backend: str,
+    onto: Gradients | None,
 ) -> Gradients:
     """Returns the gradients; those of hidden and LoRA's hidden still lack the factor `scale` of each row."""
     head = work.head
@@ -107,11 +110,13 @@ def _products(
     rank = head.lora_hidden.shape[1] if head.lora_hidden is not None else 0
     grads = Gradients(
         hidden=new(height, hidden.shape[1], wanted=needs.hidden),
-        weight=new(columns, hidden.shape[1], dtype=dtypes[0], wanted=needs.weight),
-        bias=new(columns, dtype=dtypes[1], wanted=needs.bias),
+        weight=new(columns, hidden.shape[1], dtype=dtypes[0], wanted=needs.weight and onto is None),
+        bias=new(columns, dtype=dtypes[1], wanted=needs.bias and onto is None),
         lora_hidden=new(height, rank, wanted=needs.lora_hidden),
-        lora_weight=new(columns, rank, dtype=dtypes[2], wanted=needs.lora_weight),
+        lora_weight=new(columns, rank, dtype=dtypes[2], wanted=needs.lora_weight and onto is None),
     )
+    if onto is not None:
+        grads = grads._replace(weight=onto.weight, bias=onto.bias, lora_weight=onto.lora_weight)
     if height == 0:
         return grads
 
@@ -137,7 +142,7 @@ def _products(
         v1 = min(v0 + wide, columns)
         weight = blocks.weight_block(head.weight[v0:v1], hidden)
         # what is summed over blocks of rows, or cannot be a product's output, is summed in fp32 first
-        exact = unit is None and tall >= height
+        exact = unit is None and (tall >= height or onto is not None)
         sinks = []
         for out, x in over_rows:
             if exact and out.dtype in (operand, accumulator):
@@ -152,10 +157,12 @@ def _products(
             if lora and needs.lora_hidden and head.lora_weight is not None:
                 blocks.multiply(g, head.lora_weight[v0:v1].to(operand), grads.lora_hidden[r], add=v0 > 0)
             for sink, _, x in sinks:
-                blocks.multiply(g.t(), x[r], sink, add=r0 > 0)
+                blocks.multiply(g.t(), x[r], sink, add=r0 > 0 or (exact and onto is not None))
         for sink, out, _ in sinks:
-            if sink.data_ptr() != out[v0:v1].data_ptr():
-                out[v0:v1] = sink if unit is None else sink.mul_(unit)
+            if sink.data_ptr() == out[v0:v1].data_ptr():
+                continue
+            total = sink if unit is None else sink.mul_(unit)
+            out[v0:v1] = total if onto is None else total.add_(out[v0:v1])
     return grads
 
 

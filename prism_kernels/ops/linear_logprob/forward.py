@@ -72,16 +72,21 @@ def _target_logits(head: Head, z: Tensor, rows: slice) -> Tensor:
     return torch.where(target == columns, torch.nan, logit)
 
 
-def forward(head: Head, cache_rows: int, chain: bool, backend: str, shard: Shard | None) -> tuple[Tensor, Tensor]:
+def forward(
+    head: Head, cache_rows: int, chain: bool, backend: str, shard: Shard | None, memory: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns the row sums (5, T), in the order of `RowSums`, and the exponentials (cache_rows, V) of the first rows.
 
     With `chain` the exponentials carry the soft cap's slope; at the target they hold minus the sum of the others.
+    `memory`, where given, is where the exponentials go: at least as many rows, which need not be new.
     """
     kernels = ROW_KERNELS[backend]
     total, columns = head.hidden.shape[0], head.weight.shape[0]
     accumulator = blocks.accumulator(head.hidden)
     sums = torch.empty(5, total, dtype=accumulator, device=head.hidden.device)
-    cache = torch.empty(cache_rows, columns, dtype=blocks.cached(head.hidden), device=head.hidden.device)
+    if memory is None:
+        memory = torch.empty(cache_rows, columns, dtype=blocks.cached(head.hidden), device=head.hidden.device)
+    cache = memory[:cache_rows]
     # the same on every rank, since each block is a round of collectives
     height = blocks.forward_rows(head.hidden, columns if shard is None else shard.largest)
     # on the cpu, blocks that lie whole in an fp32 cache are computed in place there, several at a time

@@ -261,5 +261,5 @@ class LinearLogProbFunction(torch.autograd.Function):
         if shard is None:
             grads = torch.ops.prism_kernels.linear_logprob_bwd(*arguments)
         else:
-            grads = run_backward(*arguments, shard)
+            grads = run_backward(*(*arguments, shard))
         return *(g if n else None for g, n in zip(grads, needs)), *(None,) * 8

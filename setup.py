@@ -1,0 +1,161 @@
+"""The optional native build; everything else is in pyproject.toml.
+
+`pip install --no-build-isolation .` builds prism_kernels/_C.so with a C++ compiler and _C_cuda.so with nvcc. Where one
+is missing the installation is pure Python, and a message says what to install. PRISM_KERNELS_REQUIRE=1 makes that an
+error, PRISM_KERNELS_SKIP_BUILD=1 builds nothing, PRISM_KERNELS_CUDA=0 leaves CUDA out.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+try:
+    import torch.utils.cpp_extension as cpp
+except ImportError:
+    cpp = None
+
+HOW = "then run `pip install --no-build-isolation .`"
+# the C shims of torch 2.11, the oldest supported, and no others
+ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+ARCHITECTURES = "8.0;9.0a;10.0"
+
+
+def skip(what: str, why: str) -> None:
+    """Tells that something is not built, and how to get it; an error where native code is required."""
+    message = f"prism_kernels: {what} is not built: {why}; {HOW}. This installation works without it."
+    if os.environ.get("PRISM_KERNELS_REQUIRE") == "1":
+        raise SystemExit(message.replace("This installation works without it.", "PRISM_KERNELS_REQUIRE=1 asks for it."))
+    print(f"\n{message}\n", file=sys.stderr, flush=True)
+
+
+def compiler_fault() -> str | None:
+    """Returns why no C++20 file can be compiled here; None if one can."""
+    command = shlex.split(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "c++"))
+    if shutil.which(command[0]) is None:
+        return f"no C++ compiler ({command[0]} is not found): install one, for example g++ or clang++, or set CXX"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <concepts>\nint main() { return std::integral<int> ? 0 : 1; }\n")
+        built = subprocess.run(
+            [*command, "-std=c++20", str(source), "-o", str(source.with_suffix(""))], capture_output=True, text=True
+        )
+    if built.returncode == 0:
+        return None
+    words = (built.stderr or built.stdout).strip().splitlines() or ["it printed nothing"]
+    return f"the C++ compiler {command[0]} fails on a C++20 program ({words[0]}): mend it, or set CXX to another"
+
+
+def cuda_home() -> str | None:
+    """Returns the CUDA toolkit's folder, where its nvcc is."""
+    nvcc = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places.append(str(Path(nvcc).resolve().parents[1]) if nvcc else None)
+    return next((p for p in places if p and (Path(p) / "bin" / "nvcc").exists()), None)
+
+
+def architecture_flags() -> list[str]:
+    """Returns nvcc's targets for TORCH_CUDA_ARCH_LIST, of the form "8.0;9.0a;10.0+PTX"."""
+    flags = []
+    for entry in (os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES).replace(" ", ";").split(";"):
+        number = entry.removesuffix("+PTX").replace(".", "")
+        if not number:
+            continue
+        if not number.rstrip("af").isdigit():
+            raise SystemExit(f"prism_kernels: expected TORCH_CUDA_ARCH_LIST like 8.0;9.0a;10.0+PTX, got {entry!r}")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def extension(name: str, folder: str, **options: object) -> Extension:
+    """Returns an extension of every source in a folder of csrc."""
+    endings = (".cpp", ".cu")
+    sources = sorted(str(p) for p in Path("csrc", folder).iterdir() if p.suffix in endings)
+    headers = sorted(str(p) for p in Path("csrc").rglob("*.*h"))
+    include = [*cpp.include_paths(), *(str(Path(p).resolve()) for p in ("csrc", "csrc/include"))]
+    return Extension(
+        name,
+        sources,
+        language="c++",
+        depends=headers,
+        include_dirs=include,
+        library_dirs=cpp.library_paths(),
+        **options,
+    )
+
+
+def extensions() -> list[Extension]:
+    """Returns what can be built here."""
+    if os.environ.get("PRISM_KERNELS_SKIP_BUILD") == "1":
+        return []
+    if cpp is None:
+        skip("native code", "torch is not there at build time (an isolated build hides it): `pip install torch` first")
+        return []
+    fault = compiler_fault()
+    if fault:
+        skip("native code", fault)
+        return []
+    cxx = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter", ABI]
+    # torch's libraries are found in the running process; nothing records where they were at build time
+    link = [] if sys.platform == "darwin" else ["-Wl,--no-as-needed"]
+    found = [extension("prism_kernels._C", "cpu", extra_compile_args={"cxx": cxx}, extra_link_args=[*link, "-ltorch"])]
+    if os.environ.get("PRISM_KERNELS_CUDA") == "0" or sys.platform == "darwin" or not list(Path("csrc/cuda").glob("*")):
+        return found
+    home = cuda_home()
+    if home is None:
+        skip("CUDA code", "nvcc is not found: install the CUDA toolkit and set CUDA_HOME")
+        return found
+    # torch clears it where torch itself is a CPU build
+    cpp.CUDA_HOME = home
+    nvcc = ["-O3", "-std=c++20", "-DUSE_CUDA", ABI, "--threads=2", *architecture_flags()]
+    libraries = [*link, "-ltorch", f"-L{home}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    arguments = {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc}
+    found.append(extension("prism_kernels._C_cuda", "cuda", extra_compile_args=arguments, extra_link_args=libraries))
+    return found
+
+
+EXTENSIONS = extensions()
+COMMANDS = {}
+
+if EXTENSIONS:
+
+    class Build(cpp.BuildExtension.with_options(no_python_abi_suffix=True)):
+        """Goes on without an extension that does not build."""
+
+        def build_extension(self, ext: Extension) -> None:
+            """Builds one extension."""
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                skip(ext.name, f"its compilation failed ({type(error).__name__}; see the output of `pip install -v`)")
+
+        def get_outputs(self) -> list[str]:
+            """Returns the files that were really built."""
+            return [path for path in super().get_outputs() if Path(path).exists()]
+
+        def copy_extensions_to_source(self) -> None:
+            """Copies what was built beside the sources, for an editable installation."""
+            made = Path(self.build_lib)
+            self.extensions = [e for e in self.extensions if (made / self.get_ext_filename(e.name)).exists()]
+            super().copy_extensions_to_source()
+
+    COMMANDS["build_ext"] = Build
+
+    class Wheel(bdist_wheel):
+        """The stable ABI frees the wheel of the Python version."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            """Returns the wheel's tag."""
+            return "py3", "none", super().get_tag()[2]
+
+    COMMANDS["bdist_wheel"] = Wheel
+
+setup(ext_modules=EXTENSIONS, cmdclass=COMMANDS)
