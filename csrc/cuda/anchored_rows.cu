@@ -14,8 +14,8 @@ namespace prism {
 namespace {
 
 constexpr int kThreads = 512;
-// with two blocks to a multiprocessor and up to four 16-byte loads in flight to a thread, 64 KiB are on their way, twice
-// what the latency of an H200's memory asks for; the loads are fewer where more would not fit the registers
+// two blocks to a multiprocessor with four 16-byte loads in flight to a thread are 64 KiB on their way, about twice
+// what the latency of an H200's memory asks for. kLoads below is less where four would not fit the registers
 template <typename T>
 constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
 // as in torch.py: exp(28) summed over 2**18 columns stays below 2**60, so that the squares still fit in fp32

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
 // absent from a CPU-only torch, into which the library must load all the same
