@@ -29,6 +29,27 @@ demo: $(VENV)/install.stamp ## the log-probability op against plain PyTorch: tim
 test: $(VENV)/install.stamp ## installs, then runs every test
 	$(BIN)/python -m pytest
 
+# the published peers, apart: they pin other versions than the package needs
+PEERS := .venv-peers
+
+$(PEERS)/install.stamp: $(SOURCES) bench/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --upgrade pip
+	$(PEERS)/bin/pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja
+	$(PEERS)/bin/pip install --quiet -r bench/peers.txt
+	$(PEERS)/bin/pip install --quiet --no-deps verl==0.9.1
+	$(PEERS)/bin/pip install --quiet --no-build-isolation -e ".[bench]"
+	touch $@
+
+bench: $(PEERS)/install.stamp ## time and memory against plain PyTorch and published peers: JSON, plot, README's table
+	$(PEERS)/bin/python -m pytest bench -W ignore --benchmark-columns=median,rounds
+	$(PEERS)/bin/python -m bench.plot
+	$(PEERS)/bin/python -m bench.readme
+
+# no environment and no installation: a lent GPU machine has its own torch, and often no network
+gpu: ## on a machine with a GPU: builds in place, tests, measures, tunes; leaves JSON in $$OUT or bench/results
+	$(PYTHON) -m bench.gpu
+
 lint: $(VENV)/install.stamp ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -103,11 +103,12 @@ def extensions() -> list[Extension]:
     if fault:
         skip("native code", fault)
         return []
-    cxx = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter", ABI]
+    cxx = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden", ABI]
     # torch's libraries are found in the running process; nothing records where they were at build time
     link = [] if sys.platform == "darwin" else ["-Wl,--no-as-needed"]
     found = [extension("prism_kernels._C", "cpu", extra_compile_args={"cxx": cxx}, extra_link_args=[*link, "-ltorch"])]
-    if os.environ.get("PRISM_KERNELS_CUDA") == "0" or sys.platform == "darwin" or not list(Path("csrc/cuda").glob("*")):
+    unwanted = os.environ.get("PRISM_KERNELS_CUDA") == "0" or sys.platform == "darwin"
+    if unwanted or not list(Path("csrc/cuda").glob("*.cu")):
         return found
     home = cuda_home()
     if home is None:
@@ -129,6 +130,19 @@ if EXTENSIONS:
 
     class Build(cpp.BuildExtension.with_options(no_python_abi_suffix=True)):
         """Goes on without an extension that does not build."""
+
+        def build_extensions(self) -> None:
+            """Builds everything; without CUDA where torch refuses this toolkit or the compiler beside it."""
+            try:
+                super().build_extensions()
+            except RuntimeError as error:
+                if not any(e.name == "prism_kernels._C_cuda" for e in self.extensions):
+                    raise
+                # torch hands over a format and its arguments, apart
+                text, *values = error.args
+                skip("CUDA code", str(text).strip() % tuple(values) if values else str(text).strip())
+                self.extensions = [e for e in self.extensions if e.name != "prism_kernels._C_cuda"]
+                super().build_extensions()
 
         def build_extension(self, ext: Extension) -> None:
             """Builds one extension."""
@@ -153,8 +167,9 @@ if EXTENSIONS:
         """The stable ABI frees the wheel of the Python version."""
 
         def get_tag(self) -> tuple[str, str, str]:
-            """Returns the wheel's tag."""
-            return "py3", "none", super().get_tag()[2]
+            """Returns the wheel's tag: that of a pure one if nothing could be built."""
+            built = self.get_finalized_command("build_ext").get_outputs()
+            return "py3", "none", super().get_tag()[2] if built else "any"
 
     COMMANDS["bdist_wheel"] = Wheel
 

@@ -1,0 +1,137 @@
+"""Puts the results' tables into README.md, between two markers. `python -m bench.readme` updates it in place."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.cases import FORWARD, HALF, TRAIN
+from bench.plot import caption
+from bench.results import MIB, find, load
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MISSING = "not measured"
+
+# on an H200 at T=16384, V=151936, bf16: row of the table, floors and goals in ms at D=2560 and 4096, pass, and the
+# contenders of which the fastest counts ("" stands for one that does not exist)
+GOALS = (
+    ("forward only, cuBLAS tier", (16.1, 25.8), (20, 30.5), FORWARD, ("ours, CUDA",)),
+    ("forward only, fused kernel", (16.1, 25.8), (18, 28.5), FORWARD, ("ours, Triton",)),
+    ("forward + backward, cuBLAS tier", (48.4, 77.4), (57, 88), TRAIN, ("ours, CUDA", "ours, Triton")),
+    ("forward + backward, wgmma tier", (48.4, 77.4), (53, 84), TRAIN, ()),
+    (
+        "forward + backward, `cache_bytes=0`",
+        (64.5, 103.3),
+        None,
+        TRAIN,
+        ("ours, CUDA, cache_bytes=0", "ours, Triton, cache_bytes=0"),
+    ),
+    ("half of the rows without gradient", (32.2, 51.6), (37, 58), HALF, ("ours, CUDA", "ours, Triton")),
+)
+
+
+def cpu_table(op: str, content: dict[str, Any] | None) -> Iterator[str]:
+    """Yields the lines of an op's table on the CPU, its first case forward and backward."""
+    if content is None:
+        yield f"`{op}` on the CPU: {MISSING}; `make bench` measures it."
+        return
+    case = content["cases"][0]
+    times = "three `torch.mm`" if content["reference"] == "torch.mm" else "one copy"
+    yield f"**`{op}`**, {TRAIN}, {case['label']}:"
+    yield ""
+    yield f"| | time | × {times} | peak extra memory | error of logp | gradient error, confident tokens |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for row in content["rows"]:
+        if (row["case"], row["pass"]) == (case["name"], TRAIN):
+            yield "| " + " | ".join(_cells(row)) + " |"
+    yield ""
+    yield f"![{op}: time, memory and error](bench/results/{content['machine']}/{op}.png)"
+    yield ""
+    yield (
+        f"<sub>{caption(content)} Errors are the worst of all rows against float64; of a confident token "
+        "(1 − p between 1e-9 and 1e-3) the relative one. The gradients' own memory is not counted.</sub>"
+    )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    name = f"**{row['contender']}**" if row["ours"] else row["contender"]
+    if "median_s" not in row:
+        return [name, str(row["status"]).partition(":")[0], "", "", "", ""]
+    found = row["errors"]
+    ratio = row["status"] if row["ratio"] is None else f"{row['ratio']:.2f}"
+    return [
+        name,
+        f"{1e3 * row['median_s']:,.0f} ms",
+        ratio,
+        f"{row['peak_extra_bytes'] / MIB:,.0f} MiB",
+        f"{found['logp']:.1e}",
+        f"{found['gradient_confident']:.2g}",
+    ]
+
+
+def gpu_table(content: dict[str, Any] | None) -> Iterator[str]:
+    """Yields the lines of the table of goals on an H200, with what was measured."""
+    yield (
+        "**`linear_logprob`** on one H200, T=16384, V=151936, bf16: milliseconds, and in brackets the share of the "
+        "speed that `torch.mm` had in the same run:"
+    )
+    yield ""
+    yield "| | D=2560: floor | goal | measured | D=4096: floor | goal | measured |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    for name, floors, goals, pass_, contenders in GOALS:
+        cells = [name]
+        for index, case in enumerate(("4b", "8b")):
+            goal = "" if goals is None else f"<= {goals[index]:g}"
+            cells += [f"{floors[index]:g}", goal, _fastest(content, case, pass_, contenders)]
+        yield "| " + " | ".join(cells) + " |"
+    cells = ["best peer, forward + backward"]
+    for case in ("4b", "8b"):
+        peers = () if content is None else {r["contender"] for r in content["rows"] if r["package"]}
+        cells += ["", "", _fastest(content, case, TRAIN, tuple(sorted(peers)), named=True)]
+    yield "| " + " | ".join(cells) + " |"
+    if content is not None:
+        yield ""
+        yield f"<sub>{caption(content)}</sub>"
+
+
+def _fastest(
+    content: dict[str, Any] | None, case: str, pass_: str, contenders: tuple[str, ...], named: bool = False
+) -> str:
+    rows = [] if content is None else [find(content["rows"], case, pass_, name) for name in contenders]
+    # a wrong result has no ratio
+    right = [r for r in rows if r.get("ratio")]
+    if not right:
+        return MISSING
+    best = min(right, key=lambda r: r["median_s"])
+    name = f"{best['contender']}, " if named else ""
+    return f"{name}{1e3 * best['median_s']:.1f} ({1 / best['ratio']:.0%})"
+
+
+def block() -> str:
+    """Returns the generated part of the README."""
+    lines = [BEGIN, "<!-- made by `python -m bench.readme` from bench/results; edits here are lost -->", ""]
+    for op in ("linear_logprob", "token_logprob"):
+        lines += [*cpu_table(op, load(op, "cpu-*")), ""]
+    lines += [*gpu_table(load("linear_logprob", "h200*")), "", END]
+    return "\n".join(lines)
+
+
+def insert(text: str, made: str) -> str:
+    """Returns the text with what is between the markers replaced."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise SystemExit(f"bench.readme: expected one line {BEGIN} and, after it, one line {END} in README.md")
+    before, rest = text.split(BEGIN)
+    return before + made + rest.split(END)[1]
+
+
+def main() -> None:
+    """Updates README.md."""
+    path = ROOT / "README.md"
+    if not path.exists():
+        raise SystemExit(f"bench.readme: {path} does not exist")
+    path.write_text(insert(path.read_text(), block()))
+    print(f"updated {path}")
+
+
+if __name__ == "__main__":
+    main()

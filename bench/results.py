@@ -1,0 +1,148 @@
+"""Results as JSON files, one per machine and op, and the bars that they must clear."""
+
+import json
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import TRAIN, Case, cases
+from prism_kernels import __version__
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "trl",
+    "verl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+)
+OURS = "ours, C++"
+TRL = "TRL ChunkedLogProbFunction"
+MIB = 2**20
+
+
+def machine(device: str) -> str:
+    """Returns a short name of this machine, such as cpu-2core-avx2 or h200."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name().lower().removeprefix("nvidia ")
+        return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return f"cpu-{torch.get_num_threads()}core-{torch.backends.cpu.get_cpu_capability().lower().replace(' ', '')}"
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what is installed."""
+    found = {"prism_kernels": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def document(
+    op: str, device: str, measured: Iterable[Case], rows: list[dict[str, Any]], with_bars: bool = True
+) -> dict[str, Any]:
+    """Returns the content of a result file."""
+    reference = "copy of the logits" if op == "token_logprob" else "torch.mm"
+    return {
+        "op": op,
+        "machine": machine(device),
+        "device": device,
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": versions(),
+        "reference": reference,
+        "cases": [case.as_json() for case in measured],
+        "rows": rows,
+        "bars": bars(rows) if with_bars and op == "linear_logprob" and device == "cpu" else [],
+    }
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON so that a crash leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(path)
+
+
+def load(op: str, machine_glob: str) -> dict[str, Any] | None:
+    """Returns the newest result file of an op among machines like cpu-* or h200, or None."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{machine_glob}/{op}.json"))]
+    return max(found, key=lambda content: content["date"], default=None)
+
+
+def find(rows: list[dict[str, Any]], case: str, pass_: str, contender: str) -> dict[str, Any]:
+    """Returns a row; one that was never measured comes with the status "not measured"."""
+    for row in rows:
+        if (row["case"], row["pass"], row["contender"]) == (case, pass_, contender):
+            return row
+    return {"case": case, "pass": pass_, "contender": contender, "status": "not measured"}
+
+
+def bars(rows: list[dict[str, Any]], case: str = "main") -> list[dict[str, Any]]:
+    """Returns what `linear_logprob` must reach on the CPU, with the measured values (None: not measured)."""
+    cached = find(rows, case, TRAIN, OURS)
+    flat = find(rows, case, TRAIN, f"{OURS}, cache_bytes=0")
+    first_peer = find(rows, case, TRAIN, TRL)
+    faster = None
+    if cached.get("ratio") and first_peer.get("ratio"):
+        faster = first_peer["ratio"] / cached["ratio"]
+    logits = next(c.logits_bytes for c in cases("linear_logprob", "cpu") if c.name == case)
+    memory = cached.get("peak_extra_bytes")
+    flat_memory = flat.get("peak_extra_bytes")
+    checks = [
+        ("time over three torch.mm, with the cache", "<=", 1.10, cached.get("ratio")),
+        ("time over three torch.mm, cache_bytes=0", "<=", 1.45, flat.get("ratio")),
+        ("times faster than TRL's op", ">=", 2.5, faster),
+        ("peak extra memory over E, with the cache", "<=", 1.1, None if memory is None else memory / logits),
+        ("peak extra memory in MiB, cache_bytes=0", "<=", 96.0, None if flat_memory is None else flat_memory / MIB),
+    ]
+    return [
+        {
+            "bar": name,
+            "limit": f"{sign} {limit:g}",
+            "value": value,
+            "met": value is not None and (value <= limit if sign == "<=" else value >= limit),
+        }
+        for name, sign, limit, value in checks
+    ]
+
+
+def table(content: dict[str, Any]) -> str:
+    """Returns a plain text table of a result file, and its bars."""
+    lines = []
+    for case in content["cases"]:
+        for pass_ in dict.fromkeys(row["pass"] for row in content["rows"] if row["case"] == case["name"]):
+            lines.append(f"\n{content['op']}, {pass_}, {case['label']} (ratio to {content['reference']})")
+            for row in content["rows"]:
+                if (row["case"], row["pass"]) == (case["name"], pass_):
+                    lines.append("  " + _line(row))
+    for bar in content["bars"]:
+        verdict = "not measured" if bar["value"] is None else "met" if bar["met"] else "MISSED"
+        value = "" if bar["value"] is None else f"{bar['value']:.3f} "
+        lines.append(f"  {verdict:<13}{bar['bar']}: {value}(to be {bar['limit']})")
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "median_s" not in row:
+        return f"{row['contender']:<42} {row['status']}"
+    ratio = "wrong values" if row["ratio"] is None else f"x {row['ratio']:.2f}"
+    found = row["errors"]
+    confident = found.get("gradient_confident", found["logp_confident"])
+    return (
+        f"{row['contender']:<42} {1e3 * row['median_s']:9.2f} ms {ratio:>12} {row['peak_extra_bytes'] / MIB:9.1f} MiB "
+        f"logp {found['logp']:.1e} confident {confident:.1e}"
+    )

@@ -1,0 +1,94 @@
+"""The wheel: its tag and contents, and that it works where there is no compiler and nothing of the source tree."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = """
+import math, shutil, torch, prism_kernels
+from prism_kernels.library import native_reason
+
+assert shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("cc") is None
+assert "site-packages" in prism_kernels.__file__, prism_kernels.__file__
+assert native_reason["_C"] is None, native_reason
+assert torch._C._dispatch_has_kernel_for_dispatch_key("prism_kernels::anchored_rows_fwd", "CPU")
+
+torch.manual_seed(0)
+z = torch.randn(5, 1003) * 3
+target = torch.tensor([0, 1002, 500, 17, -100])
+anchor = torch.tensor([z[t, v] if v >= 0 else 0.25 for t, v in enumerate(target.tolist())])
+inv_temperature = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0])
+exp, stats = torch.full_like(z, math.nan), torch.full((4, 5), math.nan)
+torch.ops.prism_kernels.anchored_rows_fwd(z, target, anchor, inv_temperature, None, 0.0, False, exp, stats)
+
+d = (z.double() - anchor.double()[:, None]) * inv_temperature.double()[:, None]
+e = d.exp()
+e[torch.arange(4), target[:4]] = 0
+want = torch.stack([anchor.double(), e.sum(1), (e * d).sum(1), e.square().sum(1)])
+torch.testing.assert_close(exp.double(), e, rtol=5e-6, atol=0)
+torch.testing.assert_close(stats.double(), want, rtol=5e-6, atol=0)
+print("values agree")
+"""
+
+
+def run(*command, cwd=ROOT, **environment):
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=cwd, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    # a copy, so that nothing is written into the source tree and nothing built there gets into the wheel
+    tree = folder / "tree"
+    tree.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("csrc", "prism_kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(folder / "dist")]
+    # the test is about the wheel, not about CUDA, which takes much longer to compile
+    run(*pip, str(tree), PRISM_KERNELS_CUDA="0", PRISM_KERNELS_REQUIRE="1")
+    (built,) = (folder / "dist").glob("*.whl")
+    return built
+
+
+def test_tag_and_contents(wheel):
+    _, _, python, abi, platform = wheel.stem.split("-")
+    assert (python, abi) == ("py3", "none")
+    assert platform != "any"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        tag = next(archive.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL"))
+    assert f"Tag: py3-none-{platform}" in tag
+    assert {"prism_kernels/py.typed", "prism_kernels/_C.so"} <= set(names)
+    assert "prism_kernels/ops/anchored_rows/torch.py" in names
+    # one name, without a Python version in it, and no sources
+    assert [name for name in names if name.endswith(".so")] == ["prism_kernels/_C.so"]
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"prism_kernels"}
+    assert not [name for name in names if name.endswith((".cpp", ".cu", ".cuh", ".h"))]
+
+
+def test_works_without_a_compiler_and_without_the_sources(wheel, tmp_path):
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=True)
+    python = str(home / "bin" / "python")
+    release = torch.__version__.split("+")[0]
+    run(python, "-m", "pip", "install", "--quiet", f"torch=={release}", "numpy", cwd=tmp_path)
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel), cwd=tmp_path)
+    # only the venv's own programs: what lies beside the system's python, compilers too, is out of reach
+    assert "values agree" in run(python, "-P", "-c", PROGRAM, cwd=tmp_path, PATH=str(home / "bin"), PYTHONPATH="")

@@ -1,0 +1,186 @@
+"""The benchmarks' own tests: exact results, memory, timing, and what is made of the figures."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+
+from bench import readme, results, tuning
+from bench.cases import FORWARD, HALF, TRAIN, Case, errors, is_green, make_inputs, truth
+from bench.measure import Bench, absent, measure_together
+from bench.memory import MemoryChild
+from bench.plot import draw
+from bench.registry import MISSING, Contender, contenders
+from bench.timing import PeakMemory, Timed, interleave
+from prism_kernels.ops.linear_logprob.reference import linear_logprob_reference
+from prism_kernels.ops.token_logprob.reference import token_logprob_reference
+
+LINEAR = Case("tiny", "linear_logprob", 96, 700, 48, "float32")
+TOKEN = Case("tiny", "token_logprob", 96, 700, 0, "float32")
+PLAIN = "PyTorch"
+
+
+def contender(case, name):
+    return next(c for c in contenders(case.op, "cpu") if c.name == name)
+
+
+@pytest.mark.parametrize("case", [LINEAR, TOKEN], ids=lambda c: c.op)
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_truth_agrees_with_autograd_in_float64(case, with_entropy):
+    inputs = make_inputs(case, "cpu")
+    exact = truth(case, inputs, block=40)
+    leaves = [leaf.detach().double().requires_grad_() for leaf in inputs.leaves]
+    program = linear_logprob_reference if case.width else token_logprob_reference
+    dense = program(*leaves, inputs.target, entropy=True)
+    outputs, grads = [dense.logp], [inputs.grad_logp.double()]
+    if with_entropy:
+        outputs, grads = [*outputs, dense.entropy], [*grads, inputs.grad_entropy.double()]
+    torch.autograd.backward(outputs, grads)
+    torch.testing.assert_close(exact.logp, dense.logp.detach())
+    torch.testing.assert_close(exact.entropy, dense.entropy.detach())
+    torch.testing.assert_close(exact.grad_rows[with_entropy], leaves[0].grad[exact.rows])
+    if case.width:
+        torch.testing.assert_close(exact.grad_columns[with_entropy], leaves[1].grad[exact.columns])
+
+
+@pytest.mark.parametrize("case", [LINEAR, TOKEN], ids=lambda c: c.op)
+def test_inputs_hold_confident_tokens(case):
+    missing = truth(case, make_inputs(case, "cpu")).missing[::8]
+    inside = (missing >= 1e-9) & (missing <= 1e-3)
+    assert inside.float().mean() > 0.7
+
+
+def test_a_wrong_result_is_red_and_has_no_ratio():
+    bench = Bench(LINEAR, "cpu")
+    call = contender(LINEAR, PLAIN).load()
+    logp, _ = bench.stage.run(call, TRAIN)
+    found = errors(LINEAR, bench.truth(TRAIN), bench.stage.full, logp, None, True)
+    assert is_green(LINEAR, found)
+    bench.stage.full.leaves[1].grad.mul_(1.01)
+    assert not is_green(LINEAR, errors(LINEAR, bench.truth(TRAIN), bench.stage.full, logp, None, True))
+    logp[3] = math.nan
+    assert not is_green(LINEAR, errors(LINEAR, bench.truth(TRAIN), bench.stage.full, logp, None, False))
+
+    wrong = Contender("wrong", lambda: lambda x: (call(x)[0] * 1.01, None), (FORWARD,))
+    wrong_ready = bench.stage.run(wrong.load(), FORWARD)
+    assert not is_green(LINEAR, errors(LINEAR, bench.truth(FORWARD), bench.stage.full, *wrong_ready, False))
+
+
+def test_half_leaves_gradients_out():
+    big = Case("tiny", "linear_logprob", 512, 300, 16, "float32")
+    inputs = make_inputs(big, "cpu").without_gradient_in_half()
+    assert (inputs.grad_logp == 0).sum() == 256
+    assert big.flops(HALF) * 3 == big.flops(TRAIN) * 2
+
+
+def test_interleave_takes_turns_and_sets_up():
+    seen = []
+    calls = {name: Timed(lambda name=name: seen.append(name), lambda: seen.append("setup")) for name in "ab"}
+    durations = interleave(calls, "cpu", rounds=3, warmup=1)
+    assert [len(d) for d in durations.values()] == [3, 3]
+    assert [s for s in seen if s != "setup"] == list("ab" + "ab" + "ba" + "ab")
+    assert seen.count("setup") == 8
+
+
+def test_interleave_stops_at_its_limit():
+    durations = interleave({"a": Timed(lambda: None)}, "cpu", rounds=100, limit=0)
+    assert len(durations["a"]) == 1
+
+
+def test_peak_memory_counts_what_was_freed_again():
+    with PeakMemory("cpu") as peak:
+        torch.ones(64 * 2**18)
+    assert 60 * 2**20 < peak.bytes < 90 * 2**20
+
+
+def test_memory_child_measures_and_reports_failures():
+    case = Case("tiny", "linear_logprob", 512, 16384, 16, "float32")
+    child = MemoryChild(case)
+    try:
+        forward = child.peak_extra(contender(case, PLAIN), FORWARD)
+        train = child.peak_extra(contender(case, PLAIN), TRAIN)
+        with pytest.raises(RuntimeError, match="memory measurement failed: KeyError"):
+            child.peak_extra(Contender("nobody", lambda: None), FORWARD)
+    finally:
+        child.close()
+    logits = case.logits_bytes
+    # logits and log_softmax; then also the gradient of one of them
+    assert 1.9 * logits < forward < 2.6 * logits
+    assert 1.9 * logits < train < 3.6 * logits
+
+
+def test_absent_contenders_say_why():
+    peer = Contender("peer", lambda: None, package="peer")
+    assert absent(LINEAR, peer, TRAIN, ImportError("No module named 'peer'"))["status"].startswith(
+        MISSING + ": No module"
+    )
+    ours = Contender("ours, C++", lambda: None, ours=True)
+    assert absent(LINEAR, ours, TRAIN, ImportError("no compiler"))["status"] == "not available: no compiler"
+    assert absent(LINEAR, peer, TRAIN, ValueError("x\ny"))["status"] == "failed: ValueError: x"
+
+
+def test_figures_become_a_table_a_plot_and_a_readme(tmp_path, monkeypatch):
+    def broken():
+        raise ImportError("No module named 'peer'")
+
+    pair = [contender(LINEAR, PLAIN), contender(LINEAR, "ours, torch"), Contender("peer", broken, package="peer")]
+    rows = measure_together(Bench(LINEAR, "cpu"), pair, limit=0.1)
+    assert {r["contender"] for r in rows if r["pass"] == TRAIN} == {PLAIN, "ours, torch", "peer"}
+    content = results.document("linear_logprob", "cpu", [LINEAR], rows)
+    path = tmp_path / content["machine"] / "linear_logprob.json"
+    results.write(path, content)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(content))
+    assert "not installed: No module named 'peer'" in results.table(content)
+    draw(content, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    made = readme.block()
+    assert "| peer | not installed |" in made
+    assert made.count("not measured") >= 14
+    assert readme.insert(f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n", made) == f"a\n{made}\nb\n"
+    with pytest.raises(SystemExit, match="expected one line"):
+        readme.insert("no markers", made)
+
+
+def test_bars_compare_with_the_first_peer_and_with_the_logits():
+    def row(name, ratio, peak):
+        return {"case": "main", "pass": TRAIN, "contender": name, "ratio": ratio, "peak_extra_bytes": peak}
+
+    logits = 4 * 2048 * 32768
+    rows = [
+        row(results.OURS, 1.05, 1.05 * logits),
+        row(f"{results.OURS}, cache_bytes=0", 1.5, 90 * 2**20),
+        row(results.TRL, 2.1, 0),
+    ]
+    found = results.bars(rows)
+    assert [bar["met"] for bar in found] == [True, False, False, True, True]
+    assert found[2]["value"] == pytest.approx(2.0)
+    assert all(bar["value"] is None and not bar["met"] for bar in results.bars([]))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_declared_tiles_fit_the_tables():
+    from prism_kernels.ops.anchored_rows import triton as row_kernels
+    from prism_kernels.ops.linear_logprob import triton as fused
+
+    for table in (row_kernels.FORWARD_TILES, row_kernels.BACKWARD_TILES):
+        settings = tuning.row_settings(table, 90)
+        assert table[90] in [value for *_, value in settings]
+    assert fused.TILES[90] in [value for *_, value in tuning.fused_settings(fused.TILES, 90)]
+
+
+def test_tuning_reports_each_setting_and_puts_the_old_one_back():
+    table, rows = {"size": 1}, []
+
+    def run():
+        if table["size"] == 3:
+            raise ValueError("too large")
+        return torch.full((2,), float(table["size"]))
+
+    tuning._try(rows.append, "size", [(str(n), table, "size", n) for n in (1, 2, 3)], run)
+    assert table == {"size": 1}
+    assert [row["in_force"] for row in rows] == [True, False, False]
+    assert [row.get("difference") for row in rows] == [0.0, 1.0, None]
+    assert rows[2]["failed"] == "ValueError: too large"
