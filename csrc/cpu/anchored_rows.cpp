@@ -87,7 +87,8 @@ Column<T> row_of(const Tensor& tensor, int64_t i) {
   return {static_cast<T*>(tensor.data_ptr()) + i * tensor.stride(0), tensor.stride(1)};
 }
 
-Matrix matrix(const char* op, const char* name, const Tensor& tensor, int64_t rows, int64_t columns, ScalarType compute) {
+Matrix matrix(const char* op, const char* name, const Tensor& tensor, int64_t rows, int64_t columns,
+              ScalarType compute) {
   check_shape(op, name, tensor, {rows, columns});
   check_rows(op, name, tensor);
   if (compute == ScalarType::Double) {

@@ -29,7 +29,8 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor, 
                   text(shape.begin(), shape.end()));
 }
 
-inline void check_dtype(const char* op, const char* name, const Tensor& tensor, std::initializer_list<ScalarType> types) {
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor,
+                        std::initializer_list<ScalarType> types) {
   std::string wanted;
   for (ScalarType type : types) {
     if (tensor.scalar_type() == type) return;

@@ -15,18 +15,24 @@ from torch import Tensor
 from prism_kernels.ops.anchored_rows import torch as specification
 
 FAR = tl.constexpr(specification.FAR)
+# from 3.10 on, Triton contracts a * b + c only where asked: the tiles were chosen, and are tested, with it
+FP_FUSION = {"enable_fp_fusion": True}
 
 
 class RowTile(NamedTuple):
-    """Columns of a block in fp32 (half as many in fp64), and the warps that share it."""
+    """A block of fold * lanes columns (half as many in fp64) and the warps that share it.
 
-    columns: int
+    Each lane sums its `fold` columns in registers first, so that more loads are in flight for as many running sums.
+    """
+
+    fold: int
+    lanes: int
     num_warps: int
 
 
 # by compute capability; 0 is the interpreter, where small blocks let small tests cross their edges
-FORWARD_TILES = {0: RowTile(64, 1), 80: RowTile(4096, 8), 90: RowTile(4096, 8), 100: RowTile(4096, 8)}
-BACKWARD_TILES = {0: RowTile(64, 1), 80: RowTile(4096, 8), 90: RowTile(4096, 8), 100: RowTile(4096, 8)}
+FORWARD_TILES = {0: RowTile(2, 32, 1), 80: RowTile(2, 2048, 8), 90: RowTile(2, 2048, 8), 100: RowTile(2, 2048, 8)}
+BACKWARD_TILES = {0: RowTile(2, 32, 1), 80: RowTile(2, 2048, 8), 90: RowTile(2, 2048, 8), 100: RowTile(2, 2048, 8)}
 
 
 @functools.cache
@@ -43,8 +49,8 @@ def architecture(device: torch.device) -> int:
 def tanh(u):
     """Returns tanh(u) to within a few ulp, in fp32 and fp64 (the interpreter has no libdevice)."""
     u2 = u * u
-    # below 0.55 the [7/6] Padé approximant is exact to 1e-17; 1 - exp(-2|u|) would cancel there
-    near = tl.abs(u) < 0.55
+    # below 0.4 the [7/6] Padé approximant is exact to 1e-17; 1 - exp(-2|u|) would cancel there
+    near = tl.abs(u) < 0.4
     t = tl.exp(-2.0 * tl.abs(u))
     above = tl.where(near, u * (135135.0 + u2 * (17325.0 + u2 * (378.0 + u2))), tl.where(u < 0, t - 1.0, 1.0 - t))
     below = tl.where(near, 135135.0 + u2 * (62370.0 + u2 * (3150.0 + u2 * 28.0)), 1.0 + t)
@@ -57,6 +63,11 @@ def rescaled(R, M, Q, delta):
     s = tl.exp(delta)
     # delta is -inf when the old centre was a stand-in for -inf: those sums vanish, they do not become NaN
     return s * R, s * M + tl.where(s == 0, 0.0, s * delta * R), s * s * Q
+
+
+@triton.jit
+def _columns(v0, FOLD: tl.constexpr, LANES: tl.constexpr):
+    return v0 + tl.arange(0, FOLD)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
@@ -82,22 +93,23 @@ def _logits(z, z_stride, bias, bias_stride, v, columns, SOFTCAP: tl.constexpr, d
 @triton.jit
 def _anchored_pass(
     z, z_stride, bias, bias_stride, exp, exp_stride, target, centre, inv_temperature, columns,
-    SOFTCAP: tl.constexpr, CHAIN: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr,
+    SOFTCAP: tl.constexpr, CHAIN: tl.constexpr, LOWEST: tl.constexpr,
+    FOLD: tl.constexpr, LANES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Writes the exponentials of a row and returns its sums and its largest logit."""
-    R = tl.zeros([BLOCK], dtype)
-    M = tl.zeros([BLOCK], dtype)
-    Q = tl.zeros([BLOCK], dtype)
-    top = tl.full([BLOCK], float("-inf"), dtype)
-    for v0 in range(0, columns, BLOCK):
-        v = v0 + tl.arange(0, BLOCK)
+    R = tl.zeros([LANES], dtype)
+    M = tl.zeros([LANES], dtype)
+    Q = tl.zeros([LANES], dtype)
+    top = tl.full([LANES], float("-inf"), dtype)
+    for v0 in range(0, columns, FOLD * LANES):
+        v = _columns(v0, FOLD, LANES)
         x, t = _logits(z, z_stride, bias, bias_stride, v, columns, SOFTCAP, dtype)
-        top = tl.maximum(top, x)
+        top = tl.maximum(top, tl.max(x, 0))
         d = tl.where(v == target, float("-inf"), (x - centre) * inv_temperature)
         e = tl.exp(d)
-        R += e
-        M += e * tl.maximum(d, LOWEST)
-        Q += e * e
+        R += tl.sum(e, 0)
+        M += tl.sum(e * tl.maximum(d, LOWEST), 0)
+        Q += tl.sum(e * e, 0)
         if CHAIN and SOFTCAP != 0.0:
             e *= 1.0 - t * t
         tl.store(exp + _offset(v, exp_stride), e.to(exp.dtype.element_ty), mask=v < columns)
@@ -107,15 +119,15 @@ def _anchored_pass(
 @triton.jit
 def _moving_pass(
     z, z_stride, bias, bias_stride, target, anchor, centre, inv_temperature, columns,
-    SOFTCAP: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr,
+    SOFTCAP: tl.constexpr, LOWEST: tl.constexpr, FOLD: tl.constexpr, LANES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Returns the sums of a row, its largest logit and the centre they ended at, which follows a far maximum."""
-    R = tl.zeros([BLOCK], dtype)
-    M = tl.zeros([BLOCK], dtype)
-    Q = tl.zeros([BLOCK], dtype)
+    R = tl.zeros([LANES], dtype)
+    M = tl.zeros([LANES], dtype)
+    Q = tl.zeros([LANES], dtype)
     top = centre + float("-inf")
-    for v0 in range(0, columns, BLOCK):
-        v = v0 + tl.arange(0, BLOCK)
+    for v0 in range(0, columns, FOLD * LANES):
+        v = _columns(v0, FOLD, LANES)
         x, _ = _logits(z, z_stride, bias, bias_stride, v, columns, SOFTCAP, dtype)
         top = tl.maximum(top, tl.max(x))
         # never to +inf: R is then inf for a row with an infinity and NaN for a row with a NaN
@@ -124,30 +136,33 @@ def _moving_pass(
             centre = top
         d = tl.where(v == target, float("-inf"), (x - centre) * inv_temperature)
         e = tl.exp(d)
-        R += e
-        M += e * tl.maximum(d, LOWEST)
-        Q += e * e
+        R += tl.sum(e, 0)
+        M += tl.sum(e * tl.maximum(d, LOWEST), 0)
+        Q += tl.sum(e * e, 0)
     return tl.sum(R), tl.sum(M), tl.sum(Q), top, centre
 
 
 @triton.jit
 def _largest(
-    z, z_stride, bias, bias_stride, columns, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr
+    z, z_stride, bias, bias_stride, columns,
+    SOFTCAP: tl.constexpr, FOLD: tl.constexpr, LANES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Returns the largest logit of a row, NaN if one is NaN."""
-    top = tl.full([BLOCK], float("-inf"), dtype)
-    for v0 in range(0, columns, BLOCK):
-        v = v0 + tl.arange(0, BLOCK)
+    top = tl.full([LANES], float("-inf"), dtype)
+    nans = tl.zeros([LANES], tl.int32)
+    for v0 in range(0, columns, FOLD * LANES):
+        v = _columns(v0, FOLD, LANES)
         x, _ = _logits(z, z_stride, bias, bias_stride, v, columns, SOFTCAP, dtype)
-        top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(tl.max((top != top).to(tl.int32)) == 0, tl.max(top), float("nan"))
+        top = tl.maximum(top, tl.max(x, 0))
+        nans = tl.maximum(nans, tl.max((x != x).to(tl.int32), 0))
+    return tl.where(tl.max(nans) == 0, tl.max(top), float("nan"))
 
 
 @triton.jit
-def _fill(out, stride, columns, value, BLOCK: tl.constexpr):
-    for v0 in range(0, columns, BLOCK):
-        v = v0 + tl.arange(0, BLOCK)
-        tl.store(out + _offset(v, stride), tl.full([BLOCK], value, out.dtype.element_ty), mask=v < columns)
+def _fill(out, stride, columns, value, FOLD: tl.constexpr, LANES: tl.constexpr):
+    for v0 in range(0, columns, FOLD * LANES):
+        v = _columns(v0, FOLD, LANES)
+        tl.store(out + _offset(v, stride), tl.full([FOLD, LANES], value, out.dtype.element_ty), mask=v < columns)
 
 
 @triton.jit
@@ -163,7 +178,8 @@ _SCALAR_STRIDES = ["target_stride", "anchor_stride", "temperature_stride", "stat
 def _anchored_rows_fwd_kernel(
     z, z_row_stride, z_stride, target, target_stride, anchor, anchor_stride, inv_temperature, temperature_stride,
     bias, bias_stride, exp, exp_row_stride, exp_stride, stats, stats_row_stride, stats_stride, columns,
-    SOFTCAP: tl.constexpr, CHAIN: tl.constexpr, IN_PLACE: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, CHAIN: tl.constexpr, IN_PLACE: tl.constexpr, LOWEST: tl.constexpr,
+    FOLD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = stats.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -175,7 +191,7 @@ def _anchored_rows_fwd_kernel(
     start = tl.where(c_y == float("-inf"), LOWEST, c_y)
     if exp is None:
         R, M, Q, top, centre = _moving_pass(
-            z, z_stride, bias, bias_stride, y, c_y, start, s, columns, SOFTCAP, LOWEST, BLOCK, dtype
+            z, z_stride, bias, bias_stride, y, c_y, start, s, columns, SOFTCAP, LOWEST, FOLD, LANES, dtype
         )
         final = tl.where(((top - c_y) * s > FAR) & (R == R), top, c_y)
         if final != centre:
@@ -183,26 +199,26 @@ def _anchored_rows_fwd_kernel(
     else:
         exp += row * exp_row_stride
         if IN_PLACE:
-            top = _largest(z, z_stride, bias, bias_stride, columns, SOFTCAP, BLOCK, dtype)
+            top = _largest(z, z_stride, bias, bias_stride, columns, SOFTCAP, FOLD, LANES, dtype)
             final = tl.where((top - c_y) * s > FAR, top, c_y)
             R, M, Q, top = _anchored_pass(
                 z, z_stride, bias, bias_stride, exp, exp_stride, y, final, s, columns,
-                SOFTCAP, CHAIN, LOWEST, BLOCK, dtype,
+                SOFTCAP, CHAIN, LOWEST, FOLD, LANES, dtype,
             )  # fmt: skip
         else:
             R, M, Q, top = _anchored_pass(
                 z, z_stride, bias, bias_stride, exp, exp_stride, y, start, s, columns,
-                SOFTCAP, CHAIN, LOWEST, BLOCK, dtype,
+                SOFTCAP, CHAIN, LOWEST, FOLD, LANES, dtype,
             )  # fmt: skip
             final = tl.where(((top - c_y) * s > FAR) & (R == R), top, c_y)
             if (final != start) & (c_y == c_y):
                 R, M, Q, top = _anchored_pass(
                     z, z_stride, bias, bias_stride, exp, exp_stride, y, final, s, columns,
-                    SOFTCAP, CHAIN, LOWEST, BLOCK, dtype,
+                    SOFTCAP, CHAIN, LOWEST, FOLD, LANES, dtype,
                 )  # fmt: skip
         # NaN or inf
         if R - R != 0:
-            _fill(exp, exp_stride, columns, 0.0, BLOCK)
+            _fill(exp, exp_stride, columns, 0.0, FOLD, LANES)
     stats += row * stats_stride
     tl.store(stats, final)
     tl.store(stats + stats_row_stride, R)
@@ -215,7 +231,7 @@ def _anchored_rows_bwd_kernel(
     source, source_row_stride, source_stride, target, target_stride, anchor, anchor_stride,
     inv_temperature, temperature_stride, coefficients, coefficient_row_stride, coefficient_stride,
     bias, bias_stride, out, out_row_stride, out_stride, columns,
-    SOURCE_IS_EXP: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    SOURCE_IS_EXP: tl.constexpr, SOFTCAP: tl.constexpr, FOLD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = anchor.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -226,13 +242,13 @@ def _anchored_rows_bwd_kernel(
     beta = tl.load(coefficients + coefficient_row_stride).to(dtype)
     at_target = tl.load(coefficients + 2 * coefficient_row_stride).to(dtype)
     if (alpha == 0) & (beta == 0) & (at_target == 0):
-        _fill(out, out_stride, columns, 0.0, BLOCK)
+        _fill(out, out_stride, columns, 0.0, FOLD, LANES)
     else:
         y = _local(tl.load(target + row * target_stride), columns)
         centre = tl.load(anchor + row * anchor_stride)
         s = tl.load(inv_temperature + row * temperature_stride).to(dtype)
-        for v0 in range(0, columns, BLOCK):
-            v = v0 + tl.arange(0, BLOCK)
+        for v0 in range(0, columns, FOLD * LANES):
+            v = _columns(v0, FOLD, LANES)
             live = v < columns
             if SOURCE_IS_EXP:
                 e = tl.load(source + _offset(v, source_stride), mask=live, other=0.0).to(dtype)
@@ -253,9 +269,14 @@ def _anchored_rows_bwd_kernel(
             tl.store(out + _offset(v, out_stride), f.to(out.dtype.element_ty), mask=live)
 
 
+def forward_registers(dtype: torch.dtype, softcap: float) -> int | None:
+    """The registers that the forward may take: left to itself, ptxas stops at 80 and spills the tanh of a soft cap."""
+    return 128 if softcap and dtype == torch.float32 else None
+
+
 def _tile(table: dict[int, RowTile], device: torch.device, dtype: torch.dtype) -> RowTile:
     tile = table[architecture(device)]
-    return tile._replace(columns=tile.columns // (dtype.itemsize // 4))
+    return tile._replace(fold=tile.fold * 4 // dtype.itemsize)
 
 
 def forward(
@@ -281,7 +302,8 @@ def forward(
             exp, 0 if exp is None else exp.stride(0), 0 if exp is None else exp.stride(1),
             stats, stats.stride(0), stats.stride(1), columns,
             SOFTCAP=softcap, CHAIN=chain, IN_PLACE=exp is not None and exp.data_ptr() == z.data_ptr(),
-            LOWEST=torch.finfo(anchor.dtype).min, BLOCK=tile.columns, num_warps=tile.num_warps,
+            LOWEST=torch.finfo(anchor.dtype).min, FOLD=tile.fold, LANES=tile.lanes,
+            num_warps=tile.num_warps, maxnreg=forward_registers(anchor.dtype, softcap), **FP_FUSION,
         )  # fmt: skip
 
 
@@ -306,5 +328,6 @@ def backward(
             source, source.stride(0), source.stride(1), target, target.stride(0), anchor, anchor.stride(0),
             inv_temperature, inv_temperature.stride(0), coefficients, coefficients.stride(0), coefficients.stride(1),
             bias, 0 if bias is None else bias.stride(0), out, out.stride(0), out.stride(1), columns,
-            SOURCE_IS_EXP=source_is_exp, SOFTCAP=softcap, BLOCK=tile.columns, num_warps=tile.num_warps,
+            SOURCE_IS_EXP=source_is_exp, SOFTCAP=softcap, FOLD=tile.fold, LANES=tile.lanes,
+            num_warps=tile.num_warps, **FP_FUSION,
         )  # fmt: skip
