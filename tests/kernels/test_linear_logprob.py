@@ -443,3 +443,32 @@ def test_linear_logprob_with_products_of_low_precision(monkeypatch, dtype, names
         # where the result itself lies below fp16's smallest normal number, it can only be as good as its rounding
         rounding = float((want.to(grad.dtype).double() - want).norm() / want.norm())
         assert relative_error(grad, want) <= 2 * torch.finfo(torch.bfloat16).eps + 2 * rounding
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("names", OPTIONS, ids="+".join)
+def test_linear_logprob_sums_over_blocks_of_columns(backend, device, monkeypatch, dtype, names):
+    """Wide heads on the cpu: a row's sums are merged from blocks of columns, some far above the target, some -inf."""
+    monkeypatch.setattr(blocks, "COLUMNS", 64)
+    rows, columns, width = 70, 515, 48
+    hidden, weight, target = head_inputs(rows, columns, width, dtype=dtype, device=device, scale=3)
+    target[::7] = -100
+    options = extras(device, dtype, rows, columns, width, names)
+    call = {"backend": backend, "cache_bytes": 0}
+    compare(hidden, weight, target, options, call, TOLERANCE[dtype])
+    if names == ("bias",):
+        bias = options["bias"].detach().clone()
+        bias[3], bias[300] = 60, 90
+        bias[64:128] = -torch.inf
+        target[target // 64 == 1] = 5
+        out = linear_logprob(hidden, weight, target, bias=bias, **call)
+        exact = linear_logprob_reference(hidden.double(), weight.double(), target, bias=bias.double())
+        assert relative_error(out.logp, exact.logp) < 1e-6
+        target[1] = 70
+        assert linear_logprob(hidden, weight, target, bias=bias, **call).logp[1] == -torch.inf
+    poisoned = hidden.detach().clone()
+    poisoned[11] = torch.nan
+    clean = linear_logprob(hidden, weight, target, **options, **call).logp
+    logp = linear_logprob(poisoned, weight, target, **options, **call).logp
+    others = torch.arange(rows, device=device) != 11
+    assert logp[11].isnan() and torch.equal(logp[others], clean[others])

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-# columns of a weight block that is cast at a time
-CAST_COLUMNS = 8192
-# rows of a forward block on the cpu. below 512 rows MKL takes other kernels, whose bits differ
-CPU_ROWS = 512
-CPU_CACHED_ROWS = 2048
+# columns of a weight block that is cast at a time, and of a forward block without kept exponentials on the cpu
+COLUMNS = 8192
+# rows of a forward block on the cpu: a multiple of 512, since below that MKL takes other kernels, whose bits differ;
+# up to 2048, since a product of few rows spends its time on packing the weight
+CPU_UNIT = 512
+CPU_ROWS = 2048
 # bytes of logits that exist at a time in the backward pass
 CPU_SCRATCH = 48 * 2**20
 CUDA_SCRATCH = 400 * 2**20
@@ -31,8 +32,15 @@ def cached(hidden: Tensor) -> torch.dtype:
 def forward_rows(hidden: Tensor, columns: int) -> int:
     """Returns the rows of a forward block. It must not depend on their number: a row's bits do not either."""
     if hidden.device.type != "cuda":
-        return CPU_ROWS
+        return max(CPU_UNIT, min(CPU_ROWS, CPU_ROWS * COLUMNS // columns // CPU_UNIT * CPU_UNIT))
     return max(128, min(2048, 2**30 // (4 * columns) // 128 * 128))
+
+
+def padded(hidden: Tensor, height: int) -> Tensor:
+    """Returns hidden with rows of 0 appended, so that a last block's product has the bits of a whole one's."""
+    unit = height if hidden.device.type == "cuda" else CPU_UNIT
+    missing = -hidden.shape[0] % unit
+    return torch.cat((hidden, hidden.new_zeros(missing, hidden.shape[1]))) if missing else hidden
 
 
 def backward_block(hidden: Tensor, rows: int) -> tuple[int, int]:
@@ -68,6 +76,6 @@ def multiply_weight(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     if weight.dtype == hidden.dtype == x.dtype:
         multiply(x, weight.t(), out)
         return
-    for v0 in range(0, weight.shape[0], CAST_COLUMNS):
-        v1 = v0 + CAST_COLUMNS
+    for v0 in range(0, weight.shape[0], COLUMNS):
+        v1 = v0 + COLUMNS
         multiply(x, weight_block(weight[v0:v1], hidden).t(), out[:, v0:v1])
