@@ -108,7 +108,8 @@ def test_forward_of_broken_rows_is_the_specification_and_touches_no_other(exp):
     z[7, 3] = INF
     z[8] = -INF
     anchor[8] = -INF
-    # the target alone has probability 0
+    # the target alone has probability 0, and the stand-in for its -inf overflows
+    inv_temperature[9] = 2.0
     anchor[9] = z[9, target[9]] = -INF
     anchor[10] = NAN
     z[11, 5], z[11, 120] = NAN, 200.0

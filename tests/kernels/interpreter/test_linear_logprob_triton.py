@@ -118,7 +118,9 @@ def test_fused_forward_takes_columns_banned_by_the_bias_and_anchors_of_another_s
     # rows 14 and on have their target elsewhere, and an anchor from there
     anchor = fused.target_logits(hidden, weight, target, bias, 0.0)
     assert (anchor[10:14] == -INF).all()
-    target[14:] = -1
+    target[14:] = 2**32 + 100
+    # the stand-in for an anchor of -inf then overflows
+    inv_temperature[10] = inv_temperature[18] = 2.0
     anchor[14:] = torch.tensor([0.0, 60.0, -60.0, NAN, -INF, 2.0])
     for infinite in (True, False):
         bias[90] = INF if infinite else -1.0
