@@ -2,7 +2,14 @@
 
 from prism_kernels import library
 from prism_kernels.backend import backend_status, use_backend
+from prism_kernels.ops.group_advantage import group_advantage
 from prism_kernels.ops.linear_logprob import linear_logprob
+from prism_kernels.ops.linear_policy_loss import linear_policy_loss
+from prism_kernels.ops.pair_loss import pair_loss
+from prism_kernels.ops.pair_loss.metrics import PairMetrics
+from prism_kernels.ops.policy_loss import policy_loss
+from prism_kernels.ops.policy_loss.metrics import PolicyMetrics
+from prism_kernels.ops.prism_advantage import prism_advantage
 from prism_kernels.ops.token_logprob import token_logprob
 from prism_kernels.outputs import TokenLogProbs
 from prism_kernels.version import __version__
@@ -10,4 +17,18 @@ from prism_kernels.version import __version__
 # after the schemas, which the extensions implement
 library.load_native()
 
-__all__ = ["TokenLogProbs", "__version__", "backend_status", "linear_logprob", "token_logprob", "use_backend"]
+__all__ = [
+    "PairMetrics",
+    "PolicyMetrics",
+    "TokenLogProbs",
+    "__version__",
+    "backend_status",
+    "group_advantage",
+    "linear_logprob",
+    "linear_policy_loss",
+    "pair_loss",
+    "policy_loss",
+    "prism_advantage",
+    "token_logprob",
+    "use_backend",
+]

@@ -19,6 +19,10 @@ BACKENDS = ("cuda", "triton", "cpu", "torch")
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_logprob": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     "token_logprob": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
+    "linear_policy_loss": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
+    "policy_loss": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    "group_advantage": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    "prism_advantage": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
 }
 _OTHER_DEVICES = ("torch",)
 
@@ -44,6 +48,8 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+# a context variable cannot be traced: torch.compile takes the backend that holds while it compiles
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve(op: str, device: torch.device, requested: str | None = None) -> str:
     """Returns the backend that `op` runs on for tensors of `device`.
 
@@ -70,6 +76,8 @@ def unavailable(op: str, backend: str, device: str) -> str | None:
         fail("backend", f"op to be one of {', '.join(_PREFERENCE)}", repr(op))
     if backend == "torch":
         return None
+    if backend not in _implementations(op):
+        return f"{op} has no implementation for it; it has {', '.join(_implementations(op))}"
     if backend == "cpu":
         return native_reason["_C"] if device == "cpu" else "it is for CPU tensors; move the tensors or take another"
     if backend == "cuda":
@@ -83,6 +91,10 @@ def unavailable(op: str, backend: str, device: str) -> str | None:
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return "it needs a CUDA device (or TRITON_INTERPRET=1, set before triton is imported, to interpret it on the CPU)"
+
+
+def _implementations(op: str) -> list[str]:
+    return [name for name in BACKENDS if any(name in names for names in _PREFERENCE[op].values())]
 
 
 def _no_gpu() -> str | None:

@@ -1,0 +1,70 @@
+"""The Bradley-Terry loss of preferred over other scores, with metrics: one pass, no host synchronisation."""
+
+# not `import torch`: in this package that name is the module torch.py
+from torch import Tensor, int32, int64
+from torch import bool as boolean
+
+from prism_kernels import check
+from prism_kernels.ops.pair_loss.metrics import PairMetrics
+from prism_kernels.ops.pair_loss.registration import NAME, PairLossFunction
+from prism_kernels.ops.token_logprob import FLOATS
+
+
+def pair_loss(
+    preferred: Tensor,
+    other: Tensor,
+    *,
+    group: Tensor | None = None,
+    valid: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    regularisation: float = 0.0,
+    soft_clip: float | None = None,
+) -> tuple[Tensor, PairMetrics]:
+    """Returns the loss and its metrics; the gradients are formed in the same pass, and backward only scales them.
+
+    It replaces, over the valid pairs::
+
+        p = preferred[group]
+        x = p - other
+        x = soft_clip * torch.tanh(x / soft_clip)
+        loss = (-logsigmoid(x) + regularisation * (p ** 2 + other ** 2)).mean()
+
+    Pairs that are not valid may hold anything, NaN too. Without a valid pair the loss and its gradients are 0.
+
+    Args:
+        preferred: (N,), or (P,) with `group`.
+        other: (N,).
+        group: (N,), integer ids in [0, P): which of the preferred scores each of the others is paired with.
+        valid: (N,), bool, the pairs that count; None: all.
+        denominator: the number of pairs to divide by instead of this batch's: the global one.
+        regularisation: the factor of the squares of both scores, as they are, which keeps them bounded.
+        soft_clip: c of c * tanh(x / c) on the difference; unlike a clip it never takes the whole gradient away.
+    """
+    for name, value in (("preferred", preferred), ("other", other)):
+        check.tensor(NAME, name, value)
+        check.shape(NAME, name, value, ("N" if name == "other" or group is None else "P",))
+        check.dtype(NAME, name, value, FLOATS)
+    check.device(NAME, "preferred", preferred, other, "other")
+    for name, column, dtypes in (("group", group, (int64, int32)), ("valid", valid, (boolean,))):
+        if column is not None:
+            check.tensor(NAME, name, column)
+            check.dtype(NAME, name, column, dtypes)
+            check.shape(NAME, name, column, tuple(other.shape))
+            check.device(NAME, name, column, other, "other")
+    if group is None:
+        check.shape(NAME, "preferred", preferred, tuple(other.shape))
+    given = None
+    if isinstance(denominator, Tensor):
+        check.shape(NAME, "denominator", denominator, ())
+        check.device(NAME, "denominator", denominator, other, "other")
+        given = denominator.detach()
+    else:
+        check.positive(NAME, "denominator", denominator)
+    check.positive(NAME, "soft_clip", soft_clip)
+    if not 0 <= regularisation < float("inf"):
+        check.fail(NAME, "regularisation >= 0 and finite", regularisation)
+    divisor = 0.0 if denominator is None or given is not None else float(denominator)
+    loss, totals = PairLossFunction.apply(
+        preferred, other, (group, valid, given), (divisor, float(regularisation), soft_clip or 0.0)
+    )
+    return loss, PairMetrics(totals)
