@@ -46,7 +46,7 @@ bench: $(PEERS)/install.stamp ## time and memory against plain PyTorch and publi
 	$(PEERS)/bin/python -m bench.plot
 	$(PEERS)/bin/python -m bench.readme
 
-# no environment and no installation: a lent GPU machine has its own torch, and often no network
+# no environment and no installation: a GPU machine often has its own torch, and no network
 gpu: ## on a machine with a GPU: builds in place, tests, measures, tunes; leaves JSON in $$OUT or bench/results
 	$(PYTHON) -m bench.gpu
 
