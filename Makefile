@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu lint wheel clean
+.PHONY: help demo test test-peers bench gpu lint wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,7 +20,7 @@ $(VENV)/torch.stamp:
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 $(VENV)/install.stamp: $(VENV)/torch.stamp $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,train]"
 	touch $@
 
 demo: $(VENV)/install.stamp ## the log-probability op against plain PyTorch: time, memory, a plot
@@ -40,6 +40,24 @@ $(PEERS)/install.stamp: $(SOURCES) bench/peers.txt
 	$(PEERS)/bin/pip install --quiet --no-deps verl==0.9.1
 	$(PEERS)/bin/pip install --quiet --no-build-isolation -e ".[bench]"
 	touch $@
+
+# TRL beside the transformers that the trainer wants. the native code is there already: built in place, for this torch
+TRL := .venv-trl
+
+$(TRL)/install.stamp: $(PEERS)/install.stamp tests/peers/trl.txt
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/pip install --quiet --upgrade pip
+	$(TRL)/bin/pip install --quiet "$(TORCH)" "setuptools>=77" wheel
+	PRISM_KERNELS_SKIP_BUILD=1 $(TRL)/bin/pip install --quiet --no-build-isolation -e ".[train]" -r tests/peers/trl.txt
+	touch $@
+
+$(PEERS)/tests.stamp: $(PEERS)/install.stamp tests/peers/verl.txt
+	$(PEERS)/bin/pip install --quiet -r tests/peers/verl.txt
+	touch $@
+
+test-peers: $(PEERS)/tests.stamp $(TRL)/install.stamp ## against TRL's and verl's own functions, each in its environment
+	$(PEERS)/bin/python -m pytest tests/peers/test_verl.py
+	$(TRL)/bin/python -m pytest tests/peers/test_trl.py
 
 bench: $(PEERS)/install.stamp ## time and memory against plain PyTorch and published peers: JSON, plot, README's table
 	$(PEERS)/bin/python -m pytest bench -W ignore --benchmark-columns=median,rounds

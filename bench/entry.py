@@ -13,7 +13,7 @@ from bench.timing import seconds
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # seconds of a row of the first case and of another, the reference included; at least the first of ROUNDS are made
 LIMITS_S = (3.0, 1.0)
-ROUNDS = (3, 40)
+ROUNDS = (5, 40)
 
 
 class Book:

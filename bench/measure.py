@@ -88,12 +88,15 @@ class Bench:
 
 def absent(case: Case, contender: Contender, pass_: str, error: Exception) -> dict[str, Any]:
     """Returns the row of a contender that could not be measured, with the reason."""
+    return {**_key(case, contender, pass_), "status": absent_status(error, contender.ours)}
+
+
+def absent_status(error: Exception, ours: bool) -> str:
+    """Returns why something could not be measured."""
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, ImportError):
-        status = f"{'not available' if contender.ours else MISSING}: {text}"
-    else:
-        status = f"failed: {type(error).__name__}: {text}"
-    return {**_key(case, contender, pass_), "status": status}
+        return f"{'not available' if ours else MISSING}: {text}"
+    return f"failed: {type(error).__name__}: {text}"
 
 
 def _key(case: Case, contender: Contender, pass_: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,18 +51,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def document(
-    op: str, device: str, measured: Iterable[Case], rows: list[dict[str, Any]], with_bars: bool = True
-) -> dict[str, Any]:
-    """Returns the content of a result file."""
-    reference = "copy of the logits" if op == "token_logprob" else "torch.mm"
+def header(op: str, device: str) -> dict[str, Any]:
+    """Returns what every result file begins with."""
     return {
         "op": op,
         "machine": machine(device),
         "device": device,
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
-        "reference": reference,
+    }
+
+
+def document(
+    op: str, device: str, measured: Iterable[Case], rows: list[dict[str, Any]], with_bars: bool = True
+) -> dict[str, Any]:
+    """Returns the content of a result file."""
+    return {
+        **header(op, device),
+        "reference": "copy of the logits" if op == "token_logprob" else "torch.mm",
         "cases": [case.as_json() for case in measured],
         "rows": rows,
         "bars": bars(rows) if with_bars and op == "linear_logprob" and device == "cpu" else [],
@@ -109,15 +115,13 @@ def bars(rows: list[dict[str, Any]], case: str = "main") -> list[dict[str, Any]]
         ("peak extra memory over E, with the cache", "<=", 1.1, None if memory is None else memory / logits),
         ("peak extra memory in MiB, cache_bytes=0", "<=", 96.0, None if flat_memory is None else flat_memory / MIB),
     ]
-    return [
-        {
-            "bar": name,
-            "limit": f"{sign} {limit:g}",
-            "value": value,
-            "met": value is not None and (value <= limit if sign == "<=" else value >= limit),
-        }
-        for name, sign, limit, value in checks
-    ]
+    return [bar(*check) for check in checks]
+
+
+def bar(name: str, sign: str, limit: float, value: float | None) -> dict[str, Any]:
+    """Returns a bar and whether it is met, which one that was not measured is not."""
+    met = value is not None and (value <= limit if sign == "<=" else value >= limit)
+    return {"bar": name, "limit": f"{sign} {limit:g}", "value": value, "met": met}
 
 
 def table(content: dict[str, Any]) -> str:
@@ -129,11 +133,15 @@ def table(content: dict[str, Any]) -> str:
             for row in content["rows"]:
                 if (row["case"], row["pass"]) == (case["name"], pass_):
                     lines.append("  " + _line(row))
-    for bar in content["bars"]:
-        verdict = "not measured" if bar["value"] is None else "met" if bar["met"] else "MISSED"
-        value = "" if bar["value"] is None else f"{bar['value']:.3f} "
-        lines.append(f"  {verdict:<13}{bar['bar']}: {value}(to be {bar['limit']})")
-    return "\n".join(lines)
+    return "\n".join([*lines, *bar_lines(content["bars"])])
+
+
+def bar_lines(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Yields a line for each bar."""
+    for one in found:
+        verdict = "not measured" if one["value"] is None else "met" if one["met"] else "MISSED"
+        value = "" if one["value"] is None else f"{one['value']:.3f} "
+        yield f"  {verdict:<13}{one['bar']}: {value}(to be {one['limit']})"
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -1,0 +1,87 @@
+"""`group_advantage` of 4,096 groups of 16 samples against verl's loop and its vectorised form."""
+
+from importlib import import_module
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.versus import Bar, Duel, Rival, Run, Values, duel_test
+from prism_kernels import group_advantage, use_backend
+
+GROUPS, SIZE = 4096, 16
+# the loop takes seconds: a sixteenth of the groups is enough
+SHARE = 1 / 16
+
+
+class Data(NamedTuple):
+    reward: Tensor
+    group: Tensor
+    # verl's ids are strings in an array of objects
+    uid: np.ndarray
+
+
+def make() -> Data:
+    generator = torch.Generator().manual_seed(0)
+    reward = torch.rand(GROUPS * SIZE, generator=generator)
+    group = torch.arange(GROUPS).repeat_interleave(SIZE)
+    names = np.array([f"{index:032x}" for index in range(GROUPS)], dtype=object)
+    return Data(reward, group, names[group.numpy()])
+
+
+def exact(data: Data) -> Values:
+    reward = data.reward.double().view(GROUPS, SIZE)
+    return {"advantage": ((reward - reward.mean(1, True)) / (reward.std(1, keepdim=True) + 1e-6)).flatten()}
+
+
+def ours(backend: str):
+    def load(data: Data) -> Run:
+        def run() -> Values:
+            with use_backend(backend):
+                return {"advantage": group_advantage(data.reward, data.group)}
+
+        return run
+
+    return load
+
+
+def verl(name: str, share: float = 1.0, integers: bool = False):
+    def load(data: Data) -> Run:
+        function = getattr(import_module("verl.trainer.ppo.core_algos"), name)
+        used = int(GROUPS * share) * SIZE
+        index = (data.group.numpy() if integers else data.uid)[:used]
+        mask = torch.ones(used, 1)
+
+        def run() -> Values:
+            # it writes over the sums, which of one column share the rewards' memory
+            return {"advantage": function(data.reward[:used, None].clone(), mask, index)[0][:, 0]}
+
+        return run
+
+    return load
+
+
+LOOP, VECTORISED = "verl grpo (its loop)", "verl grpo_vectorized"
+DUELS = (
+    Duel(
+        op="group_advantage",
+        label=f"{GROUPS:,} groups of {SIZE}, fp32",
+        make=make,
+        exact=exact,
+        rivals=(
+            Rival("ours, C++", ours("cpu"), ours=True),
+            Rival("ours, torch", ours("torch"), ours=True),
+            Rival(LOOP, verl("compute_grpo_outcome_advantage", SHARE), package="verl", share=SHARE),
+            Rival(VECTORISED, verl("compute_grpo_vectorized_outcome_advantage"), package="verl"),
+            Rival(
+                f"{VECTORISED}, integer ids",
+                verl("compute_grpo_vectorized_outcome_advantage", integers=True),
+                package="verl",
+            ),
+        ),
+        tolerance=1e-4,
+        bars=(Bar(LOOP, 500), Bar(VECTORISED, 10)),
+    ),
+)
+test_group_advantage = duel_test(DUELS, __name__)
