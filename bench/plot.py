@@ -63,10 +63,15 @@ def draw(content: dict[str, Any], path: Path) -> None:
 
 
 def caption(content: dict[str, Any]) -> str:
-    """Returns the machine, the versions and the date in one line."""
+    """Returns the machine, the versions, the date and how it was measured in one line."""
     a_reference = content["reference"] if content["reference"] == "torch.mm" else f"a {content['reference']}"
+    return f"{origin(content)} Medians, taking turns with {a_reference}."
+
+
+def origin(content: dict[str, Any]) -> str:
+    """Returns the machine, the versions and the date."""
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items() if name != "numpy")
-    return f"{content['machine']}; {versions}; {content['date']}. Medians, taking turns with {a_reference}."
+    return f"{content['machine']}; {versions}; {content['date']}."
 
 
 def _colour(row: dict[str, Any]) -> str:
@@ -103,7 +108,7 @@ def main() -> None:
     found = sorted(RESULTS.glob("*/*.json"))
     for path in found:
         content = json.loads(path.read_text())
-        if "rows" in content and content["cases"]:
+        if content.get("rows"):
             draw(content, path.with_suffix(".png"))
             print(f"drew {path.with_suffix('.png')}")
     if not found:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import FORWARD, HALF, TRAIN
-from bench.plot import caption
+from bench.plot import caption, origin
 from bench.results import MIB, find, load
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MISSING = "not measured"
+VERSUS = ("policy_loss", "group_advantage", "linear_policy_loss")
 
 # on an H200 at T=16384, V=151936, bf16: row of the table, floors and goals in ms at D=2560 and 4096, pass, and the
 # contenders of which the fastest counts ("" stands for one that does not exist)
@@ -69,6 +70,37 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def versus_table(op: str, content: dict[str, Any] | None) -> Iterator[str]:
+    """Yields the lines of an op's table on the CPU, against others that compute the same."""
+    if content is None:
+        yield f"`{op}` on the CPU: {MISSING}; `make bench` measures it."
+        return
+    memory = any(row.get("peak_extra_bytes") is not None for row in content["versus"])
+    yield f"**`{op}`**, {content['label']}:"
+    yield ""
+    first = content["versus"][0]["contender"]
+    yield f"| | time | {first}, in turns with it | × |" + (" peak extra memory |" if memory else "")
+    yield "|---|---:|---:|---:|" + ("---:|" if memory else "")
+    for row in content["versus"]:
+        name = f"**{row['contender']}**" if row["ours"] else row["contender"]
+        cells = [name, str(row["status"]).partition(":")[0], "", "", ""]
+        if "median_s" in row:
+            slower, peak = row["slower"], row["peak_extra_bytes"]
+            cells[1:3] = _milliseconds(row["median_s"]), _milliseconds(row["first_s"])
+            cells[3] = row["status"] if slower is None else f"{slower:,.0f}" if slower >= 100 else f"{slower:.2f}"
+            cells[4] = "" if peak is None else f"{peak / MIB:,.0f} MiB"
+        yield "| " + " | ".join(cells if memory else cells[:4]) + " |"
+    yield ""
+    parts = [row["contender"] for row in content["versus"] if row.get("share", 1) < 1]
+    note = f" Timed on a part of the data and scaled up: {', '.join(parts)}." if parts else ""
+    yield f"<sub>{origin(content)} Medians.{note}</sub>"
+
+
+def _milliseconds(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
 def gpu_table(content: dict[str, Any] | None) -> Iterator[str]:
     """Yields the lines of the table of goals on an H200, with what was measured."""
     yield (
@@ -112,6 +144,8 @@ def block() -> str:
     lines = [BEGIN, "<!-- made by `python -m bench.readme` from bench/results; edits here are lost -->", ""]
     for op in ("linear_logprob", "token_logprob"):
         lines += [*cpu_table(op, load(op, "cpu-*")), ""]
+    for op in VERSUS:
+        lines += [*versus_table(op, load(op, "cpu-*")), ""]
     lines += [*gpu_table(load("linear_logprob", "h200*")), "", END]
     return "\n".join(lines)
 

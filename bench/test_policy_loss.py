@@ -1,6 +1,7 @@
 """`policy_loss` on a million packed tokens, forward and backward, against the eager losses of verl and TRL.
 
-Both get the packed tokens as one row, without padding, and the mean over tokens: their cheapest form.
+Both get the packed tokens as one row, without padding, and the mean over tokens: their cheapest form. They take an
+advantage for each token; ours takes one for each sequence.
 """
 
 from collections import defaultdict
@@ -22,6 +23,7 @@ class Data(NamedTuple):
     logp: Tensor
     old_logp: Tensor
     advantage: Tensor
+    token_advantage: Tensor
     cu_seqlens: Tensor
     mask: Tensor
 
@@ -32,15 +34,16 @@ def make() -> Data:
     cu_seqlens = torch.cat((torch.zeros(1), cuts, torch.tensor([T]))).to(torch.int32)
     old = -torch.rand(T, generator=generator) * 3
     logp = old + 0.2 * torch.randn(T, generator=generator)
-    advantage = torch.randn(S, generator=generator).repeat_interleave(cu_seqlens.diff().long())
+    advantage = torch.randn(S, generator=generator)
+    token_advantage = advantage.repeat_interleave(cu_seqlens.diff().long())
     mask = torch.rand(T, generator=generator) > 0.1
-    return Data(logp.requires_grad_(), old, advantage, cu_seqlens, mask)
+    return Data(logp.requires_grad_(), old, advantage, token_advantage, cu_seqlens, mask)
 
 
 def exact(data: Data) -> Values:
     logp = data.logp.detach().double().requires_grad_()
     ratio = (logp - data.old_logp.double()).exp()
-    advantage = data.advantage.double()
+    advantage = data.token_advantage.double()
     worse = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - CLIP[0], 1 + CLIP[1]))
     worse = torch.where(advantage < 0, torch.minimum(worse, -advantage * DUAL), worse)
     loss = worse[data.mask].mean()
@@ -73,7 +76,7 @@ def verl(data: Data) -> Run:
         strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1,
         clip_ratio_low=CLIP[0], clip_ratio_high=CLIP[1], clip_ratio_c=DUAL,
     )  # fmt: skip
-    old, advantage, mask = data.old_logp[None], data.advantage[None], data.mask[None]
+    old, advantage, mask = data.old_logp[None], data.token_advantage[None], data.mask[None]
     return lambda: backward(function(old, data.logp[None], advantage, mask, "token-mean", config)[0], data)
 
 
@@ -93,7 +96,7 @@ def trl(data: Data) -> Run:
     nothing, ids = torch.zeros(1, 0, dtype=torch.uint8), torch.zeros(1, T, dtype=torch.uint8)
     inputs = {
         "prompt_ids": nothing, "prompt_mask": nothing, "completion_ids": ids, "completion_mask": data.mask[None].long(),
-        "advantages": data.advantage[None], "old_per_token_logps": data.old_logp[None],
+        "advantages": data.token_advantage[None], "old_per_token_logps": data.old_logp[None],
         "num_items_in_batch": data.mask.sum(),
     }  # fmt: skip
     return lambda: backward(compute(stub, stub.model, inputs), data)

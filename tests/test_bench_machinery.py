@@ -3,11 +3,12 @@
 import importlib.util
 import json
 import math
+import statistics
 
 import pytest
 import torch
 
-from bench import readme, results, tuning
+from bench import readme, results, tuning, versus
 from bench.cases import FORWARD, HALF, TRAIN, Case, errors, is_green, make_inputs, truth
 from bench.measure import Bench, absent, measure_together
 from bench.memory import MemoryChild
@@ -158,6 +159,72 @@ def test_bars_compare_with_the_first_peer_and_with_the_logits():
     assert [bar["met"] for bar in found] == [True, False, False, True, True]
     assert found[2]["value"] == pytest.approx(2.0)
     assert all(bar["value"] is None and not bar["met"] for bar in results.bars([]))
+
+
+def small_duel(**changes):
+    def load(factor, share=1.0):
+        return lambda data: lambda: {"sum": data[: int(data.numel() * share)] * factor}
+
+    def missing(data):
+        raise ImportError("No module named 'peer'")
+
+    rivals = (
+        versus.Rival("ours", load(2.0), ours=True),
+        versus.Rival("wrong", load(2.1)),
+        versus.Rival("part", load(2.0, 0.25), share=0.25),
+        versus.Rival("peer", missing, package="peer"),
+    )
+    rivals = changes.pop("rivals", rivals)
+    settings = {"bars": (versus.Bar("part", slower=0.01), versus.Bar("wrong", slower=0.01)), "limit_s": 0.01} | changes
+    make = lambda: torch.arange(1.0, 4097.0)  # noqa: E731
+    return versus.Duel("doubling", "tiny", make, lambda data: {"sum": 2 * data.double()}, rivals, 1e-6, **settings)
+
+
+class PlainBenchmark:
+    """What pytest-benchmark's fixture does, without its statistics."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, run, setup, rounds):
+        for _ in range(rounds):
+            setup()
+            run()
+
+
+def test_a_duel_checks_values_scales_parts_and_names_what_is_missing(tmp_path, monkeypatch):
+    duel = small_duel()
+    ring = versus.Ring(duel)
+    for rival in duel.rivals[:3]:
+        ring.fight(rival, PlainBenchmark(), __name__)
+    with pytest.raises(pytest.skip.Exception, match="not installed: No module named 'peer'"):
+        ring.fight(duel.rivals[3], PlainBenchmark(), __name__)
+    ours, wrong, part, peer = ring.rows
+    assert ours["status"] == "ok" and ours["errors"]["sum"] < 1e-6
+    assert wrong["status"] == "wrong values" and wrong["slower"] is None
+    assert part["median_s"] == pytest.approx(4 * statistics.median(part["samples_s"]))
+    assert "median_s" not in peer
+    content = versus.document(duel, ring.rows)
+    assert [bar["met"] for bar in content["bars"]] == [True, False]
+    assert "wrong values" in versus.table(content) and "not measured" in versus.table(content)
+    made = "\n".join(readme.versus_table("doubling", content))
+    assert "| **ours** |" in made and "scaled up: part" in made and "| peer | not installed |" in made
+
+
+def test_a_wrong_result_of_ours_fails_its_benchmark():
+    duel = small_duel(rivals=(versus.Rival("ours", lambda data: lambda: {"sum": data * 2.1}, ours=True),))
+    with pytest.raises(AssertionError, match="ours: the values are wrong"):
+        versus.Ring(duel).fight(duel.rivals[0], PlainBenchmark(), __name__)
+
+
+def test_a_duel_measures_memory_in_a_process_of_its_own():
+    from bench import test_linear_policy_loss as module
+
+    duel = module.DUELS[0]
+    ours, dense = (versus.peak_in_child(module.__name__, duel, duel.rivals[i]) for i in (0, -1))
+    logits = 4 * module.T * module.V
+    assert 0 < ours < 0.3 * logits
+    assert 1.9 * logits < dense < 4 * logits
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
