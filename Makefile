@@ -59,8 +59,11 @@ test-peers: $(PEERS)/tests.stamp $(TRL)/install.stamp ## against TRL's and verl'
 	$(PEERS)/bin/python -m pytest tests/peers/test_verl.py
 	$(TRL)/bin/python -m pytest tests/peers/test_trl.py
 
+# malloc keeps what is freed: else every contender's time is that of fresh memory's page faults
+KEEP_MEMORY := GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+
 bench: $(PEERS)/install.stamp ## time and memory against plain PyTorch and published peers: JSON, plot, README's table
-	$(PEERS)/bin/python -m pytest bench -W ignore --benchmark-columns=median,rounds
+	$(KEEP_MEMORY) $(PEERS)/bin/python -m pytest bench -W ignore --benchmark-columns=median,rounds
 	$(PEERS)/bin/python -m bench.plot
 	$(PEERS)/bin/python -m bench.readme
 

@@ -15,6 +15,7 @@ import torch
 
 from bench.cases import Case
 from bench.registry import Call, Contender, contenders
+from bench.results import memory_environment
 from bench.stage import Stage
 
 ANSWER_LIMIT_S = 180
@@ -53,7 +54,7 @@ class MemoryChild:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+            env=memory_environment() | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
         )
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Results as JSON files, one per machine and op, and the bars that they must clear."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -51,6 +52,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def keeps_memory() -> bool:
+    """Returns whether malloc was told to keep what is freed, as the Makefile does on the CPU.
+
+    Otherwise each large tensor is fresh memory, whose first touch costs all contenders more than their own work.
+    """
+    return "glibc.malloc.mmap_max=0" in os.environ.get("GLIBC_TUNABLES", "")
+
+
+def memory_environment() -> dict[str, str]:
+    """Returns the environment of a process in which memory is measured: there freed memory must go."""
+    return {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+
+
 def header(op: str, device: str) -> dict[str, Any]:
     """Returns what every result file begins with."""
     return {
@@ -59,6 +73,7 @@ def header(op: str, device: str) -> dict[str, Any]:
         "device": device,
         "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
+        "keeps_memory": keeps_memory(),
     }
 
 

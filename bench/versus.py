@@ -4,7 +4,6 @@ For the ops that have no matrix product to be measured against: each rival's tim
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -186,7 +185,7 @@ def peak_in_child(module: str, duel: Duel, rival: Rival) -> int:
     resident set."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.versus", module, duel.op, rival.name],
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env=results.memory_environment() | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.PIPE,
         text=True,
         timeout=MEMORY_LIMIT_S,
