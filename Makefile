@@ -44,18 +44,14 @@ $(PEERS)/install.stamp: $(SOURCES) bench/peers.txt
 # TRL beside the transformers that the trainer wants. the native code is there already: built in place, for this torch
 TRL := .venv-trl
 
-$(TRL)/install.stamp: $(PEERS)/install.stamp tests/peers/trl.txt
+$(TRL)/install.stamp: pyproject.toml tests/peers/trl.txt | $(PEERS)/install.stamp
 	$(PYTHON) -m venv $(TRL)
 	$(TRL)/bin/pip install --quiet --upgrade pip
 	$(TRL)/bin/pip install --quiet "$(TORCH)" "setuptools>=77" wheel
 	PRISM_KERNELS_SKIP_BUILD=1 $(TRL)/bin/pip install --quiet --no-build-isolation -e ".[train]" -r tests/peers/trl.txt
 	touch $@
 
-$(PEERS)/tests.stamp: $(PEERS)/install.stamp tests/peers/verl.txt
-	$(PEERS)/bin/pip install --quiet -r tests/peers/verl.txt
-	touch $@
-
-test-peers: $(PEERS)/tests.stamp $(TRL)/install.stamp ## against TRL's and verl's own functions, each in its environment
+test-peers: $(PEERS)/install.stamp $(TRL)/install.stamp ## against TRL's and verl's own functions, each in its environment
 	$(PEERS)/bin/python -m pytest tests/peers/test_verl.py
 	$(TRL)/bin/python -m pytest tests/peers/test_trl.py
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import statistics
 
 import pytest
 import torch
@@ -134,6 +135,79 @@ def test_excluded_samples_leave_the_statistics_alone(mode):
     aligned = torch.zeros(4, dtype=torch.float64)
     aligned[good] = 0.5 * gn(P[good]) + 0.5 * gn(R[good])
     torch.testing.assert_close(call(mode), published(aligned)[mode])
+
+
+# ---- the published code's treatment of many groups at once, in plain Python, one sample after the other
+
+
+def published_groups(perception, reasoning, group, ok, accuracy, mode, normalize, k):
+    """method.md's equations with invalid="below_min": every group, its invalid samples and groups of one included."""
+
+    def z(values):
+        mean, std = (0.0, 1.0) if len(values) == 1 else (statistics.fmean(values), statistics.stdev(values))
+        return [(v - mean) / (std + k["eps"]) for v in values]
+
+    result = [None] * len(group)
+    for g in set(group):
+        rows = [i for i, other in enumerate(group) if other == g]
+        filled = []
+        for score in (perception, reasoning):
+            valid = [score[i] for i in rows if ok[i]]
+            below = min(valid) - 1 if valid else -1.0
+            filled.append([score[i] if ok[i] else below for i in rows])
+        a = k["alpha"]
+        if normalize == "channel":
+            aligned = [a * p + (1 - a) * r for p, r in zip(z(filled[0]), z(filled[1]))]
+        else:
+            aligned = z([a * p + (1 - a) * r for p, r in zip(*filled)])
+        f = [0 if ok[i] else 1 for i in rows]
+        w = [1 if ok[i] and accuracy[i] <= 0 else 0 for i in rows]
+        outcome = [k["w_acc"] * accuracy[i] + k["w_fmt"] * (1 if ok[i] else 0) for i in rows]
+        punished = [x - k["wrong_penalty"] * y - k["format_penalty"] * b for x, y, b in zip(outcome, w, f)]
+        signed = [(1 - b) * (x - k["wrong_penalty"] * y) - k["format_penalty"] * b for x, y, b in zip(outcome, w, f)]
+        plain, both, third = z(outcome), z(punished), z(signed)
+        for j, i in enumerate(rows):
+            c = k["align_coef"] * aligned[j]
+            penalty = k["wrong_penalty"] * w[j] + k["format_penalty"] * f[j]
+            gate = c * (1 - f[j]) * (1 - w[j])
+            result[i] = {
+                "align": aligned[j] - k["format_penalty"] * f[j],
+                "acc_gating": c - penalty,
+                "gated": gate - penalty,
+                "rlvr": plain[j] + gate,
+                "rlvr_v2": both[j] + gate,
+                "sign_align": third[j] + c * (1 - f[j]) * (1 - 2 * w[j]),
+            }[mode]
+    return torch.tensor(result, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_published_groups(mode, normalize):
+    """Groups of many, of one, all invalid, all but one invalid, all equal, in no order; graded accuracy."""
+    sizes = (8, 5, 1, 1, 4, 3, 2)
+    rng = torch.Generator().manual_seed(MODES.index(mode))
+    ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    perception, reasoning = torch.randn(2, len(ids), generator=rng, dtype=torch.float64) * 2
+    ok = torch.rand(len(ids), generator=rng) < 0.7
+    ok[:4] = torch.tensor([True, True, False, True])
+    # a valid and an invalid group of one, one all invalid, one with a single valid sample, one of equal samples
+    ok[ids == 2], ok[ids == 3], ok[ids == 4] = True, False, False
+    ok[ids == 5] = torch.tensor([True, False, False])
+    ok[ids == 6] = True
+    perception[ids == 6], reasoning[ids == 6] = 0.25, -0.5
+    accuracy = torch.randint(-1, 3, (len(ids),), generator=rng).double() / 2
+    accuracy[ids == 6] = 0.5
+    # a bad format that answers right, and a wrong answer in good format
+    accuracy[2], accuracy[0] = 1.0, 0.0
+    order = torch.randperm(len(ids), generator=rng)
+    perception, reasoning, ids, ok, accuracy = (x[order] for x in (perception, reasoning, ids, ok, accuracy))
+    wanted = published_groups(*(x.tolist() for x in (perception, reasoning, ids, ok, accuracy)), mode, normalize,
+                              COEFFICIENTS)  # fmt: skip
+    perception[~ok], reasoning[~ok] = torch.nan, torch.inf
+    found = prism_advantage(perception, reasoning, ids, format_ok=ok, accuracy=accuracy, mode=mode,
+                            normalize=normalize, invalid="below_min", **COEFFICIENTS)  # fmt: skip
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_groups_of_one():
