@@ -1,0 +1,232 @@
+"""A training step of the discriminator: the published four-forward scheme, in plain transformers, and one packed group.
+
+The published step scores each response by itself, caption and reasoning apart; then, micro-batch by micro-batch, it runs
+student captions, student reasonings, teacher captions and teacher reasonings, each with its own copy of prompt and image,
+the teacher's once for every response. S responses of a group, T tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from prism.discriminator.model import Discriminator
+from prism.discriminator.score import PreparedGroups, ScorePack
+from prism.discriminator.training import StepSettings, discriminator_step
+from prism.models.tiny import TinySize, tiny_discriminator_base
+from prism.models.tokenizer import IMAGE_TOKEN
+from prism_kernels.packing import Branch, Kind, PrefixGroup, pack_groups
+
+# of the published training step
+MICRO_BATCH = 4
+# the loss without what the published one lacks, so that both have the same gradient
+PLAIN_LOSS = StepSettings(aux_coef=0.0, regularisation=0.0, soft_clip=None)
+SIZE = TinySize(
+    hidden_size=256, intermediate_size=768, layers=4, expert_intermediate_size=512, vision_hidden_size=128, experts=4
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Lengths in tokens of one group."""
+
+    responses: int = 16
+    prompt: int = 256
+    # patches along each side of the square image; a quarter as many tokens
+    image_side: int = 16
+    caption: int = 40
+    reasoning: int = 160
+
+    @property
+    def image_tokens(self) -> int:
+        return self.image_side**2 // 4
+
+
+class Texts(NamedTuple):
+    """The token ids of a response's segments."""
+
+    caption: list[int]
+    reasoning: list[int]
+
+
+@dataclass
+class Group:
+    """One prompt with its image, the responses and the teacher's, and a model for them."""
+
+    shape: Shape
+    prompt: list[int]
+    responses: list[Texts]
+    teacher: Texts
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+    image_token_id: int
+    backbone: torch.nn.Module
+    value_weight: Tensor
+
+    def sequences(self) -> dict[str, list[list[int]]]:
+        """Returns what the four forwards of all responses read, with the prompt before each."""
+        s = self.shape.responses
+        return {
+            "student caption": [self.prompt + r.caption for r in self.responses],
+            "student reasoning": [self.prompt + r.reasoning for r in self.responses],
+            "teacher caption": [self.prompt + self.teacher.caption] * s,
+            "teacher reasoning": [self.prompt + self.teacher.reasoning] * s,
+        }
+
+
+def make_group(shape: Shape | None = None, size: TinySize = SIZE, seed: int = 0) -> Group:
+    """Returns a group of random texts and a random model."""
+    shape = shape or Shape()
+    model, tokenizer = tiny_discriminator_base(size, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    def text(length: int) -> list[int]:
+        return torch.randint(0, 250, (length,), generator=generator).tolist()
+
+    before = (shape.prompt - shape.image_tokens) // 2
+    prompt = text(before) + [image] * shape.image_tokens + text(shape.prompt - shape.image_tokens - before)
+    # lengths vary by a fifth around what the shape says
+    texts = []
+    for place in range(shape.responses):
+        factor = 0.8 + 0.4 * place / max(1, shape.responses - 1)
+        texts.append(Texts(text(round(factor * shape.caption)), text(round(factor * shape.reasoning))))
+    patch = 3 * 2 * size.patch_size**2
+    value = torch.randn(1, size.hidden_size, generator=generator)
+    return Group(
+        shape=shape,
+        prompt=prompt,
+        responses=texts,
+        teacher=Texts(text(shape.caption), text(shape.reasoning)),
+        pixel_values=torch.randn(shape.image_side**2, patch, generator=generator),
+        image_grid_thw=torch.tensor([[1, shape.image_side, shape.image_side]]),
+        image_token_id=image,
+        backbone=model.model.train(),
+        value_weight=value,
+    )
+
+
+class StepOutput(NamedTuple):
+    """The scores of the responses before the step, and the gradients by parameter name of the value head and a layer."""
+
+    perception: Tensor
+    reasoning: Tensor
+    gradients: dict[str, Tensor]
+
+
+class PublishedScheme:
+    """Four forwards a micro-batch, and a scoring pass before them."""
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.backbone = group, group.backbone
+        self.value = torch.nn.Parameter(group.value_weight.clone())
+        self.optimiser = torch.optim.AdamW([*self.backbone.parameters(), self.value], lr=0.0, weight_decay=0.0)
+        self.sequences = group.sequences()
+
+    def step(self) -> StepOutput:
+        """Scores, then updates; returns what both gave."""
+        scores = self.scoring_pass()
+        self.optimiser.zero_grad(set_to_none=True)
+        total = self.group.shape.responses
+        for start in range(0, total, MICRO_BATCH):
+            rows = slice(start, start + MICRO_BATCH)
+            found = {name: self.forward(ids[rows]) for name, ids in self.sequences.items()}
+            loss = sum(
+                -logsigmoid(found[f"teacher {channel}"] - found[f"student {channel}"]).sum() / total
+                for channel in ("caption", "reasoning")
+            )
+            loss.backward()
+        norm_to(1.0, [*self.backbone.parameters(), self.value])
+        self.optimiser.step()
+        return StepOutput(*scores, gradients(self.backbone, self.value))
+
+    @torch.no_grad()
+    def scoring_pass(self) -> tuple[Tensor, Tensor]:
+        """Returns the scores of captions and reasonings, one sequence at a time."""
+        caption, reasoning = (
+            torch.cat([self.forward([ids]) for ids in self.sequences[f"student {channel}"]])
+            for channel in ("caption", "reasoning")
+        )
+        return caption, reasoning
+
+    def forward(self, sequences: list[list[int]]) -> Tensor:
+        """Returns the score of each sequence at its last token; shorter ones are padded on the right."""
+        longest = max(map(len, sequences))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in sequences])
+        lengths = torch.tensor([len(row) for row in sequences])
+        self.backbone.rope_deltas = None
+        count = len(sequences)
+        hidden = self.backbone(
+            input_ids=ids,
+            attention_mask=(torch.arange(longest) < lengths[:, None]).long(),
+            mm_token_type_ids=(ids == self.group.image_token_id).int(),
+            pixel_values=self.group.pixel_values.repeat(count, 1),
+            image_grid_thw=self.group.image_grid_thw.repeat(count, 1),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden[torch.arange(count), lengths - 1] @ self.value[0]
+
+
+class PackedScheme:
+    """One forward and backward over the packed group; its scores are the rewards."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.model = Discriminator(group.backbone, value_weight=group.value_weight)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0)
+        self.prepared = prepared_group(group)
+
+    def step(self) -> StepOutput:
+        """Scores and updates; returns what it gave."""
+        result = discriminator_step(self.model, self.prepared, self.optimiser, PLAIN_LOSS)
+        if result.skipped is not None:
+            raise RuntimeError(f"the step was skipped: {result.skipped}")
+        scores = result.scores
+        found = gradients(self.model.backbone, self.model.value_head.weight)
+        return StepOutput(scores.perception, scores.reasoning, found)
+
+
+def prepared_group(group: Group) -> PreparedGroups:
+    """Returns the group as `prepare_groups` would make it from texts."""
+    total = group.shape.responses + 1
+    branches, slots = [], []
+    for n, texts in enumerate([*group.responses, group.teacher]):
+        for channel, (ids, kind) in enumerate(zip(texts, (Kind.PERCEPTION, Kind.REASONING))):
+            pair = 2 * (total - 1) + channel if n < total - 1 else None
+            branches.append(Branch(ids, kind, pair=pair))
+            slots.append(channel * total + n)
+    prefix = PrefixGroup(group.prompt, branches, image_grids=group.image_grid_thw)
+    ((pack, _),) = pack_groups([prefix], prefix.tokens, image_token_id=group.image_token_id)
+    part = ScorePack(pack, group.pixel_values, group.image_grid_thw, torch.tensor(slots))
+    return PreparedGroups((part,), torch.zeros(total - 1, dtype=torch.int64), (None,) * (total - 1), (None,))
+
+
+def norm_to(limit: float, parameters: list[torch.nn.Parameter]) -> None:
+    torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+
+def gradients(backbone: torch.nn.Module, value: Tensor) -> dict[str, Tensor]:
+    """Returns the gradients that are compared: of the value head, of the first layer's query, of the patch embedding."""
+    watched = {
+        "value head": value,
+        "query": backbone.language_model.layers[0].self_attn.q_proj.weight,
+        "patches": backbone.visual.patch_embed.proj.weight,
+    }
+    return {name: parameter.grad.detach().clone() for name, parameter in watched.items()}
+
+
+def token_counts(group: Group) -> dict[str, int]:
+    """Returns how many tokens go through the language model in a step of each scheme."""
+    four = sum(len(ids) for rows in group.sequences().values() for ids in rows)
+    scoring = sum(len(ids) for name, rows in group.sequences().items() if "student" in name for ids in rows)
+    packed = len(group.prompt) + sum(len(ids) for texts in [*group.responses, group.teacher] for ids in texts)
+    return {"published": four + scoring, "packed": packed}
+
+
+SCHEMES: dict[str, Callable[[Group], PublishedScheme | PackedScheme]] = {
+    "ours, one packed group": PackedScheme,
+    "four forwards and a scoring pass, transformers": PublishedScheme,
+}

@@ -1,0 +1,64 @@
+"""The experts of a Mixture-of-Experts layer: gated MLPs over the tokens that a router sent to each."""
+
+# not `import torch`: in this package that name is the module torch.py
+from torch import Tensor, get_autocast_dtype, is_autocast_enabled
+from torch import float64 as double
+
+from prism_kernels import check
+from prism_kernels.backend import resolve
+from prism_kernels.ops.moe_experts.registration import NAME, MoeExpertsFunction
+from prism_kernels.ops.moe_route.registration import FLOATS
+from prism_kernels.ops.moe_route.routing import Routing
+from prism_kernels.ops.moe_route.torch import accumulator
+
+
+def moe_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, *, backend: str | None = None) -> Tensor:
+    """Returns the sum over each token's experts of weight * expert(x), (T, D).
+
+    It replaces, for each token t, with fp32 sums::
+
+        gate, up = (x[t] @ gate_up[e].t()).chunk(2)
+        out[t] += weight[t, k] * ((silu(gate) * up) @ down[e].t())      # e = index[t, k], over k
+
+    Differentiable in x, routing.weight, gate_up and down. For the backward pass it keeps x and the rows (2I) before
+    the activation, nothing else of that size: the activation is computed again, and the weights' gradient comes from
+    it, not from the experts' outputs. Deterministic. Under autocast the products run in autocast's dtype.
+
+    Args:
+        x: (T, D).
+        routing: from `moe_route`, or `Routing.from_topk`.
+        gate_up: (E, 2I, D), each expert's gate rows, then its up rows: the layout of transformers 5.
+        down: (E, D, I).
+        backend: `triton` or `torch`; see `use_backend`. Both multiply with torch.
+    """
+    check.tensor(NAME, "x", x)
+    check.shape(NAME, "x", x, ("T", "D"))
+    check.dtype(NAME, "x", x, FLOATS)
+    if not isinstance(routing, Routing):
+        check.fail(NAME, "routing to be a Routing", type(routing).__name__, TypeError)
+    T, D = x.shape
+    index, weight, offsets, permutation = routing[:4]
+    check.shape(NAME, "routing.index", index, (T, "K"))
+    check.shape(NAME, "routing.weight", weight, tuple(index.shape))
+    check.shape(NAME, "routing.permutation", permutation, (index.numel(),))
+    check.device(NAME, "routing.index", index, x, "x")
+    experts = offsets.shape[0]
+    for name, value in (("gate_up", gate_up), ("down", down)):
+        check.tensor(NAME, name, value)
+        check.dtype(NAME, name, value, FLOATS)
+        check.device(NAME, name, value, x, "x")
+    check.shape(NAME, "gate_up", gate_up, (experts, "2I", D))
+    if gate_up.shape[1] % 2:
+        check.fail(NAME, f"gate_up of shape ({experts}, 2I, {D}), an even number of rows", tuple(gate_up.shape))
+    check.shape(NAME, "down", down, (experts, D, gate_up.shape[1] // 2))
+    weight = weight.to(accumulator(x))
+    dtype = x.dtype
+    device = x.device.type
+    if is_autocast_enabled(device) and dtype != double:
+        lower = get_autocast_dtype(device)
+        x, gate_up, down = x.to(lower), gate_up.to(lower), down.to(lower)
+    for name, value in (("gate_up", gate_up), ("down", down)):
+        if value.dtype != x.dtype:
+            check.fail(NAME, f"{name} of x's dtype {x.dtype} (or autocast)", value.dtype, TypeError)
+    out = MoeExpertsFunction.apply(x, weight, gate_up, down, offsets, permutation, resolve(NAME, x.device, backend))
+    return out.to(dtype)
