@@ -20,9 +20,11 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_logprob": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     "token_logprob": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     "linear_policy_loss": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
-    "policy_loss": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
-    "group_advantage": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
-    "prism_advantage": {"cpu": ("cpu", "torch"), "cuda": ("torch",)},
+    "policy_loss": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
+    "group_advantage": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
+    "prism_advantage": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
+    "moe_route": {"cpu": ("torch",), "cuda": ("cuda", "torch")},
+    "moe_experts": {"cpu": ("torch",), "cuda": ("triton", "torch")},
 }
 _OTHER_DEVICES = ("torch",)
 

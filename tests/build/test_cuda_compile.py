@@ -1,14 +1,19 @@
 """The CUDA sources compile for sm_80, sm_90a and sm_100, without spills and with the accesses they were written for."""
 
+import functools
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils import cpp_extension
+
+from prism_kernels.library import native_reason
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -87,18 +92,49 @@ def test_two_blocks_of_anchored_rows_fit_a_multiprocessor(compiled, architecture
     assert used and max(used.values()) <= 64
 
 
+# all of their blocks run at once, several to a multiprocessor: of 256 threads
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "source, kernel, blocks",
+    [
+        # mangled template arguments: the type computed with, whether plain
+        ("policy_loss", "policy_loss_fwd_kernelIfLb1E", 3),
+        ("policy_loss", "policy_loss_fwd_kernelIfLb0E", 2),
+        ("policy_loss", "policy_loss_fwd_kernelIdLb", 1),
+        ("group_advantage", "group_advantage_fwd_kernel", 2),
+        ("group_advantage", "prism_advantage_fwd_kernel", 2),
+    ],
+)
+def test_blocks_that_wait_for_each_other_fit_a_multiprocessor(compiled, architecture, source, kernel, blocks):
+    registers = compiled[source].registers
+    used = [n for (arch, name), n in registers.items() if arch == architecture and kernel in name]
+    # registers are given to a warp in portions of 8 to a thread
+    assert used and (max(used) + 7) // 8 * 8 * 256 * blocks <= 65536
+
+
 @pytest.fixture(scope="module")
-def machine_code(compiled) -> dict[str, list[str]]:
-    """The instructions of each kernel of anchored_rows for sm_90a."""
+def disassembled(compiled) -> Callable[[str], dict[str, list[str]]]:
+    """Returns the instructions of each kernel of a source for sm_90a."""
     cuobjdump = _tool("cuobjdump")
     if cuobjdump is None:
         pytest.skip("needs cuobjdump")
-    command = [cuobjdump, "--dump-sass", "-arch", "sm_90a", str(compiled["anchored_rows"].fatbin)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    kernels = {}
-    for function in re.split(r"\n\s*Function : ", text)[1:]:
-        kernels[function.split()[0]] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", function)
+
+    @functools.cache
+    def kernels(source: str) -> dict[str, list[str]]:
+        command = [cuobjdump, "--dump-sass", "-arch", "sm_90a", str(compiled[source].fatbin)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = {}
+        for function in re.split(r"\n\s*Function : ", text)[1:]:
+            found[function.split()[0]] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", function)
+        return found
+
     return kernels
+
+
+@pytest.fixture(scope="module")
+def machine_code(disassembled) -> dict[str, list[str]]:
+    """The instructions of each kernel of anchored_rows for sm_90a."""
+    return disassembled("anchored_rows")
 
 
 # mangled template arguments: source, destination
@@ -124,3 +160,33 @@ def test_exponentials_take_one_instruction_each(machine_code):
     code = next(code for name, code in machine_code.items() if "fwd_kernelIf13__nv_bfloat16Lb0E" in name)
     # four packs of four columns, and a column on its own before and after them
     assert sum("MUFU.EX2" in instruction for instruction in code) == 17
+
+
+# a first pass may read three columns, and the last reads two or six
+@pytest.mark.parametrize("plain, columns", [(True, 3 + 2), (False, 3 + 6)])
+def test_tokens_are_read_and_written_in_wide_accesses(disassembled, plain, columns):
+    kernels = disassembled("policy_loss")
+    code = next(code for name, code in kernels.items() if f"policy_loss_fwd_kernelIfLb{int(plain)}E" in name)
+    # each column as fp32, and as fp64 in two halves; as bf16 and fp16; and the mask in both passes
+    assert sum("LDG.E.128.CONSTANT" in i for i in code) == 3 * columns
+    assert sum("LDG.E.64.CONSTANT" in i for i in code) == 2 * columns
+    assert sum("LDG.E.CONSTANT" in i for i in code) == 2
+    # dL/dlogp, and dL/dentropy
+    assert sum("STG.E.EF.128" in i for i in code) == (1 if plain else 2)
+
+
+@pytest.mark.parametrize("source", ["policy_loss", "group_advantage"])
+def test_sums_take_no_atomic_of_floats(disassembled, source):
+    """Their order would vary. The barrier of the grid counts with integers, and so does the list of large groups."""
+    for code in disassembled(source).values():
+        atomics = [i for i in code if re.search(r"\b(ATOM|ATOMG|ATOMS|RED|REDG)\b", i)]
+        assert atomics and not [i for i in atomics if re.search(r"\.F(16|32|64)", i)]
+
+
+@pytest.mark.parametrize(
+    "operator", ["policy_loss_fwd.cuda", "group_advantage_fwd.cuda", "prism_advantage_fwd.cuda", "anchored_rows_fwd"]
+)
+def test_the_built_library_registers_its_operators(operator):
+    if native_reason["_C_cuda"] is not None:
+        pytest.skip(f"needs the CUDA extension: {native_reason['_C_cuda']}")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"prism_kernels::{operator}", "CUDA")

@@ -1,67 +1,24 @@
 """The CUDA row kernels at odd widths, alignments and values: on a GPU if there is one, else emulated.
 
-Without a GPU, g++ compiles the source of the kernels against cuda_emulation/, which runs each CUDA thread as a fiber on
-the CPU. What that cannot show (races, the exponential instruction, 2^31 elements) is at the end, for a GPU alone.
+What the emulation cannot show (races, the exponential instruction, 2^31 elements) is at the end, for a GPU alone.
 """
-
-import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils import cpp_extension
-
-import prism_kernels  # noqa: F401
+from cuda_emulator import DEVICE, needs_gpu
+from cuda_emulator import kernels as emulated
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 3.0e4
 KINDS = ("near", "far", "confident", "masked", "sliced", "hot", "target_masked", "nan", "inf")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
-def _cuda_include() -> Path | None:
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and str(Path(nvcc).resolve().parents[1])]
-    found = (Path(home) / "include" for home in homes if home)
-    return next((include for include in found if (include / "cuda_bf16.h").exists()), None)
-
-
-def _compile(compiler: str, cuda: Path, path: Path) -> None:
-    command = f"{compiler} -x c++ -std=c++20 -O1 -fPIC -shared -fno-strict-aliasing -U_FORTIFY_SOURCE".split()
-    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    command += [f"-I{ROOT / 'tests/kernels/cuda_emulation'}", f"-I{ROOT / 'csrc/include'}"]
-    for include in [*cpp_extension.include_paths(), cuda]:
-        command += ["-isystem", str(include)]
-    command += [str(ROOT / "csrc/cuda/anchored_rows.cu"), "-o", str(path)]
-    command += [f"-L{folder}" for folder in cpp_extension.library_paths()]
-    command += ["-Wl,--no-as-needed", "-ltorch"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory):
-    if DEVICE == "cuda":
-        yield torch.ops.prism_kernels
-        return
-    compiler, cuda = shutil.which(os.environ.get("CXX", "g++")), _cuda_include()
-    if compiler is None or cuda is None:
-        pytest.skip("needs a GPU, or a C++ compiler and the CUDA headers to emulate one")
-    path = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    _compile(compiler, cuda, path)
-    library = torch.library.Library("prism_emulated", "DEF")
-    for name in ("anchored_rows_fwd", "anchored_rows_bwd"):
-        schema = str(getattr(torch.ops.prism_kernels, name).default._schema)
-        library.define(schema.removeprefix("prism_kernels::"))
-    ctypes.CDLL(str(path))
-    yield torch.ops.prism_emulated
-    library._destroy()
+def kernels(tmp_path_factory):
+    operators = ("anchored_rows_fwd", "anchored_rows_bwd")
+    yield from emulated("anchored_rows", operators, tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(autouse=True)
@@ -328,9 +285,6 @@ def test_bad_arguments(kernels, change, message):
     }
     with pytest.raises(RuntimeError, match=message):
         kernels.anchored_rows_fwd(**(arguments | change))
-
-
-needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 
 
 @needs_gpu

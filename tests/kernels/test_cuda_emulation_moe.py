@@ -1,63 +1,21 @@
 """The CUDA router and permutation against the torch form: on a GPU if there is one, else emulated on the CPU."""
 
-import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
-from torch.utils import cpp_extension
+from cuda_emulator import DEVICE
+from cuda_emulator import kernels as emulated
 
-import prism_kernels
 from prism_kernels.ops.moe_route import torch as form
 from prism_kernels.ops.moe_route.registration import MOST_EXPERTS, TILE
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OVERLOADS = {"moe_route_fwd": "rows", "moe_permutation_fwd": "out"}
-
-
-def _cuda_include() -> Path | None:
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and str(Path(nvcc).resolve().parents[1])]
-    found = (Path(home) / "include" for home in homes if home)
-    return next((include for include in found if (include / "cuda_runtime.h").exists()), None)
-
-
-def _compile(compiler: str, cuda: Path, path: Path) -> None:
-    command = f"{compiler} -x c++ -std=c++20 -O1 -fPIC -shared -fno-strict-aliasing -U_FORTIFY_SOURCE".split()
-    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    command += [f"-I{ROOT / 'tests/kernels/cuda_emulation'}", f"-I{ROOT / 'csrc/include'}"]
-    for include in [*cpp_extension.include_paths(), cuda]:
-        command += ["-isystem", str(include)]
-    command += [str(ROOT / "csrc/cuda/moe_route.cu"), "-o", str(path)]
-    command += [f"-L{folder}" for folder in cpp_extension.library_paths()]
-    command += ["-Wl,--no-as-needed", "-ltorch"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+OPERATORS = ("moe_route_fwd.rows", "moe_permutation_fwd.out")
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory):
-    if DEVICE == "cuda":
-        yield torch.ops.prism_kernels
-        return
-    compiler, cuda = shutil.which(os.environ.get("CXX", "g++")), _cuda_include()
-    if compiler is None or cuda is None:
-        pytest.skip("needs a GPU, or a C++ compiler and the CUDA headers to emulate one")
-    path = tmp_path_factory.mktemp("emulated") / "emulated_moe.so"
-    _compile(compiler, cuda, path)
-    library = torch.library.Library("prism_emulated", "FRAGMENT")
-    for name, overload in OVERLOADS.items():
-        schema = str(getattr(getattr(torch.ops.prism_kernels, name), overload)._schema)
-        library.define(schema.removeprefix("prism_kernels::"))
-    ctypes.CDLL(str(path))
-    yield torch.ops.prism_emulated
-    library._destroy()
+    yield from emulated("moe_route", OPERATORS, tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(autouse=True)

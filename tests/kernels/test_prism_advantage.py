@@ -14,7 +14,9 @@ from prism_kernels.backend import backend_status
 from prism_kernels.ops.prism_advantage.reference import prism_advantage_reference
 from prism_kernels.ops.prism_advantage.registration import INVALID, MODES, NORMALIZE
 
-BACKENDS = [s.backend for s in backend_status() if s.op == "prism_advantage" and s.reason is None]
+BACKENDS = [
+    s.backend for s in backend_status() if s.op == "prism_advantage" and s.reason is None and s.backend != "cuda"
+]
 COEFFICIENTS = {
     "alpha": 0.3,
     "format_penalty": 1.4,

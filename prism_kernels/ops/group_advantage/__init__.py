@@ -1,12 +1,12 @@
 """Advantages of samples within their groups (the rollouts of one prompt), vectorised, without host synchronisation."""
 
 # not `import torch`: in this package that name is the module torch.py
-from torch import Tensor, int32, int64, ops
+from torch import Tensor, int32, int64
 from torch import bool as boolean
 
 from prism_kernels import check
 from prism_kernels.backend import resolve
-from prism_kernels.ops.group_advantage.registration import BASELINES, NAME, SCALES
+from prism_kernels.ops.group_advantage.registration import BASELINES, NAME, SCALES, advantages
 from prism_kernels.ops.token_logprob import FLOATS
 
 
@@ -42,7 +42,7 @@ def group_advantage(
     check.one_of(NAME, "baseline", baseline, BASELINES)
     check.one_of(NAME, "scale", scale, SCALES)
     check.positive(NAME, "eps", eps)
-    return ops.prism_kernels.group_advantage_fwd(
+    return advantages(
         reward.detach(),
         group,
         valid,

@@ -19,6 +19,10 @@ define(
     "group_advantage_fwd.out(Tensor reward, Tensor group, Tensor? valid, int baseline, int scale, float eps, *, "
     "Tensor(a!) out, Tensor(b!) bad) -> ()"
 )
+# implemented by csrc/cuda: samples of any dtypes and stride 1
+define(
+    "group_advantage_fwd.cuda(Tensor reward, Tensor group, Tensor? valid, int baseline, int scale, float eps) -> Tensor"
+)
 define(
     "group_advantage_fwd(Tensor reward, Tensor group, Tensor? valid, int baseline, int scale, float eps, str backend)"
     " -> Tensor"
@@ -48,6 +52,25 @@ def native(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     return None if x is None else x.to(dtype or x.dtype).contiguous()
 
 
+def beside(x: Tensor | None) -> Tensor | None:
+    """Returns a column with its elements side by side, as the CUDA kernels take it."""
+    return x if x is None or x.is_contiguous() else x.contiguous()
+
+
+def advantages(
+    reward: Tensor, group: Tensor, valid: Tensor | None, baseline: int, scale: int, eps: float, backend: str
+) -> Tensor:
+    """Returns the advantages; on `cuda` past the operator in Python, which only checks values and chooses."""
+    if backend == "cuda" and not check.reads_values(group):
+        return _launch(reward, group, valid, baseline, scale, eps)
+    return torch.ops.prism_kernels.group_advantage_fwd.default(reward, group, valid, baseline, scale, eps, backend)
+
+
+def _launch(reward: Tensor, group: Tensor, valid: Tensor | None, baseline: int, scale: int, eps: float) -> Tensor:
+    columns = (beside(reward), beside(group), beside(valid))
+    return torch.ops.prism_kernels.group_advantage_fwd.cuda(*columns, baseline, scale, eps)
+
+
 def _forward(
     reward: Tensor, group: Tensor, valid: Tensor | None, baseline: int, scale: int, eps: float, backend: str
 ) -> Tensor:
@@ -62,6 +85,8 @@ def _forward(
             bad_id(NAME, group, place)
         return out
     check_groups(NAME, group)
+    if backend == "cuda":
+        return _launch(reward, group, valid, baseline, scale, eps)
     result = forward(reward, group, valid, BASELINES[baseline], SCALES[scale], eps)
     return result.to(accumulator(reward.dtype))
 
@@ -72,4 +97,5 @@ def _forward_fake(reward: Tensor, *rest: Any) -> Tensor:
 
 LIBRARY.impl("group_advantage_fwd", _forward, "CompositeExplicitAutograd")
 torch.library.register_fake("prism_kernels::group_advantage_fwd", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("prism_kernels::group_advantage_fwd.cuda", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("prism_kernels::group_advantage_fwd.out", lambda *args, **results: None, lib=LIBRARY)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prism_kernels import check
 from prism_kernels.library import LIBRARY, define
 from prism_kernels.ops.policy_loss import arguments
 from prism_kernels.ops.policy_loss.metrics import NAMES
@@ -19,6 +20,12 @@ define(
     "policy_loss_fwd.out(Tensor logp, Tensor? old_logp, Tensor advantage, Tensor cu_seqlens, Tensor? mask, "
     "Tensor? ref_logp, Tensor? rollout_logp, Tensor? entropy, float denominator, int[] choices, float[] numbers, *, "
     "Tensor(a!) loss, Tensor(b!) grad, Tensor(c!) grad_entropy, Tensor(d!) totals) -> ()"
+)
+# implemented by csrc/cuda: columns of any dtypes and stride 1
+define(
+    "policy_loss_fwd.cuda(Tensor logp, Tensor? old_logp, Tensor advantage, Tensor cu_seqlens, Tensor? mask, "
+    "Tensor? ref_logp, Tensor? rollout_logp, Tensor? entropy, Tensor? denominator, int[] choices, float[] numbers)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 # `choices` and `numbers` are `Options.encoded()`
 define(
@@ -48,6 +55,9 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments.values(NAME, cu_seqlens, logp.shape[0], denominator)
+    if backend == "cuda":
+        columns = (logp, old_logp, advantage, cu_seqlens, mask, ref_logp, rollout_logp, entropy, denominator)
+        return _launch(columns, choices, numbers)
     dtype = accumulator(logp.dtype)
 
     def cast(x: Tensor | None) -> Tensor | None:
@@ -75,6 +85,13 @@ def _forward(
     return results
 
 
+def _launch(
+    columns: tuple[Tensor | None, ...], choices: list[int], numbers: list[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    beside = [x if x is None or x.is_contiguous() else x.contiguous() for x in columns]
+    return torch.ops.prism_kernels.policy_loss_fwd.cuda(*beside, choices, numbers)
+
+
 def _forward_fake(logp: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     entropy = rest[6]
     dtype = accumulator(logp.dtype)
@@ -89,6 +106,7 @@ def _forward_fake(logp: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Ten
 
 LIBRARY.impl("policy_loss_fwd", _forward, "CompositeExplicitAutograd")
 torch.library.register_fake("prism_kernels::policy_loss_fwd", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("prism_kernels::policy_loss_fwd.cuda", _forward_fake, lib=LIBRARY)
 # every output is an argument
 torch.library.register_fake("prism_kernels::policy_loss_fwd.out", lambda *args, **results: None, lib=LIBRARY)
 
@@ -101,20 +119,14 @@ class PolicyLossFunction(torch.autograd.Function):
         ctx: Any, logp: Tensor, entropy: Tensor | None, rest: tuple[Any, ...], options: Options, backend: str
     ) -> tuple[Tensor, Tensor]:
         """Returns the loss and the metrics' totals."""
-        old_logp, advantage, cu_seqlens, mask, ref_logp, rollout_logp, denominator = rest
-        loss, grad, grad_entropy, totals = torch.ops.prism_kernels.policy_loss_fwd(
-            logp,
-            old_logp,
-            advantage,
-            cu_seqlens,
-            mask,
-            ref_logp,
-            rollout_logp,
-            entropy,
-            denominator,
-            *options.encoded(),
-            backend,
-        )
+        columns = (logp, *rest[:-1], entropy, rest[-1])
+        choices, numbers = options.encoded()
+        if backend == "cuda" and not check.reads_values(logp):
+            # past the operator in Python, which only checks values and chooses
+            loss, grad, grad_entropy, totals = _launch(columns, choices, numbers)
+        else:
+            op = torch.ops.prism_kernels.policy_loss_fwd.default
+            loss, grad, grad_entropy, totals = op(*columns, choices, numbers, backend)
         ctx.save_for_backward(grad, grad_entropy)
         ctx.dtypes = (logp.dtype, None if entropy is None else entropy.dtype)
         ctx.mark_non_differentiable(totals)

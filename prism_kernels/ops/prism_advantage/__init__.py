@@ -1,12 +1,12 @@
 """Advantages from two scores, perception and reasoning, with the format and the answer taken into account."""
 
 # not `import torch`: in this package that name is the module torch.py
-from torch import Tensor, ops
+from torch import Tensor
 
 from prism_kernels import check
 from prism_kernels.backend import resolve
 from prism_kernels.ops.group_advantage import samples
-from prism_kernels.ops.prism_advantage.registration import INVALID, MODES, NAME, NORMALIZE
+from prism_kernels.ops.prism_advantage.registration import INVALID, MODES, NAME, NORMALIZE, advantages
 from prism_kernels.ops.prism_advantage.torch import Settings
 
 
@@ -78,15 +78,10 @@ def prism_advantage(
     if not 0 <= alpha <= 1:
         check.fail(NAME, "alpha in [0, 1]", alpha)
     check.positive(NAME, "eps", eps)
-    return ops.prism_kernels.prism_advantage_fwd(
-        perception.detach(),
-        reasoning.detach(),
-        group,
-        format_ok,
-        None if accuracy is None else accuracy.detach(),
-        NORMALIZE.index(normalize),
-        INVALID.index(invalid),
-        MODES.index(mode),
+    correct = None if accuracy is None else accuracy.detach()
+    return advantages(
+        (perception.detach(), reasoning.detach(), group, format_ok, correct),
+        (NORMALIZE.index(normalize), INVALID.index(invalid), MODES.index(mode)),
         list(Settings(alpha, format_penalty, align_coef, wrong_penalty, w_acc, w_fmt, eps)),
         resolve(NAME, perception.device),
     )

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prism_kernels import check
 from prism_kernels.library import LIBRARY, define
-from prism_kernels.ops.group_advantage.registration import accumulator, bad_id, check_groups, native
+from prism_kernels.ops.group_advantage.registration import accumulator, bad_id, beside, check_groups, native
 from prism_kernels.ops.prism_advantage.torch import Settings, forward
 
 NAME = "prism_advantage"
@@ -21,11 +22,32 @@ define(
     "int normalize, int invalid, int formula, float[] numbers, *, Tensor(a!) out, "
     "Tensor(b!) bad) -> ()"
 )
+# implemented by csrc/cuda: samples of any dtypes and stride 1
+define(
+    "prism_advantage_fwd.cuda(Tensor perception, Tensor reasoning, Tensor group, Tensor? format_ok, Tensor? accuracy, "
+    "int normalize, int invalid, int formula, float[] numbers) -> Tensor"
+)
 # `numbers` are `Settings`; `formula` is the mode, a name that torch's own dispatch keeps for itself
 define(
     "prism_advantage_fwd(Tensor perception, Tensor reasoning, Tensor group, Tensor? format_ok, Tensor? accuracy, "
     "int normalize, int invalid, int formula, float[] numbers, str backend) -> Tensor"
 )
+
+
+def advantages(
+    columns: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    choices: tuple[int, int, int],
+    numbers: list[float],
+    backend: str,
+) -> Tensor:
+    """Returns the advantages; on `cuda` past the operator in Python, which only checks values and chooses."""
+    if backend == "cuda" and not check.reads_values(columns[2]):
+        return _launch(columns, choices, numbers)
+    return torch.ops.prism_kernels.prism_advantage_fwd.default(*columns, *choices, numbers, backend)
+
+
+def _launch(columns: tuple[Tensor | None, ...], choices: tuple[int, int, int], numbers: list[float]) -> Tensor:
+    return torch.ops.prism_kernels.prism_advantage_fwd.cuda(*(beside(x) for x in columns), *choices, numbers)
 
 
 def _forward(
@@ -61,6 +83,9 @@ def _forward(
             bad_id(NAME, group, place)
         return out
     check_groups(NAME, group)
+    if backend == "cuda":
+        columns = (perception, reasoning, group, format_ok, accuracy)
+        return _launch(columns, (normalize, invalid, formula), numbers)
     names = (NORMALIZE[normalize], INVALID[invalid], MODES[formula])
     result = forward(perception, reasoning, group, format_ok, accuracy, *names, Settings(*numbers))
     return result.to(accumulator(perception.dtype))
@@ -72,4 +97,5 @@ def _forward_fake(perception: Tensor, *rest: Any) -> Tensor:
 
 LIBRARY.impl("prism_advantage_fwd", _forward, "CompositeExplicitAutograd")
 torch.library.register_fake("prism_kernels::prism_advantage_fwd", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("prism_kernels::prism_advantage_fwd.cuda", _forward_fake, lib=LIBRARY)
 torch.library.register_fake("prism_kernels::prism_advantage_fwd.out", lambda *args, **results: None, lib=LIBRARY)

@@ -1,0 +1,48 @@
+// kernels whose blocks all run at once, so that they may wait for each other: several passes in one launch
+
+#pragma once
+
+#include <cooperative_groups.h>
+#include <prism/launch.cuh>
+
+#include <algorithm>
+#include <atomic>
+
+namespace prism {
+
+// waits until every thread of the grid is here; what was written before may be read after it. The driver owns the
+// barrier's memory, so that nothing has to be zeroed and launches on several streams share nothing
+__device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+// how many blocks of a kernel can run at once where `tensor` lives, at most kMost on a multiprocessor
+template <auto kKernel, int kMost>
+int resident_blocks(const torch::stable::Tensor& tensor, int threads) {
+  // asked once for each device: 0 is "not yet"
+  static std::atomic<int> known[64];
+  const int32_t device = tensor.get_device_index();
+  STD_TORCH_CHECK(device >= 0 && device < 64, "resident_blocks: expected a device in [0, 64), got ", device);
+  int blocks = known[device].load(std::memory_order_relaxed);
+  if (blocks == 0) {
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    int each = 0, multiprocessors = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, threads, 0));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    blocks = std::min(each, kMost) * multiprocessors;
+    known[device].store(blocks, std::memory_order_relaxed);
+  }
+  return blocks;
+}
+
+// queues kKernel(arguments) with blocks that all run at once, at most `resident_blocks`; raises if it does not start
+template <auto kKernel, typename Arguments>
+void launch_together(const torch::stable::Tensor& tensor, int blocks, int threads, const Arguments& arguments) {
+  const int32_t device = tensor.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  void* pointers[] = {const_cast<Arguments*>(&arguments)};
+  STD_CUDA_CHECK(cudaLaunchCooperativeKernel(kKernel, dim3(blocks), dim3(threads), pointers, 0,
+                                             static_cast<cudaStream_t>(stream)));
+}
+
+}  // namespace prism
