@@ -5,6 +5,7 @@ import torch
 from cuda_emulator import DEVICE
 from cuda_emulator import kernels as emulated
 
+import prism_kernels
 from prism_kernels.ops.moe_route import torch as form
 from prism_kernels.ops.moe_route.registration import MOST_EXPERTS, TILE
 
@@ -117,8 +118,9 @@ def as_cuda(kernels):
         yield
         return
     library = torch.library.Library("prism_kernels", "IMPL", "CPU")
-    for name, overload in OVERLOADS.items():
-        library.impl(f"{name}.{overload}", getattr(getattr(kernels, name), overload))
+    for name in OPERATORS:
+        packet, _, overload = name.partition(".")
+        library.impl(name, getattr(getattr(kernels, packet), overload))
     yield
     library._destroy()
 
