@@ -23,6 +23,7 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "policy_loss": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
     "group_advantage": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
     "prism_advantage": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "torch")},
+    "prefix_attention": {"cpu": ("torch",), "cuda": ("torch",)},
     "moe_route": {"cpu": ("torch",), "cuda": ("cuda", "torch")},
     "moe_experts": {"cpu": ("torch",), "cuda": ("triton", "torch")},
 }

@@ -1,0 +1,61 @@
+"""Attention over a pack in which each prompt is stored once: each branch sees its own prefix and itself."""
+
+# not `import torch`: in this package that name is the module torch.py
+from torch import Tensor, bfloat16, float16
+
+from prism_kernels import check
+from prism_kernels.ops.prefix_attention.registration import NAME, PrefixAttentionFunction
+from prism_kernels.ops.prefix_attention.torch import attend_pieces
+from prism_kernels.ops.prefix_attention.varlen import attend_expanded
+from prism_kernels.ops.token_logprob import FLOATS
+from prism_kernels.packing import PrefixPack
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale: float | None = None) -> Tensor:
+    """Returns the attention's output (T, H, d): that of each prompt and branch run as a sequence of its own.
+
+    It replaces, without the (T, T) mask::
+
+        same = branch[:, None] == branch                       # -1 in a prefix
+        own_prefix = (branch == -1) & (group[:, None] == group)
+        mask = (own_prefix | same & (group[:, None] == group)).tril()
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    Memory is linear in T. On the CPU two flash passes, one over the prefix for all queries of a group and one over
+    each piece itself, are merged by their log-sum-exps. On a GPU in 16 bits one variable-length flash call reads an
+    expanded copy of the prefixes' keys; other dtypes and devices take one call a branch.
+
+    Args:
+        q: (T, H, d).
+        k: (T, K, d); K divides H, and each of its heads serves H / K consecutive heads of q.
+        v: (T, K, d).
+        pack: where the prefixes and branches are; on q's device.
+        scale: the factor of the products; None: 1 / sqrt(d).
+    """
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        check.tensor(NAME, name, value)
+        check.dtype(NAME, name, value, FLOATS if name == "q" else (q.dtype,))
+        check.device(NAME, name, value, q, "q")
+    if not isinstance(pack, PrefixPack):
+        check.fail(NAME, "pack to be a PrefixPack (prism_kernels.packing)", type(pack).__name__, TypeError)
+    check.device(NAME, "pack", pack.cu_prefix, q, "q")
+    if q.dim() != 3 or 0 in q.shape[1:]:
+        check.fail(NAME, "q of shape (T, H, d) with H, d > 0", tuple(q.shape))
+    tokens, heads, width = q.shape
+    if tokens != pack.input_ids.shape[0]:
+        check.fail(NAME, f"q of shape ({pack.input_ids.shape[0]}, H, d), the pack's tokens", tuple(q.shape))
+    check.shape(NAME, "k", k, (tokens, "K", width))
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        check.fail(NAME, f"k of shape (T, K, d) with K a divisor of q's {heads} heads", tuple(k.shape))
+    check.shape(NAME, "v", v, tuple(k.shape))
+    check.positive(NAME, "scale", scale)
+    factor = width**-0.5 if scale is None else float(scale)
+    if tokens == 0:
+        # of no tokens, yet of the graph
+        return q + 0 * (k.sum() + v.sum())
+    if q.device.type == "cpu":
+        lengths = (pack.cu_prefix, pack.cu_branch, pack.branch_group)
+        return PrefixAttentionFunction.apply(q, k, v, lengths, factor)
+    if q.device.type == "cuda" and q.dtype in (bfloat16, float16):
+        return attend_expanded(q, k, v, pack, factor)
+    return attend_pieces(q, k, v, pack.layout, factor)

@@ -1,0 +1,388 @@
+"""Packed batches that store each prompt once: prefix groups, M-RoPE positions, token kinds and weights, budgets.
+
+T packed tokens, P groups (one prefix each), S branches, L tokens of one piece.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prism_kernels import check
+
+NAME = "packing"
+
+Ints = Sequence[int] | Tensor
+Floats = Sequence[float] | Tensor
+
+
+class Kind(IntEnum):
+    """What a token is. A branch holds the last three, its prefix the first two."""
+
+    PROMPT = 0
+    IMAGE = 1
+    PERCEPTION = 2
+    REASONING = 3
+    ANSWER = 4
+
+
+BRANCH_KINDS = (Kind.PERCEPTION, Kind.REASONING, Kind.ANSWER)
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One continuation of a prompt: a scored segment, or a whole response.
+
+    Args:
+        token_ids: (L,), at least one.
+        kind: one `Kind` for all tokens, or (L,); perception, reasoning or answer.
+        weight: one weight for all tokens, or (L,).
+        pair: the index, within the group, of the branch that this one is compared with: its teacher's of the same
+            channel. None where there is none.
+    """
+
+    token_ids: Ints
+    kind: int | Ints
+    weight: float | Floats = 1.0
+    pair: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixGroup:
+    """One prompt, stored once, and its branches.
+
+    Args:
+        prompt_ids: (L,), with `image_token_id` once for each merged patch of each image.
+        branches: the continuations; there may be none.
+        image_grids: (images, 3), patches in time, height and width of each image in order, before merging: the
+            `image_grid_thw` of a Qwen-VL processor.
+        weight: the weight of the prompt's tokens.
+        name: what errors call the group; None: its index.
+    """
+
+    prompt_ids: Ints
+    branches: Sequence[Branch]
+    image_grids: Sequence[Sequence[int]] | Tensor = ()
+    weight: float = 1.0
+    name: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that the group takes in a pack."""
+        return len(self.prompt_ids) + sum(len(branch.token_ids) for branch in self.branches)
+
+
+class Layout(NamedTuple):
+    """The lengths of a pack as Python integers: what a launch needs without reading a device."""
+
+    # (P,), (S,) and (P,): of each prefix, of each branch, and how many branches each group has
+    prefix: tuple[int, ...]
+    branch: tuple[int, ...]
+    branches: tuple[int, ...]
+
+
+def layout_of(cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor) -> Layout:
+    """Returns the layout of a pack from its three tensors; reads them."""
+    counts = torch.bincount(branch_group, minlength=len(cu_prefix) - 1)
+    return Layout(tuple(cu_prefix.diff().tolist()), tuple(cu_branch.diff().tolist()), tuple(counts.tolist()))
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixPack:
+    """Tokens of one forward pass, group by group: the prefix, then its branches. There is no padding.
+
+    Prefixes and branches alternate, so the cumulative lengths are not offsets by themselves: branch s begins at
+    `cu_prefix[branch_group[s] + 1] + cu_branch[s]`.
+    """
+
+    # [T], int64
+    input_ids: Tensor
+    # [T], int64: the index of the token's branch in the pack; -1: prefix
+    branch: Tensor
+    # [T], int64: `Kind`
+    kind: Tensor
+    # [3, T], int64: time, height, width; every branch begins at the greatest of its prefix + 1
+    position: Tensor
+    # [P + 1], int32: cumulative lengths of the prefixes
+    cu_prefix: Tensor
+    # [S + 1], int32: cumulative lengths of the branches
+    cu_branch: Tensor
+    # [S], int64: where in T each branch's last token is
+    last_index: Tensor
+    # [S], int64: the group of each branch; it does not decrease
+    branch_group: Tensor
+    # [S], int64: the branch in this pack that each is compared with; -1: none
+    pair: Tensor
+    # [T], float32
+    token_weight: Tensor
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The lengths on the host. Packs made here have them from the start, so that no device is read."""
+        return layout_of(self.cu_prefix, self.cu_branch, self.branch_group)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PrefixPack":
+        """Returns the pack on a device."""
+        layout = self.layout
+        moved = PrefixPack(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+        # a cached property's value lives here: it must not be read from the device again
+        moved.__dict__["layout"] = layout
+        return moved
+
+
+class Packed(NamedTuple):
+    """A pack, and the indices of the groups that are in it, in its order (that of their images, too)."""
+
+    pack: PrefixPack
+    groups: tuple[int, ...]
+
+
+def pack_groups(
+    groups: Sequence[PrefixGroup],
+    budget: int,
+    *,
+    image_token_id: int | None = None,
+    spatial_merge_size: int = 2,
+) -> list[Packed]:
+    """Returns packs of at most `budget` tokens that hold each group whole, once.
+
+    Deterministic: the largest group first, each into the first pack that has room; the packs come in the order of
+    their first groups, the groups of a pack in their given order.
+
+    Args:
+        groups: any number; a group over the budget is an error.
+        budget: tokens a pack.
+        image_token_id: the placeholder of a merged patch; None: the prompts hold no images.
+        spatial_merge_size: patches along one side of a merged patch.
+    """
+    check.positive(NAME, "budget", budget)
+    sizes = [group.tokens for group in groups]
+    for index, (group, size) in enumerate(zip(groups, sizes)):
+        if size > budget:
+            check.fail(
+                NAME,
+                f"{_group_name(group, index)} to have at most {budget} tokens, the budget",
+                f"{size}; raise the budget or drop branches",
+            )
+    return [
+        Packed(
+            _build([groups[i] for i in chosen], chosen, image_token_id, spatial_merge_size),
+            chosen,
+        )
+        for chosen in plan_packs(sizes, budget)
+    ]
+
+
+def build_pack(
+    groups: Sequence[PrefixGroup], *, image_token_id: int | None = None, spatial_merge_size: int = 2
+) -> PrefixPack:
+    """Returns one pack of all groups in their order, whatever its size."""
+    return _build(groups, range(len(groups)), image_token_id, spatial_merge_size)
+
+
+def plan_packs(sizes: Sequence[int], budget: int) -> list[tuple[int, ...]]:
+    """Returns which groups share a pack, by their sizes in tokens, as `pack_groups` decides it."""
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        place = next((p for p, free in enumerate(room) if free >= sizes[index]), len(packs))
+        if place == len(packs):
+            packs.append([])
+            room.append(budget)
+        packs[place].append(index)
+        room[place] -= sizes[index]
+    return sorted(tuple(sorted(chosen)) for chosen in packs)
+
+
+class TokenPlan(NamedTuple):
+    """Tokens through the language model for one group, by scheme."""
+
+    # four forwards a response: student and teacher, caption and reasoning
+    published: int
+    # the published second pass, which scores the students for the rewards
+    published_scoring: int
+    # the teacher's two forwards once a group
+    teacher_once: int
+    # prompt once for each response, its two segments sharing it
+    prefix_per_response: int
+    # prompt once a group
+    packed: int
+
+
+def plan_tokens(prompt: int, students: Sequence[tuple[int, int]], teacher: tuple[int, int]) -> TokenPlan:
+    """Returns what each scheme computes for one group, from lengths alone.
+
+    Args:
+        prompt: tokens of the prompt, the image's included.
+        students: for each response the tokens of its caption and of its reasoning.
+        teacher: the same of the teacher's response.
+    """
+    repeated = [2 * prompt + caption + reasoning for caption, reasoning in students]
+    teacher_repeated = 2 * prompt + sum(teacher)
+    texts = sum(map(sum, students)) + sum(teacher)
+    return TokenPlan(
+        published=sum(repeated) + len(students) * teacher_repeated,
+        published_scoring=sum(repeated),
+        teacher_once=sum(repeated) + teacher_repeated,
+        prefix_per_response=(len(students) + 1) * prompt + texts,
+        packed=prompt + texts,
+    )
+
+
+def prompt_positions(
+    prompt_ids: Tensor,
+    image_grids: Sequence[Sequence[int]] | Tensor,
+    *,
+    image_token_id: int | None,
+    spatial_merge_size: int,
+    name: str = "the prompt",
+) -> Tensor:
+    """Returns the M-RoPE positions (3, L) of a prompt (L,): those of transformers' `get_rope_index` for Qwen3-VL.
+
+    Text advances all three by one a token; an image's tokens take the time, row and column of their merged patch, and
+    the text behind it goes on past the image's longer side.
+    """
+    grids = [tuple(int(n) for n in grid) for grid in image_grids]
+    is_image = torch.zeros_like(prompt_ids, dtype=torch.bool)
+    if image_token_id is not None:
+        is_image = prompt_ids == image_token_id
+    elif grids:
+        check.fail(NAME, f"image_token_id, since {name} has images", None)
+    places = is_image.nonzero()[:, 0].tolist()
+    parts: list[Tensor] = []
+    read = used = following = 0
+    for index, grid in enumerate(grids):
+        what = f"image {index} of {name}"
+        rows, columns = _merged(what, grid, spatial_merge_size)
+        size = rows * columns
+        start = places[used] if used < len(places) else len(prompt_ids)
+        found = int(is_image[start : start + size].sum())
+        if found < size:
+            check.fail(NAME, f"{size} placeholders in a row for {what}, of grid {grid}", found)
+        text = start - read
+        parts.append(torch.arange(following, following + text).expand(3, text))
+        following += text
+        row = torch.arange(rows).repeat_interleave(columns)
+        column = torch.arange(columns).repeat(rows)
+        parts.append(torch.stack((torch.zeros_like(row), row, column)) + following)
+        following += max(rows, columns)
+        read, used = start + size, used + size
+    if used < len(places):
+        check.fail(NAME, f"{used} image placeholders in {name}, for {len(grids)} images", len(places))
+    text = len(prompt_ids) - read
+    parts.append(torch.arange(following, following + text).expand(3, text))
+    return torch.cat(parts, 1)
+
+
+def _merged(what: str, grid: tuple[int, ...], merge: int) -> tuple[int, int]:
+    if len(grid) != 3 or grid[0] != 1 or any(n <= 0 or n % merge for n in grid[1:]):
+        check.fail(NAME, f"{what} to have a grid (1, h, w) with h and w multiples of {merge}", grid)
+    return grid[1] // merge, grid[2] // merge
+
+
+def _group_name(group: PrefixGroup, index: int) -> str:
+    return f"group {index}" if group.name is None else f"group {index} ({group.name})"
+
+
+def _vector(what: str, values: int | float | Ints | Floats, size: int | None, dtype: torch.dtype) -> Tensor:
+    """Returns values as a vector on the CPU; one number stands for `size` of them."""
+    vector = torch.as_tensor(values).detach().cpu()
+    if vector.numel() and not dtype.is_floating_point and (vector.is_floating_point() or vector.dtype == torch.bool):
+        check.fail(NAME, f"{what} to be integers", str(vector.dtype).removeprefix("torch."), TypeError)
+    vector = vector.to(dtype)
+    if vector.dim() == 0 and size is not None:
+        return vector.repeat(size)
+    check.shape(NAME, what, vector, ("L" if size is None else size,))
+    return vector
+
+
+def _build(
+    groups: Sequence[PrefixGroup], indices: Sequence[int], image_token_id: int | None, spatial_merge_size: int
+) -> PrefixPack:
+    pieces = [
+        piece
+        for index, group in zip(indices, groups)
+        for piece in _pieces(group, _group_name(group, index), image_token_id, spatial_merge_size)
+    ]
+    counts = tuple(len(group.branches) for group in groups)
+    first = [0, *accumulate(counts)]
+    owner = torch.arange(len(groups)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    # pieces come group by group, each prefix followed by its branches
+    is_prefix = torch.zeros(len(pieces), dtype=torch.bool)
+    is_prefix[torch.arange(len(groups)) + torch.tensor(first[:-1], dtype=torch.int64)] = True
+    lengths = torch.tensor([len(piece.ids) for piece in pieces], dtype=torch.int64)
+    ends = lengths.cumsum(0)
+    numbers = torch.where(is_prefix, -1, (~is_prefix).cumsum(0) - 1)
+    pairs = [
+        -1 if branch.pair is None else first[g] + branch.pair
+        for g, group in enumerate(groups)
+        for branch in group.branches
+    ]
+    # so that a pack of nothing has its dtypes
+    empty = _Piece(torch.empty(0).long(), torch.empty(0).long(), torch.empty(3, 0).long(), torch.empty(0))
+    joined = [*pieces, empty]
+    pack = PrefixPack(
+        input_ids=torch.cat([piece.ids for piece in joined]),
+        branch=numbers.repeat_interleave(lengths),
+        kind=torch.cat([piece.kind for piece in joined]),
+        position=torch.cat([piece.position for piece in joined], 1),
+        cu_prefix=_cumulative(lengths[is_prefix]),
+        cu_branch=_cumulative(lengths[~is_prefix]),
+        last_index=ends[~is_prefix] - 1,
+        branch_group=owner,
+        pair=torch.tensor(pairs, dtype=torch.int64),
+        token_weight=torch.cat([piece.weight for piece in joined]),
+    )
+    assert len(pack.layout.prefix) == len(groups)
+    return pack
+
+
+class _Piece(NamedTuple):
+    ids: Tensor
+    kind: Tensor
+    position: Tensor
+    weight: Tensor
+
+
+def _pieces(group: PrefixGroup, name: str, image_token_id: int | None, spatial_merge_size: int) -> list[_Piece]:
+    """Returns a group's prefix and branches."""
+    prompt = _vector(f"prompt_ids of {name}", group.prompt_ids, None, torch.int64)
+    position = prompt_positions(
+        prompt, group.image_grids, image_token_id=image_token_id, spatial_merge_size=spatial_merge_size, name=name
+    )
+    kind = torch.full_like(prompt, Kind.PROMPT)
+    if image_token_id is not None:
+        kind[prompt == image_token_id] = Kind.IMAGE
+    pieces = [_Piece(prompt, kind, position, torch.full((len(prompt),), float(group.weight)))]
+    start = int(position.max()) + 1 if position.numel() else 0
+    for index, branch in enumerate(group.branches):
+        where = f"branch {index} of {name}"
+        ids = _vector(f"token_ids of {where}", branch.token_ids, None, torch.int64)
+        size = len(ids)
+        if size == 0:
+            check.fail(NAME, f"{where} to have at least one token", "none")
+        if image_token_id is not None and (ids == image_token_id).any():
+            place = int((ids == image_token_id).nonzero()[0, 0])
+            expected = f"no image placeholder in {where}; ban token {image_token_id} when sampling"
+            check.fail(NAME, expected, f"one at {place}")
+        kind = _vector(f"kind of {where}", branch.kind, size, torch.int64)
+        wrong = (kind < min(BRANCH_KINDS)) | (kind > max(BRANCH_KINDS))
+        if wrong.any():
+            known = ", ".join(f"{k.value} ({k.name.lower()})" for k in BRANCH_KINDS)
+            place = int(wrong.nonzero()[0, 0])
+            check.fail(NAME, f"kinds of {where} to be {known}", f"{int(kind[place])} at {place}")
+        weight = _vector(f"weight of {where}", branch.weight, size, torch.float32)
+        if branch.pair is not None and (branch.pair == index or not 0 <= branch.pair < len(group.branches)):
+            expected = f"pair of {where} to be another branch of its group, in [0, {len(group.branches)})"
+            check.fail(NAME, expected, branch.pair)
+        pieces.append(_Piece(ids, kind, torch.arange(start, start + size).expand(3, size), weight))
+    return pieces
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    return torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(torch.int32)
