@@ -31,7 +31,7 @@ def main() -> None:
         print("cuda          no device")
     print()
     for op, backend, reason in backend_status():
-        print(f"{op:<16} {backend:<8} {'available' if reason is None else 'not available: ' + reason}")
+        print(f"{op:<18} {backend:<8} {'available' if reason is None else 'not available: ' + reason}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from prism_kernels.ops.moe_route.torch import accumulator
 
-# elements of an activation that exist in fp32 at a time
-BLOCK = 2**22
+# elements of an activation that exist in fp32 at a time: on the cpu what its caches hold, elsewhere few launches
+CPU_BLOCK, BLOCK = 2**18, 2**22
 
 
 def gather(x: Tensor, permutation: Tensor, top_k: int) -> Tensor:
@@ -19,7 +19,7 @@ def gather(x: Tensor, permutation: Tensor, top_k: int) -> Tensor:
 
 
 def _blocks(pre: Tensor) -> list[slice]:
-    rows = max(1, BLOCK // max(1, pre.shape[1]))
+    rows = max(1, (CPU_BLOCK if pre.device.type == "cpu" else BLOCK) // max(1, pre.shape[1]))
     return [slice(start, start + rows) for start in range(0, pre.shape[0], rows)]
 
 

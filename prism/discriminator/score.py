@@ -1,0 +1,248 @@
+"""The one function that scores groups with images: warm-up, alignment and audit all use it.
+
+P samples (groups), N responses of all samples, S branches of a pack.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prism.discriminator.branches import CHANNELS, ScoreLimits, Segment, TextBranches
+from prism.discriminator.model import Discriminator
+from prism.models.prompts import EncodedPrompt, Message, PromptEncoder, chat_messages, join_images, without_images
+from prism_kernels import check
+from prism_kernels.packing import Branch, PrefixGroup, PrefixPack, pack_groups
+
+NAME = "score_groups"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with what is scored on it: a group.
+
+    Args:
+        prompt: see `PromptEncoder.encode`; or already encoded, with its images.
+        responses: the student's texts, whole and with their tags.
+        images: of the prompt, in order.
+        teacher: the supervision's text, which each response is compared with.
+        name: what errors call it; None: its index.
+    """
+
+    prompt: str | Sequence[Message] | EncodedPrompt
+    responses: Sequence[str]
+    images: Sequence[Image.Image] = ()
+    teacher: str | None = None
+    name: str | None = None
+
+
+class ScorePack(NamedTuple):
+    """One forward pass, and where its scores go."""
+
+    pack: PrefixPack
+    pixel_values: Tensor | None
+    image_grid_thw: Tensor | None
+    # (S,) into the scores of both channels: first all responses, then all teachers
+    slots: Tensor
+
+
+class PreparedGroups(NamedTuple):
+    """Samples, tokenised and packed. A group is whole in one pack."""
+
+    packs: tuple[ScorePack, ...]
+    # (N,), int64: the sample of each response
+    group: Tensor
+    # of each response and of each sample's teacher: why it has no scores; None where it has
+    reason: tuple[str | None, ...]
+    teacher_reason: tuple[str | None, ...]
+
+    @property
+    def pairs(self) -> Tensor:
+        """Which responses (N,) are compared with a teacher: both are valid."""
+        valid, taught = (torch.tensor([r is None for r in why]) for why in (self.reason, self.teacher_reason))
+        return valid & taught[self.group] if len(self.group) else torch.zeros(0, dtype=torch.bool)
+
+
+class GroupScores(NamedTuple):
+    """Raw scores, NaN where there is none, on the discriminator's device, differentiable where autograd is on."""
+
+    # (N,)
+    perception: Tensor
+    reasoning: Tensor
+    # (P,)
+    teacher_perception: Tensor
+    teacher_reasoning: Tensor
+    # (N,), int64
+    group: Tensor
+    # see `PreparedGroups`
+    reason: tuple[str | None, ...]
+    teacher_reason: tuple[str | None, ...]
+
+
+def score_groups(
+    model: Discriminator, samples: Sequence[Sample], encoder: PromptEncoder, limits: ScoreLimits | None = None
+) -> GroupScores:
+    """Returns the scores of all responses and teachers of the samples; an invalid text costs its own scores only.
+
+    Texts are tokenised afresh, students' and teachers' alike, cut by the strict grammar, and each scored segment ends
+    in the same terminal token, at which it is read. A sample's prompt and images go through the model once.
+
+    Args:
+        model: under `torch.no_grad()` for scores alone.
+        samples: each with any number of responses.
+        encoder: tokenizer and image processor of the model.
+        limits: lengths and budget.
+    """
+    return score_prepared(model, prepare_groups(samples, encoder, limits, images=model.images))
+
+
+def prepare_groups(
+    samples: Sequence[Sample],
+    encoder: PromptEncoder,
+    limits: ScoreLimits | None = None,
+    *,
+    images: bool = True,
+    view: Callable[[Segment], Segment] | None = None,
+) -> PreparedGroups:
+    """Returns the samples as packs, without a model.
+
+    Args:
+        samples: see `score_groups`.
+        encoder: see `score_groups`.
+        limits: see `score_groups`.
+        images: whether the discriminator sees images; otherwise prompts are made without them.
+        view: what is scored of each segment; None: all of it.
+    """
+    limits = limits or ScoreLimits()
+    cutter = TextBranches(encoder, limits)
+    owners = [p for p, sample in enumerate(samples) for _ in sample.responses]
+    called = [sample.name or f"sample {p}" for p, sample in enumerate(samples)]
+    names = [f"response {r} of {called[p]}" for p, s in enumerate(samples) for r in range(len(s.responses))]
+    texts = [text for sample in samples for text in sample.responses]
+    taught = [(p, sample.teacher) for p, sample in enumerate(samples) if sample.teacher is not None]
+    cut = cutter.cut(
+        [*texts, *(text for _, text in taught)], [*names, *(f"the teacher of {called[p]}" for p, _ in taught)]
+    )
+    students, teachers = cut[: len(texts)], dict(zip((p for p, _ in taught), cut[len(texts) :]))
+
+    groups: list[PrefixGroup] = []
+    slots: list[Tensor] = []
+    prompts: list[EncodedPrompt] = []
+    first = 0
+    for p, sample in enumerate(samples):
+        prompt = _encode(sample, called[p], encoder, limits, images)
+        members = students[first : first + len(sample.responses)]
+        branches, items = _branches(members, teachers.get(p), view)
+        # an item of the group is the teacher (-1) or one of its responses
+        numbers = torch.tensor([len(texts) + p if item < 0 else first + item for item, _ in items], dtype=torch.int64)
+        channels = torch.tensor([channel for _, channel in items], dtype=torch.int64)
+        slots.append(channels * (len(texts) + len(samples)) + numbers)
+        grids = () if prompt.image_grid_thw is None else prompt.image_grid_thw
+        groups.append(PrefixGroup(prompt.input_ids, branches, image_grids=grids, name=called[p]))
+        prompts.append(prompt)
+        first += len(members)
+    return PreparedGroups(
+        _packs(groups, slots, prompts, encoder, limits.budget),
+        torch.tensor(owners, dtype=torch.int64),
+        tuple(map(_reason, students)),
+        tuple(_reason(teachers.get(p, "no teacher")) for p in range(len(samples))),
+    )
+
+
+def score_prepared(model: Discriminator, prepared: PreparedGroups, packs: Iterable[int] | None = None) -> GroupScores:
+    """Returns the scores of prepared groups.
+
+    Args:
+        model: see `score_groups`.
+        prepared: from `prepare_groups`.
+        packs: the packs to run; None: all. The scores of the others are NaN: for a training step that runs one pack
+            after the other, each with its backward pass.
+    """
+    device = model.value_head.weight.device
+    responses, samples = len(prepared.reason), len(prepared.teacher_reason)
+    chosen = range(len(prepared.packs)) if packs is None else packs
+    scores: list[Tensor] = []
+    slots: list[Tensor] = []
+    for index in chosen:
+        part = prepared.packs[index]
+        pixels, grids = (None if t is None else t.to(device) for t in (part.pixel_values, part.image_grid_thw))
+        scores.append(model(part.pack.to(device), pixels, grids))
+        slots.append(part.slots.to(device))
+    if not scores:
+        scores, slots = [torch.zeros(0, device=device)], [torch.zeros(0, dtype=torch.int64, device=device)]
+    found = torch.cat(scores)
+    both = found.new_full((len(CHANNELS) * (responses + samples),), torch.nan).index_copy(0, torch.cat(slots), found)
+    channels = both.unflatten(0, (len(CHANNELS), responses + samples))
+    return GroupScores(
+        perception=channels[0, :responses],
+        reasoning=channels[1, :responses],
+        teacher_perception=channels[0, responses:],
+        teacher_reasoning=channels[1, responses:],
+        group=prepared.group.to(device),
+        reason=prepared.reason,
+        teacher_reason=prepared.teacher_reason,
+    )
+
+
+def _branches(
+    students: Sequence[tuple[Segment, ...] | str],
+    teacher: tuple[Segment, ...] | str | None,
+    view: Callable[[Segment], Segment] | None,
+) -> tuple[list[Branch], list[tuple[int, int]]]:
+    """Returns a group's branches, the teacher's last, and whose each is: a student's index or -1, and its channel."""
+    valid = [(item, cut) for item, cut in enumerate(students) if not isinstance(cut, str)]
+    first_teacher = len(CHANNELS) * len(valid)
+    taught = isinstance(teacher, tuple)
+    if isinstance(teacher, tuple):
+        valid.append((-1, teacher))
+    branches = []
+    for item, cut in valid:
+        for channel, segment in enumerate(cut if view is None else map(view, cut)):
+            pair = first_teacher + channel if taught and item >= 0 else None
+            branches.append(Branch(segment.token_ids, segment.kind, pair=pair))
+    return branches, [(item, channel) for item, _ in valid for channel in range(len(CHANNELS))]
+
+
+def _reason(cut: tuple[Segment, ...] | str) -> str | None:
+    return cut if isinstance(cut, str) else None
+
+
+def _encode(sample: Sample, name: str, encoder: PromptEncoder, limits: ScoreLimits, images: bool) -> EncodedPrompt:
+    if isinstance(sample.prompt, EncodedPrompt):
+        prompt = sample.prompt
+        if prompt.pixel_values is not None and not images:
+            check.fail(NAME, f"the prompt of {name} as text, for a text-only discriminator", "patches")
+    elif images:
+        prompt = encoder.encode(sample.prompt, sample.images, name=name)
+    else:
+        prompt = encoder.encode(without_images(chat_messages(sample.prompt)), name=name)
+    tokens = len(prompt.input_ids)
+    if tokens > limits.prompt_tokens:
+        check.fail(NAME, f"at most {limits.prompt_tokens} prompt tokens in {name}", tokens)
+    return prompt
+
+
+def _packs(
+    groups: Sequence[PrefixGroup],
+    slots: Sequence[Tensor],
+    prompts: Sequence[EncodedPrompt],
+    encoder: PromptEncoder,
+    budget: int,
+) -> tuple[ScorePack, ...]:
+    # a group without a valid text has nothing to score: its prompt is not computed
+    scored = [index for index, group in enumerate(groups) if group.branches]
+    packed = pack_groups(
+        [groups[index] for index in scored],
+        budget,
+        image_token_id=encoder.image_token_id,
+        spatial_merge_size=encoder.spatial_merge_size,
+    )
+    parts = []
+    for pack, members in packed:
+        chosen = [scored[member] for member in members]
+        places = torch.cat([slots[index] for index in chosen])
+        parts.append(ScorePack(pack, *join_images([prompts[index] for index in chosen]), places))
+    return tuple(parts)

@@ -1,0 +1,132 @@
+"""Chat prompts with images as token ids and patches, the same as transformers' Qwen3-VL processor makes, without it.
+
+L tokens of a prompt, M merged patches of an image, G = 4 M patches before merging, C numbers a patch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from prism.models.tokenizer import IMAGE_TOKEN
+from prism_kernels import check
+from prism_kernels.segments import TokenBytes, token_bytes
+
+NAME = "encode_prompt"
+# what the data schemas write where an image goes
+PLACEHOLDER = "<image>"
+
+Message = Mapping[str, Any]
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt as the models read it."""
+
+    # (L,), the image token once for each merged patch
+    input_ids: list[int]
+    # (G, C) of all images, or None
+    pixel_values: Tensor | None
+    # (images, 3), int64, or None
+    image_grid_thw: Tensor | None
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Turns a chat and its images into token ids and patches.
+
+    Args:
+        tokenizer: with a chat template of Qwen's form.
+        image_processor: `Qwen2VLImageProcessorPil` or its torchvision twin.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: Any
+
+    @property
+    def image_token_id(self) -> int:
+        """The id that stands for one merged patch."""
+        return cast(int, self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of the tokens, for `find_segments`; made once, since a large vocabulary takes its time."""
+        return token_bytes(self.tokenizer)
+
+    @property
+    def spatial_merge_size(self) -> int:
+        """How many patches along a side make one merged patch."""
+        return self.image_processor.merge_size
+
+    def encode(
+        self, prompt: str | Sequence[Message], images: Sequence[Image.Image] = (), *, name: str = "the prompt"
+    ) -> EncodedPrompt:
+        """Returns a prompt that ends where the assistant begins.
+
+        Args:
+            prompt: the user's text, or chat messages; `<image>` in a text, or an image item, is where an image goes.
+                A text without either has its images first.
+            images: in the order of their places.
+            name: what errors call it.
+        """
+        messages = chat_messages(prompt, len(images))
+        places = sum(item["type"] == "image" for message in messages for item in message["content"])
+        if places != len(images):
+            check.fail(NAME, f"an image for each of the {places} image places of {name}", f"{len(images)} images")
+        text = cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        pixels, grids = None, None
+        if images:
+            patches = self.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+            pixels, grids = patches["pixel_values"], patches["image_grid_thw"]
+            merged = (grids.prod(-1) // self.spatial_merge_size**2).tolist()
+            pieces = text.split(IMAGE_TOKEN)
+            if len(pieces) != len(images) + 1:
+                check.fail(NAME, f"{len(images)} image tokens in {name} after the chat template", len(pieces) - 1)
+            text = pieces[0] + "".join(IMAGE_TOKEN * count + piece for count, piece in zip(merged, pieces[1:]))
+        return EncodedPrompt(self.tokenizer(text, add_special_tokens=False)["input_ids"], pixels, grids)
+
+
+def chat_messages(prompt: str | Sequence[Message], images: int = 0) -> list[dict[str, Any]]:
+    """Returns chat messages whose contents are lists of text and image items, whatever form the prompt had.
+
+    Args:
+        prompt: see `PromptEncoder.encode`.
+        images: how many images there are: they come first in a text that has no place for them.
+    """
+    if isinstance(prompt, str):
+        if PLACEHOLDER not in prompt:
+            prompt = PLACEHOLDER * images + prompt
+        prompt = [{"role": "user", "content": prompt}]
+    return [{"role": message["role"], "content": _items(message["content"])} for message in prompt]
+
+
+def without_images(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Returns the messages without their image items."""
+    return [
+        {"role": message["role"], "content": [item for item in message["content"] if item["type"] != "image"]}
+        for message in messages
+    ]
+
+
+def _items(content: str | Sequence[Message]) -> list[dict[str, Any]]:
+    if not isinstance(content, str):
+        # image items may carry a path or a URL, which is not ours to open: images come as an argument
+        return [{"type": "text", "text": item["text"]} if "text" in item else {"type": "image"} for item in content]
+    items: list[dict[str, Any]] = []
+    for index, text in enumerate(content.split(PLACEHOLDER)):
+        if index:
+            items.append({"type": "image"})
+        if text:
+            items.append({"type": "text", "text": text})
+    return items
+
+
+def join_images(prompts: Sequence[EncodedPrompt]) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the patches and grids of several prompts' images, in their order."""
+    pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
+    grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
+    return (torch.cat(pixels), torch.cat(grids)) if pixels else (None, None)
