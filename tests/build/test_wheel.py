@@ -58,7 +58,7 @@ def wheel(tmp_path_factory):
     tree.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, tree)
-    for name in ("csrc", "prism_kernels"):
+    for name in ("csrc", "prism", "prism_kernels"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(folder / "dist")]
     # the test is about the wheel, not about CUDA, which takes much longer to compile
@@ -75,11 +75,11 @@ def test_tag_and_contents(wheel):
         names = archive.namelist()
         tag = next(archive.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL"))
     assert f"Tag: py3-none-{platform}" in tag
-    assert {"prism_kernels/py.typed", "prism_kernels/_C.so"} <= set(names)
+    assert {"prism/py.typed", "prism_kernels/py.typed", "prism_kernels/_C.so"} <= set(names)
     assert "prism_kernels/ops/anchored_rows/torch.py" in names
     # one name, without a Python version in it, and no sources
     assert [name for name in names if name.endswith(".so")] == ["prism_kernels/_C.so"]
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"prism_kernels"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"prism", "prism_kernels"}
     assert not [name for name in names if name.endswith((".cpp", ".cu", ".cuh", ".h"))]
 
 
