@@ -1,0 +1,259 @@
+"""Worker processes with a time limit that kills: a hang or a crash costs one job, never the run."""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+
+
+class Outcome(NamedTuple):
+    """What became of a job."""
+
+    value: Any
+    # "" where there is a value; else "timeout", "crash" (the process died), "memory" or "error" (an exception)
+    reason: str
+    # an exception's traceback, or how the process ended
+    detail: str = ""
+
+
+class Workers:
+    """Processes that call functions by import path, each job within its time limit.
+
+    A worker that hangs is killed and replaced, and so is one that crashed. Workers start at the first job, in fresh
+    interpreters, so they inherit neither locks nor a GPU; importing costs them about a second, which no job's limit
+    counts. Jobs may come from any thread. `close` or the end of the program ends all workers; a worker whose parent
+    was killed ends by itself.
+
+    Args:
+        count: how many processes; None: one per core, at most four.
+        preload: modules that a worker imports before its first job.
+        memory_bytes: address space that a worker may use, Linux only; None: no limit.
+        start_seconds: how long a worker may take to start.
+    """
+
+    def __init__(
+        self,
+        count: int | None = None,
+        *,
+        preload: Sequence[str] = (),
+        memory_bytes: int | None = None,
+        start_seconds: float = 120.0,
+    ) -> None:
+        if count is not None and count < 1:
+            raise ValueError(f"Workers: expected count >= 1, got {count}")
+        self.count = count or min(4, os.cpu_count() or 1)
+        self._setup = (list(preload), memory_bytes, start_seconds)
+        self._changed = threading.Condition()
+        self._idle: list[_Worker] = []
+        self._borrowed = 0
+        # also of those at work, so that closing from another thread ends them too
+        self._all: set[_Worker] = set()
+        self._closed = False
+        # not bound to self, which would never be collected
+        self._end = weakref.finalize(self, _end_all, self._all, os.getpid())
+
+    def map(self, function: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> list[Outcome]:
+        """Returns what became of each call, in order.
+
+        Args:
+            function: "package.module:function", importable in a fresh interpreter.
+            arguments: of each call, picklable.
+            timeout_s: seconds that one call may take.
+        """
+        if not timeout_s > 0:
+            raise ValueError(f"Workers.map: expected timeout_s > 0, got {timeout_s}")
+        outcomes: list[Outcome | None] = [None] * len(arguments)
+        pending = deque(range(len(arguments)))
+        mine = self._borrow(len(pending)) if pending else []
+        try:
+            while pending or any(worker.job is not None for worker in mine):
+                for worker in [w for w in mine if w.ready and w.job is None]:
+                    if pending:
+                        job = pending.popleft()
+                        worker.give(job, pickle.dumps((function, arguments[job], timeout_s)), timeout_s)
+                    else:
+                        mine.remove(worker)
+                        self._return(worker)
+                if not pending:
+                    # those that still start are not needed here
+                    for worker in [w for w in mine if not w.ready]:
+                        mine.remove(worker)
+                        self._return(worker)
+                for place, worker in self._events(mine):
+                    outcome = worker.collect()
+                    if outcome is not None and worker.job is not None:
+                        outcomes[worker.job], worker.job = outcome, None
+                    if not worker.alive:
+                        mine[place] = self._replace(worker)
+        finally:
+            for worker in mine:
+                # after an interrupt its answer would be taken for another job's
+                if worker.job is not None:
+                    worker.kill()
+                self._return(worker)
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def close(self) -> None:
+        """Ends all workers, those at work too; a call that waits for them in another thread fails."""
+        with self._changed:
+            self._closed = True
+            self._idle.clear()
+            self._changed.notify_all()
+        self._end()
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def process_ids(self) -> list[int]:
+        """The ids of the processes that run."""
+        return sorted(worker.process.pid for worker in list(self._all) if worker.process.poll() is None)
+
+    def _events(self, mine: "list[_Worker]") -> "list[tuple[int, _Worker]]":
+        """Waits for an answer, an end or a time limit, and returns those workers with their places."""
+        if not mine:
+            return []
+        first = min(worker.deadline for worker in mine)
+        heard = wait([worker.connection for worker in mine], max(0.0, first - time.monotonic()))
+        now = time.monotonic()
+        return [(i, w) for i, w in enumerate(mine) if w.connection in heard or w.deadline <= now]
+
+    def _borrow(self, most: int) -> "list[_Worker]":
+        """Returns up to so many workers, at least one: idle ones, then new ones; waits while others have them all."""
+        with self._changed:
+            while not self._closed and not self._idle and self._borrowed >= self.count:
+                self._changed.wait()
+            if self._closed:
+                raise RuntimeError("Workers.map: expected open workers, got closed ones; make new ones")
+            mine: list[_Worker] = []
+            while len(mine) < most and self._idle:
+                worker = self._idle.pop()
+                # one may have been killed while it had nothing to do
+                mine.append(worker if worker.process.poll() is None else self._new(worker))
+            while len(mine) < min(most, self.count - self._borrowed - len(self._idle)):
+                mine.append(self._new())
+            self._borrowed += len(mine)
+            return mine
+
+    def _return(self, worker: "_Worker") -> None:
+        with self._changed:
+            self._borrowed -= 1
+            if worker.alive and not self._closed:
+                self._idle.append(worker)
+            else:
+                self._all.discard(worker)
+                worker.kill()
+            self._changed.notify()
+
+    def _replace(self, worker: "_Worker") -> "_Worker":
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("Workers.map: the workers were closed while they worked")
+            return self._new(worker)
+
+    def _new(self, instead: "_Worker | None" = None) -> "_Worker":
+        if instead is not None:
+            self._all.discard(instead)
+            instead.kill()
+        worker = _Worker(*self._setup)
+        self._all.add(worker)
+        return worker
+
+
+class _Worker:
+    """One process, what it does, and until when it may."""
+
+    def __init__(self, preload: list[str], memory_bytes: int | None, start_seconds: float) -> None:
+        self.connection, theirs = Pipe()
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [_PACKAGE_ROOT, os.getenv("PYTHONPATH")]))
+        }
+        command = [sys.executable, "-m", "prism.rewards.worker", str(theirs.fileno())]
+        # a session of its own: Ctrl-C in the terminal reaches the parent alone
+        self.process = subprocess.Popen(
+            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        theirs.close()
+        self.ready = False
+        self.alive = True
+        self.job: int | None = None
+        self.deadline = time.monotonic() + start_seconds
+        self._start_seconds = start_seconds
+        self.connection.send((sys.path, preload, memory_bytes))
+
+    def give(self, job: int, message: bytes, timeout_s: float) -> None:
+        """Sends a job; where the process has ended meanwhile, `collect` tells."""
+        self.job, self.deadline = job, time.monotonic() + timeout_s
+        try:
+            self.connection.send_bytes(message)
+        except OSError:
+            self.deadline = time.monotonic()
+
+    def collect(self) -> Outcome | None:
+        """Returns what became of the job, after an answer, the end of the process or its time limit.
+
+        None: the worker has started. One that cannot start is an error: so would be the next.
+        """
+        try:
+            if not self.connection.poll():
+                self.kill()
+                if not self.ready:
+                    raise RuntimeError(f"Workers: expected a worker to start within {self._start_seconds} s, got none")
+                return Outcome(None, "timeout", "killed at its time limit")
+            reason, value = self.connection.recv()
+        except (EOFError, OSError):
+            self.kill()
+            how = f"the process ended with status {self.process.returncode}"
+            if not self.ready:
+                raise RuntimeError(f"Workers: expected a worker to start, but {how}") from None
+            return Outcome(None, "crash", how)
+        self.deadline = float("inf")
+        if not self.ready:
+            if reason != "ready":
+                self.kill()
+                raise RuntimeError(f"Workers: expected a worker to start, got:\n{value}")
+            self.ready = True
+            return None
+        return Outcome(None, reason, value) if reason else Outcome(value, "")
+
+    def kill(self) -> None:
+        """Ends the process at once and waits for it, so that none is left as a zombie."""
+        self.alive = False
+        # the pipe stays: a thread that waits on it learns of the end
+        self.process.kill()
+        self.process.wait()
+
+
+def _end_all(workers: "set[_Worker]", owner: int) -> None:
+    # a forked child has the list, but not the processes
+    if os.getpid() == owner:
+        while workers:
+            workers.pop().kill()
+
+
+_shared: dict[tuple[int, int | None, tuple[str, ...], int | None], Workers] = {}
+_shared_lock = threading.Lock()
+
+
+def shared_workers(preload: Sequence[str], memory_bytes: int | None, count: int | None = None) -> Workers:
+    """Returns the workers of this process for one purpose, which start at first use and end with the program."""
+    # a forked child needs its own
+    key = (os.getpid(), count, tuple(preload), memory_bytes)
+    with _shared_lock:
+        if key not in _shared:
+            _shared[key] = Workers(count, preload=preload, memory_bytes=memory_bytes)
+        return _shared[key]

@@ -1,0 +1,268 @@
+"""Workers that hang, crash, eat memory or lose their parent; and own rewards, which run in them."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from prism.rewards import Workers, evaluate_reward, load_reward, score_batch, verifier_workers
+
+ROOT = str(Path(__file__).resolve().parents[2])
+
+
+def response(answer):
+    return f"<caption>c</caption><think>t</think><answer>{answer}</answer>"
+
+
+def alive(pid):
+    """Whether a process runs; one that waits to be collected does not, but is told apart."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return "zombie" if state == "Z" else True
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with Workers(2) as pool:
+        yield pool
+
+
+def test_results_come_in_order_and_workers_stay(workers):
+    outcomes = workers.map("math:sqrt", [(n * n,) for n in range(50)], 5)
+    assert [o.value for o in outcomes] == list(range(50))
+    before = workers.process_ids
+    assert 1 <= len(before) <= 2 and os.getpid() not in before
+    assert len({o.value for o in workers.map("os:getpid", [()] * 20, 5)} - set(before)) == 0
+    assert workers.process_ids == before
+    assert workers.map("math:sqrt", [], 5) == []
+
+
+def test_a_hang_is_killed_in_time_and_costs_its_job_alone(workers):
+    workers.map("os:getpid", [()] * 2, 5)
+    begun = time.monotonic()
+    # in C, with the interpreter's lock held: no handler in the process could end it
+    outcomes = workers.map("builtins:pow", [(2, 3), (3, 10**10), (2, 5)], 1.0)
+    assert [o.value for o in outcomes] == [8, None, 32]
+    assert [o.reason for o in outcomes] == ["", "timeout", ""]
+    assert time.monotonic() - begun < 6
+    assert workers.map("math:sqrt", [(4,)], 5)[0].value == 2
+
+
+def test_a_crash_and_an_exception_cost_their_job_alone(workers):
+    calls = [("0",), ("__import__('os').abort()",), ("1/0",), ("__import__('sys').exit(3)",), ("7",), ("lambda: 0",)]
+    outcomes = workers.map("builtins:eval", calls, 10)
+    assert [o.reason for o in outcomes] == ["", "crash", "error", "error", "", "error"]
+    assert outcomes[4].value == 7
+    assert "status -6" in outcomes[1].detail and "ZeroDivisionError" in outcomes[2].detail
+    assert workers.map("math:sqrt", [(4,)], 5)[0].value == 2
+
+
+def test_jobs_from_many_threads(workers):
+    results = {}
+
+    def ask(n):
+        results[n] = [o.value for o in workers.map("math:sqrt", [((n + i) ** 2,) for i in range(5)], 5)]
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert results == {n: [n + i for i in range(5)] for n in range(8)}
+
+
+def test_an_idle_worker_that_was_killed_is_replaced(workers):
+    workers.map("os:getpid", [()] * 2, 5)
+    for pid in workers.process_ids:
+        os.kill(pid, signal.SIGKILL)
+    assert until(lambda: not workers.process_ids)
+    assert [o.reason for o in workers.map("os:getpid", [()] * 4, 5)] == [""] * 4
+
+
+def test_memory_is_limited():
+    with Workers(1, memory_bytes=1 << 30) as small:
+        outcomes = small.map("builtins:bytearray", [(2 << 30,), (3,)], 10)
+        assert [o.reason for o in outcomes] == ["memory", ""]
+
+
+def test_close_leaves_no_process_and_no_zombie():
+    pool = Workers(2)
+    pool.map("os:getpid", [()] * 2, 5)
+    ids = pool.process_ids
+    assert ids
+    pool.close()
+    assert not any(alive(pid) for pid in ids)
+    with pytest.raises(RuntimeError, match="expected open workers"):
+        pool.map("os:getpid", [()], 5)
+
+
+def test_close_from_another_thread_ends_a_call():
+    pool = Workers(1)
+    pool.map("os:getpid", [()], 5)
+    threading.Timer(0.3, pool.close).start()
+    with pytest.raises(RuntimeError, match="closed while they worked"):
+        pool.map("time:sleep", [(60,)], 60)
+    assert not pool.process_ids
+
+
+def test_a_worker_that_cannot_start_is_an_error():
+    with (
+        Workers(1, preload=["no_such_module_here"]) as pool,
+        pytest.raises(RuntimeError, match=r"(?s)expected a worker to start.*no_such_module_here"),
+    ):
+        pool.map("os:getpid", [()], 5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Workers(0), "Workers: expected count >= 1, got 0"),
+        (lambda: Workers(1).map("os:getpid", [()], 0), "Workers.map: expected timeout_s > 0, got 0"),
+    ],
+)
+def test_bad_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+CHILD = """
+import sys, time
+from prism.rewards import Workers
+pool = Workers(1)
+pool.map("os:getpid", [()], 5)
+print(*pool.process_ids, flush=True)
+try:
+    pool.map("time:sleep", [(60,)], {limit})
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    # the pool goes on with a fresh worker
+    print(pool.map("math:sqrt", [(9,)], 5)[0].value, flush=True)
+"""
+
+
+def start_child(limit):
+    environment = os.environ | {"PYTHONPATH": ROOT}
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD.format(limit=limit)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    return child, int(child.stdout.readline())
+
+
+def test_interrupt_is_clean():
+    child, worker = start_child(60)
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    output, _ = child.communicate(timeout=20)
+    assert output.split() == ["interrupted", "3.0"] and child.returncode == 0
+    assert not alive(worker)
+
+
+def test_workers_end_with_a_parent_that_is_killed():
+    # busy at that moment: its own timer ends it, soon after its time limit
+    child, worker = start_child(0.5)
+    time.sleep(0.2)
+    child.kill()
+    child.wait(20)
+    child.stdout.close()
+    assert alive(worker) is True
+    assert until(lambda: not alive(worker) or alive(worker) == "zombie")
+
+
+@pytest.mark.parametrize("bomb", ["9^{9^{9^{9}}}", r"\frac{1}{10^{10^{10}}}", r"x^{99999999} + (x+1)^{99999}"])
+def test_a_pathological_answer_costs_its_own_accuracy(bomb):
+    answers = [r"\frac{\sqrt{36}}{2}", bomb, r"\sqrt{4}+1"]
+    with verifier_workers(1) as pool:
+        verdicts = score_batch([response(a) for a in answers], ["3"] * 3, timeout_s=2, workers=pool)
+    assert [v.accuracy for v in verdicts] == [1.0, 0.0, 1.0]
+    assert verdicts[1].score == 0.2 and verdicts[1].reason in {"timeout", "memory", "crash", "wrong"}
+
+
+def test_a_hanging_verifier_is_counted(caplog):
+    # every response is valid and undecided without algebra, and one never ends
+    answers = [r"\sqrt{9}", r"\prod_{n=1}^{10^{9}} (1 + \frac{1}{n^{2}})", r"\sqrt{16}"]
+    with verifier_workers(1) as pool:
+        verdicts = score_batch(
+            [response(a) for a in answers], [r"\frac{\sqrt{36}}{2}"] * 3, timeout_s=1.5, workers=pool
+        )
+    assert [v.reason for v in verdicts] == ["right", "timeout", "wrong"]
+    assert any("timeout" in record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture
+def own_rewards(tmp_path, monkeypatch):
+    (tmp_path / "own_rewards_example.py").write_text(
+        "import os, time\n"
+        "LIMIT = 5\n"
+        "def short(rollout, sample):\n"
+        "    if rollout == 'hang':\n"
+        "        time.sleep(60)\n"
+        "    if rollout == 'crash':\n"
+        "        os._exit(1)\n"
+        "    return None if rollout == 'none' else len(rollout) <= sample['most']\n"
+        "def text(rollout, sample):\n"
+        "    return 'much'\n"
+        "def infinite(rollout, sample):\n"
+        "    return float('inf')\n"
+        "def one_argument(rollout):\n"
+        "    return 0.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return "own_rewards_example"
+
+
+def test_own_reward(own_rewards):
+    rollouts = ["abc", "abcdef", "none", "hang", "crash", "ab"]
+    with Workers(2) as pool:
+        rewards = evaluate_reward(f"{own_rewards}:short", rollouts, [{"most": 3}] * 6, workers=pool, timeout_s=1.5)
+    assert rewards.values == [1.0, 0.0, None, None, None, 1.0]
+    assert rewards.reasons == ["", "", "", "timeout", "crash", ""]
+    assert rewards.failures == {"timeout": 1, "crash": 1}
+    assert load_reward(f"{own_rewards}:short")("abcd", {"most": 3}) == 0.0
+
+
+def test_own_reward_that_returns_no_number(own_rewards):
+    with Workers(1) as pool:
+        text = evaluate_reward(f"{own_rewards}:text", ["a"], [{}], workers=pool, timeout_s=5)
+        infinite = evaluate_reward(f"{own_rewards}:infinite", ["a"], [{}], workers=pool, timeout_s=5)
+    assert text.values == [None] and text.reasons == ["error"]
+    assert "own_rewards_example:text: expected a reward to be a float or None, got str" in text.first_error
+    assert "expected a finite reward, got inf" in infinite.first_error
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("short", ValueError, "expected a path like \"package.module:function\", got 'short'"),
+        (":short", ValueError, "expected a path like"),
+        (
+            "no_such_package.rewards:short",
+            ImportError,
+            "no module named 'no_such_package'; install it or put its folder",
+        ),
+        ("own_rewards_example:long", AttributeError, "expected 'long' in 'own_rewards_example', got only infinite"),
+        ("own_rewards_example:LIMIT", TypeError, "expected 'own_rewards_example:LIMIT' to be callable, got int"),
+        ("own_rewards_example:one_argument", TypeError, r"callable as reward\(rollout, sample\), got \(rollout\)"),
+    ],
+)
+def test_own_reward_that_cannot_be_loaded(own_rewards, path, error, message):
+    with pytest.raises(error, match=message):
+        load_reward(path)
+
+
+def test_own_rewards_need_a_sample_each(own_rewards):
+    with Workers(1) as pool, pytest.raises(ValueError, match="expected a sample for each of 2 rollouts, got 1"):
+        evaluate_reward(f"{own_rewards}:short", ["a", "b"], [{}], workers=pool, timeout_s=5)
