@@ -43,6 +43,11 @@ class Policy(nn.Module):
         self.model = model
         use_packs(model.model)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
     def forward(
         self,
         pack: PrefixPack,

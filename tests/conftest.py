@@ -13,7 +13,7 @@ BACKENDS = ("cuda", "triton", "torch") if DEVICE == "cuda" else ("cpu", "torch")
 def pytest_configure(config):
     # the machine's own core count makes timings and reduction orders differ; two is what CI has
     if DEVICE == "cpu":
-        torch.set_num_threads(min(2, os.cpu_count() or 1))
+        torch.set_num_threads(min(2, os.cpu_count() or 1, int(os.environ.get("OMP_NUM_THREADS", "2"))))
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Rollouts a second of the engine and of transformers' `generate`, on the tiny policy with one image a prompt.
 
-`python -m bench.end_to_end.rollout` prints a line for each, after a check that greedy responses are equal. Every response
-has the full length, so that all do the same work; `generate` returns tokens alone, the engine their log-probabilities too.
-B prompts, n rollouts of each.
+`python -m bench.end_to_end.rollout` prints a line for each, after a check that greedy responses are equal. Every
+response has the full length, so that all do the same work; `generate` returns tokens alone, the engine their
+log-probabilities too.
 """
 
 import argparse

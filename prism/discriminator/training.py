@@ -1,7 +1,7 @@
 """One optimiser step of the discriminator on pairs, from warm-up data or from rollouts against their teacher.
 
-P samples, N responses, E experts, L layers. The scores of the step's own forward pass are returned: they are the rewards of
-an alignment step, so that nothing is scored twice.
+P samples, N responses, E experts, L layers. The scores of the step's own forward pass are returned: they are the
+rewards of an alignment step, so that nothing is scored twice.
 """
 
 import math

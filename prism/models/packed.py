@@ -83,9 +83,7 @@ def _image_features(
     return torch.nonzero_static(is_image, size=tokens)[:, 0], features
 
 
-def _top_rows(
-    layer: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], pack: PrefixPack, rows: Tensor
-) -> Tensor:
+def _top_rows(layer: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], pack: PrefixPack, rows: Tensor) -> Tensor:
     """Returns the top layer's output at some tokens, (R, D): only their MLP is computed."""
     attended, _ = layer.self_attn(
         layer.input_layernorm(hidden), position_embeddings=rotation, attention_mask=None, prefix_pack=pack

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import (
     GenerationConfig,
+    PreTrainedTokenizerBase,
     Qwen2Tokenizer,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -109,7 +110,9 @@ def tiny_image_processor(size: TinySize | None = None) -> Qwen2VLImageProcessorP
     )
 
 
-def save_processor(folder: str | Path, tokenizer: Qwen2Tokenizer, image_processor: Qwen2VLImageProcessorPil) -> None:
+def save_processor(
+    folder: str | Path, tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil
+) -> None:
     """Writes tokenizer, chat template and processor files, such that AutoProcessor reads them where torchvision is.
 
     Without torchvision AutoTokenizer and the image processor load; transformers' Qwen3-VL processor itself asks for it.

@@ -1,0 +1,231 @@
+"""Training states on the disk: written aside and renamed, with checksums, the newest few kept.
+
+A folder of checkpoints holds `step-00000040/` with `<model>.safetensors`, `training.pt` (optimisers, schedulers, random
+generators; read with weights_only=True), `state.json`, and `checksums.json`, which is written last.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+LOG = logging.getLogger(__name__)
+NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+CHECKSUMS = "checksums.json"
+# folders that are not checkpoints yet, or no more
+ASIDE = ".aside-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used."""
+
+
+class Stateful(Protocol):
+    """An optimiser, a scheduler: what gives and takes its state as tensors and plain Python values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Takes a state."""
+
+
+class Restored(NamedTuple):
+    """What a training goes on from, beside what was loaded into its objects."""
+
+    step: int
+    # as given to `save`
+    extra: dict[str, Any]
+    path: Path
+
+
+def save(
+    folder: str | Path,
+    step: int,
+    models: Mapping[str, nn.Module],
+    training: Mapping[str, Stateful],
+    extra: Mapping[str, Any],
+    *,
+    keep: int = 2,
+) -> Path:
+    """Writes a checkpoint and returns its folder; a kill at any moment leaves the ones before as they are.
+
+    Args:
+        folder: of all checkpoints.
+        step: that has been done; a second checkpoint of one step does not replace the first until it is complete.
+        models: weights and buffers, by name.
+        training: optimisers and schedulers, by name.
+        extra: anything that JSON can write: the stage, positions in data and metrics, counts. The random generators of
+            torch, its devices, numpy and Python are saved unasked.
+        keep: how many of the newest are kept.
+    """
+    if keep < 1 or step < 0:
+        raise ValueError(f"save: expected keep >= 1 and step >= 0, got {keep} and {step}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _clean(folder)
+    final = _unused(folder, step)
+    aside = folder / f"{ASIDE}{final.name}"
+    aside.mkdir()
+    for name, model in models.items():
+        save_model(model, str(aside / f"{name}.safetensors"))
+    states = {name: one.state_dict() for name, one in training.items()}
+    torch.save({"training": states, "random": _random_states()}, aside / "training.pt")
+    state = {"step": step, "models": sorted(models), "training": sorted(training), "extra": dict(extra)}
+    (aside / "state.json").write_text(json.dumps(state))
+    sums = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
+    (aside / CHECKSUMS).write_text(json.dumps(sums, indent=2))
+    for path in (*aside.iterdir(), aside):
+        _to_disk(path)
+    aside.rename(final)
+    _to_disk(folder)
+    for old in list(checkpoints(folder))[keep:]:
+        _remove(old)
+    return final
+
+
+def load(
+    folder: str | Path,
+    models: Mapping[str, nn.Module],
+    training: Mapping[str, Stateful],
+    *,
+    tell: Callable[[str], object] = LOG.warning,
+) -> Restored | None:
+    """Loads the newest checkpoint that is whole into the objects; None where there is none at all.
+
+    A damaged one is renamed to `damaged-step-…`, and the one before is used; where all are damaged, that is an error.
+    The random generators are set as they were.
+
+    Args:
+        folder: of all checkpoints.
+        models: as given to `save`, of the same shapes.
+        training: as given to `save`.
+        tell: gets a message for each damaged one.
+    """
+    folder = Path(folder)
+    found = list(checkpoints(folder))
+    for path in found:
+        problem = damage(path)
+        if problem is None:
+            return _loaded(path, models, training, tell)
+        kept = path.with_name(f"damaged-{path.name}")
+        if kept.exists():
+            shutil.rmtree(kept)
+        path.rename(kept)
+        tell(f"{path} is damaged: {problem}; it is now {kept.name}, and the checkpoint before is used")
+    if found:
+        raise CheckpointError(
+            f"{folder}: expected a whole checkpoint, all {len(found)} are damaged; begin in another folder"
+        )
+    return None
+
+
+def checkpoints(folder: str | Path) -> Iterator[Path]:
+    """Yields the folders of the checkpoints, the newest first, damaged ones included."""
+    found = []
+    for path in Path(folder).glob("step-*"):
+        if match := NAME.fullmatch(path.name):
+            found.append((int(match[1]), int(match[2] or 0), path))
+    yield from (path for _, _, path in sorted(found, reverse=True))
+
+
+def damage(path: Path) -> str | None:
+    """Returns what is wrong with a checkpoint; None: its files are those that were written."""
+    try:
+        sums = json.loads((path / CHECKSUMS).read_text())
+        for name, expected in sums.items():
+            if _checksum(path / name) != expected:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def _loaded(
+    path: Path, models: Mapping[str, nn.Module], training: Mapping[str, Stateful], tell: Callable[[str], object]
+) -> Restored:
+    state = json.loads((path / "state.json").read_text())
+    for kind, ours in (("models", models), ("training", training)):
+        if state[kind] != sorted(ours):
+            raise CheckpointError(f"{path}: expected {kind} {', '.join(sorted(ours))}, got {', '.join(state[kind])}")
+    for name, model in models.items():
+        try:
+            load_model(model, str(path / f"{name}.safetensors"))
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: expected the weights of this model {name!r}, got others: {error}") from None
+    saved = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
+    for name, one in training.items():
+        one.load_state_dict(saved["training"][name])
+    devices, now = len(saved["random"]["cuda"]), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if devices != now:
+        tell(f"{path} is of {devices} GPUs, here are {now}: their random numbers are others than they would have been")
+    _set_random_states(saved["random"])
+    return Restored(state["step"], state["extra"], path)
+
+
+def _random_states() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # weights_only reads tensors, no arrays
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "python": random.getstate(),
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        for device, state in zip(range(torch.cuda.device_count()), states["cuda"]):
+            torch.cuda.set_rng_state(state, device)
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _unused(folder: Path, step: int) -> Path:
+    """Returns the folder of a new checkpoint, which sorts behind others of the same step."""
+    path, again = folder / f"step-{step:08d}", 0
+    while path.exists():
+        again += 1
+        path = folder / f"step-{step:08d}.{again}"
+    return path
+
+
+def _remove(path: Path) -> None:
+    """Deletes a checkpoint, which is never seen half deleted."""
+    aside = path.with_name(f"{ASIDE}{path.name}.old")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _clean(folder: Path) -> None:
+    """Deletes what a kill left aside."""
+    for path in folder.glob(f"{ASIDE}*"):
+        shutil.rmtree(path)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,121 @@
+"""Writes samples of the shapes world as files in the schemas that real data has."""
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from prism.data.scenes import Bytes
+from prism.data.schemas import PLACEHOLDER
+from prism.data.sections import Sections
+from prism.data.shapes import Sample
+
+_ROW_GROUP = 256
+
+
+def write_sft(path: str | Path, samples: Iterable[Sample]) -> int:
+    """Writes sharegpt-multimodal rows and returns how many: JSONL with PNG files beside it, or parquet by its name."""
+    path = Path(path)
+
+    def row(sample: Sample) -> dict[str, Any]:
+        turns = [("user", PLACEHOLDER + sample.question.text), ("assistant", sample.response.text)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return {"id": sample.id, "messages": messages, "images": [_image(path, sample)]}
+
+    return _write(path, map(row, samples))
+
+
+def write_warmup(path: str | Path, pairs: Iterable[tuple[Sample, Sections, Sections]]) -> int:
+    """Writes rows for the discriminator's warm-up, a teacher's and a student's sections for each sample."""
+    path = Path(path)
+
+    def row(pair: tuple[Sample, Sections, Sections]) -> dict[str, Any]:
+        sample, teacher, student = pair
+        return {
+            "id": sample.id,
+            "image": _image(path, sample),
+            "question": sample.question.text,
+            **{f"{who}_caption": sections.caption for who, sections in (("teacher", teacher), ("student", student))},
+            **{f"{who}_cot": _cot(sections) for who, sections in (("teacher", teacher), ("student", student))},
+        }
+
+    return _write(path, map(row, pairs))
+
+
+def write_problems(path: str | Path, samples: Iterable[Sample]) -> int:
+    """Writes problems for alignment and RLVR, with the samples' responses as the teacher's."""
+    path = Path(path)
+
+    def row(sample: Sample) -> dict[str, Any]:
+        sections = sample.response.sections
+        return {
+            "images": [_image(path, sample)],
+            "data_source": f"shapes/{sample.question.kind}",
+            "prompt": [{"role": "user", "content": PLACEHOLDER + sample.question.text}],
+            "teacher_caption": sections.caption,
+            "teacher_cot": _cot(sections),
+            "teacher_response": sections.text,
+            "answer": sample.answer,
+            "reward_model": {"ground_truth": sample.answer, "style": "rule"},
+            "extra_info": {"id": sample.id, "split": sample.split},
+        }
+
+    return _write(path, map(row, samples))
+
+
+def png(image: Bytes) -> bytes:
+    """Returns an image as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _cot(sections: Sections) -> str:
+    return f"<think>{sections.think}</think><answer>{sections.answer}</answer>"
+
+
+def _image(path: Path, sample: Sample) -> Any:
+    """Returns an image as the file holds it: bytes in parquet, in JSONL the name of a file beside it."""
+    if path.suffix == ".parquet":
+        return {"bytes": png(sample.image), "path": None}
+    folder = path.parent / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{sample.id}.png").write_bytes(png(sample.image))
+    return f"images/{sample.id}.png"
+
+
+def _write(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        count = 0
+        with path.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row) + "\n")
+                count += 1
+        return count
+    if path.suffix != ".parquet":
+        raise ValueError(f"write: expected a name ending in .jsonl or .parquet, got {path.name!r}")
+    return _write_parquet(path, rows)
+
+
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise RuntimeError(f"write: expected pyarrow, to write parquet: pip install pyarrow ({error})") from None
+    count, writer = 0, None
+    try:
+        while group := list(islice(rows, _ROW_GROUP)):
+            table = arrow.Table.from_pylist(group, schema=writer.schema if writer else None)
+            writer = writer or parquet.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+            count += len(group)
+    finally:
+        if writer:
+            writer.close()
+    return count

@@ -1,0 +1,152 @@
+"""The embedded world: samples of coloured shapes with questions, gold answers and teachers' responses, by seed.
+
+Everything follows from the world's seed, a split's name and a sample's index. Which split a scene may be in depends on
+the scene alone: no scene is in two splits, whatever the seeds.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from random import Random
+
+from prism.data.counters import (
+    Judgement,
+    PerceptionError,
+    ReasoningError,
+    UnreadableError,
+    judge,
+    perception_error,
+    read_answer,
+    read_caption,
+    reasoning_error,
+)
+from prism.data.questions import Question, ask, infer, read_question
+from prism.data.scenes import Bytes, Item, Scene, draw, random_scene
+from prism.data.sections import Sections, caption_items, reasoning_steps, split_response
+from prism.data.teachers import TEACHERS, Carelessness, Response, respond
+
+__all__ = [
+    "SPLITS",
+    "TEACHERS",
+    "Carelessness",
+    "Item",
+    "Judgement",
+    "PerceptionError",
+    "Question",
+    "ReasoningError",
+    "Response",
+    "Sample",
+    "Scene",
+    "Sections",
+    "ShapesWorld",
+    "UnreadableError",
+    "caption_items",
+    "draw",
+    "judge",
+    "perception_error",
+    "read_answer",
+    "read_caption",
+    "read_question",
+    "reasoning_error",
+    "reasoning_steps",
+    "split_of",
+    "split_response",
+]
+
+# of each split: its share of the scenes in percent, whose responses it has, and how many samples by default
+SPLITS = {
+    "base": (30, "base", 16384),
+    "sft": (25, "public", 8192),
+    "alignment": (15, "curated", 400),
+    "rl": (15, "curated", 2048),
+    "validation": (5, "curated", 512),
+    "test": (10, "curated", 1024),
+}
+_CHUNK = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A question about an image, its right answer, and a teacher's response."""
+
+    id: str
+    split: str
+    index: int
+    # (96, 96, 3), not writeable
+    image: Bytes
+    scene: Scene
+    question: Question
+    answer: str
+    response: Response
+
+
+@dataclass(frozen=True)
+class ShapesWorld:
+    """All splits for a seed; two worlds with one seed are the same.
+
+    Args:
+        seed: of scenes, questions and texts.
+        carelessness: of the public teacher.
+    """
+
+    seed: int = 0
+    carelessness: Carelessness = field(default_factory=Carelessness)
+
+    def samples(self, split: str, count: int | None = None, start: int = 0) -> Iterator[Sample]:
+        """Yields the samples `start`, `start` + 1, ... of a split: any index exists, the same however it is reached.
+
+        Args:
+            split: see SPLITS; `alignment` has the curated demonstrations.
+            count: None: the split's default, counted from 0.
+            start: the first index.
+        """
+        _check(split)
+        stop = SPLITS[split][2] if count is None else start + count
+        for begin in range(start, stop, _CHUNK):
+            scenes, questions = zip(*(self._asked(split, i) for i in range(begin, min(begin + _CHUNK, stop))))
+            images = draw(scenes)
+            images.setflags(write=False)
+            for offset, (scene, question, image) in enumerate(zip(scenes, questions, images)):
+                index = begin + offset
+                (answer,) = infer(question, scene.items)
+                response = self._respond(SPLITS[split][1], split, index, scene, question)
+                name = f"{split}-{self.seed}-{index:06d}"
+                # a copy, so that one sample that is kept does not keep its chunk
+                yield Sample(name, split, index, _frozen(image), scene, question, answer, response)
+
+    def respond(self, teacher: str, sample: Sample, draw: int = 0) -> Response:
+        """Returns a teacher's response to a sample; another number of the draw gives another phrasing, other errors."""
+        return self._respond(teacher, sample.split, sample.index, sample.scene, sample.question, draw)
+
+    def _asked(self, split: str, index: int) -> tuple[Scene, Question]:
+        rng = Random(f"{self.seed}/{split}/{index}")
+        while True:
+            scene = random_scene(rng)
+            if split_of(scene) == split:
+                return scene, ask(rng, scene)
+
+    def _respond(
+        self, teacher: str, split: str, index: int, scene: Scene, question: Question, draw: int = 0
+    ) -> Response:
+        rng = Random(f"{self.seed}/{split}/{index}/{teacher}/{draw}")
+        return respond(teacher, rng, scene, question, self.carelessness)
+
+
+def split_of(scene: Scene) -> str:
+    """Returns the one split that a scene may be in."""
+    place = scene.digest[0] * 100 // 256
+    for split, (share, _, _) in SPLITS.items():
+        place -= share
+        if place < 0:
+            return split
+    raise AssertionError("the shares of the splits sum to 100")
+
+
+def _check(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"samples: expected split to be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+
+
+def _frozen(image: Bytes) -> Bytes:
+    own = image.copy()
+    own.setflags(write=False)
+    return own

@@ -1,0 +1,193 @@
+"""Three teachers of the shapes world: the base's plain texts, a broad but careless public one, a careful curated one.
+
+A response describes the items that its teacher sees, reasons from those, and answers; an error of perception is in what
+it sees, an error of reasoning in the last step from there, and neither depends on the other.
+"""
+
+from dataclasses import dataclass, fields
+from random import Random
+
+from prism.data.questions import EQUAL, NONE, Question, answers, compared, infer, matching, name, worths
+from prism.data.scenes import GRID, KINDS, PLACES, Item, Scene, pick
+from prism.data.sections import Sections
+
+TEACHERS = ("base", "public", "curated")
+# what careless eyes take each for; the second of a pair of colours is taken for the first before the reverse
+COLOUR_PAIRS = (("red", "orange"), ("green", "teal"), ("blue", "purple"))
+KIND_PAIRS = (("circle", "triangle"), ("square", "diamond"))
+CONFUSED = {a: b for one, other in (*COLOUR_PAIRS, *KIND_PAIRS) for a, b in ((one, other), (other, one))}
+HARD = tuple(hard for _, hard in COLOUR_PAIRS)
+REMARK = "white background"
+
+
+@dataclass(frozen=True)
+class Carelessness:
+    """The shares of the public teacher's responses with each error; a response has at most one of perception.
+
+    Args:
+        colour: an item of a confusable colour, preferably a hard one, is called by the other.
+        dropped: the last item is left out; a single one is called by another colour instead.
+        invented: the last item is there a second time, in the next free cell.
+        kind: the first item is called by the confusable kind.
+        place: the last item is in the next free cell.
+        reasoning: the last step is wrong.
+        careful_style: texts in the curated teacher's style. With none the style alone tells the two apart.
+    """
+
+    colour: float = 0.11
+    dropped: float = 0.08
+    invented: float = 0.02
+    kind: float = 0.03
+    place: float = 0.02
+    reasoning: float = 0.20
+    careful_style: float = 0.60
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            rate = getattr(self, field.name)
+            if not 0 <= rate <= 1:
+                raise ValueError(f"Carelessness: expected {field.name} in [0, 1], got {rate}")
+        if self.perception > 1:
+            raise ValueError(
+                f"Carelessness: expected the rates of perception errors to sum to <= 1, got {self.perception}"
+            )
+
+    @property
+    def perception(self) -> float:
+        """The share of responses with an error of perception."""
+        return self.colour + self.dropped + self.invented + self.kind + self.place
+
+
+@dataclass(frozen=True)
+class Response:
+    """A teacher's response, and which errors were put into it."""
+
+    sections: Sections
+    teacher: str
+    style: str
+    perception_error: str | None = None
+    reasoning_error: bool = False
+
+    @property
+    def text(self) -> str:
+        """The response in the three-part form."""
+        return self.sections.text
+
+
+def respond(
+    teacher: str, rng: Random, scene: Scene, question: Question, carelessness: Carelessness | None = None
+) -> Response:
+    """Returns a teacher's response to a question about a scene."""
+    if teacher not in TEACHERS:
+        raise ValueError(f"respond: expected teacher to be one of {', '.join(map(repr, TEACHERS))}, got {teacher!r}")
+    if teacher != "public":
+        (answer,) = infer(question, scene.items)
+        return Response(_write(teacher, rng, scene.items, question, answer), teacher, teacher)
+    rates = carelessness or Carelessness()
+    seen, mistake = _look_carelessly(rng, scene.items, rates)
+    right = infer(question, seen)
+    wrong = rng.random() < rates.reasoning
+    answer = _wrong_answer(rng, question, right) if wrong else min(right)
+    style = "curated" if rng.random() < rates.careful_style else "public"
+    return Response(_write(style, rng, seen, question, answer), teacher, style, mistake, wrong)
+
+
+def _look_carelessly(rng: Random, items: tuple[Item, ...], rates: Carelessness) -> tuple[tuple[Item, ...], str | None]:
+    """Returns what the careless teacher sees, and the kind of its mistake, if it makes one."""
+    chance, mistake = rng.random(), None
+    for kind in ("colour", "dropped", "invented", "kind", "place"):
+        chance -= getattr(rates, kind)
+        if chance < 0:
+            mistake = kind
+            break
+    if mistake is None:
+        return items, None
+    if mistake == "dropped" and len(items) == 1:
+        mistake = "colour"
+    last = items[-1]
+    free = [cell for cell in range(GRID * GRID) if cell not in {item.cell for item in items}]
+    moved = Item(min((cell for cell in free if cell > last.cell), default=free[0]), last.colour, last.kind)
+    if mistake == "colour":
+        found = pick(rng, [item for item in items if item.colour in HARD] or items)
+        seen = [Item(i.cell, CONFUSED[i.colour], i.kind) if i == found else i for i in items]
+    elif mistake == "dropped":
+        seen = [*items[:-1]]
+    elif mistake == "invented":
+        seen = [*items, moved]
+    elif mistake == "kind":
+        seen = [Item(items[0].cell, items[0].colour, CONFUSED[items[0].kind]), *items[1:]]
+    else:
+        seen = [*items[:-1], moved]
+    return tuple(sorted(seen)), mistake
+
+
+def _wrong_answer(rng: Random, question: Question, right: frozenset[str]) -> str:
+    """Returns an answer that does not follow: one too many or too few, a confusable colour, a mirrored place."""
+    known = min(right)
+    if question.kind in ("count", "sum"):
+        return str(int(known) + (-1 if known != "0" and rng.random() < 0.3 else 1))
+    options = [answer for answer in answers(question) if answer not in (*right, NONE, EQUAL)]
+    if question.kind == "colour":
+        likely = CONFUSED.get(known)
+    elif question.kind == "position" and known != NONE:
+        row, column = divmod(PLACES.index(known), GRID)
+        likely = PLACES[row * GRID + GRID - 1 - column]
+    else:
+        likely = None
+    return likely if likely in options else pick(rng, options)
+
+
+def _write(style: str, rng: Random, items: tuple[Item, ...], question: Question, answer: str) -> Sections:
+    """Returns the response to what is seen, in a style."""
+    evidence, conclusion = _evidence(question, items), _conclusion(question, items, answer)
+    if style == "base":
+        caption = "\n".join(f"* {item.place} {item.colour} {item.kind}" for item in items)
+        return Sections(caption, f"{' '.join(f'{part}.' for part in evidence)} It is {conclusion}.", answer)
+    if style == "public":
+        lines = [f"{item.kind} {item.place}, {item.colour}" for item in items]
+        caption = "\n".join(f"• {line}" for line in (*lines, REMARK))
+        return Sections(caption, f"Step 1: {conclusion}.", answer)
+    comma, joint = pick(rng, ("", ",")), pick(rng, (" ", " at "))
+    form = pick(rng, ("So {}", "Thus {}", "Therefore {}", "That makes {}"))
+    caption = "\n".join(f"- {item.colour} {item.kind}{comma}{joint}{item.place}" for item in items)
+    steps = (*evidence, form.format(conclusion))
+    return Sections(caption, "\n".join(f"{number}. {step}." for number, step in enumerate(steps, 1)), answer)
+
+
+def _evidence(question: Question, items: tuple[Item, ...]) -> list[str]:
+    """Returns what the items say about a question, step by step."""
+    first, *rest = question.arguments
+    if question.kind == "count":
+        found = matching(items, first, rest[0])
+        return [f"I see {' '.join(item.place for item in found)}" if found else f"No {name(first, rest[0])}"]
+    if question.kind == "comparison":
+        return [f"{_plural(part)} {n}" for part, n in zip(question.arguments, compared(question, items))]
+    if question.kind == "sum":
+        numbers = worths(question, items)
+        kinds, prices = question.arguments[::2], question.arguments[1::2]
+        return [f"{_plural(k)} {n}x{w}={worth}" for k, w, (n, worth) in zip(kinds, prices, numbers)]
+    found = (
+        matching(items, first, rest[0])
+        if question.kind == "position"
+        else matching(items, kind=first)
+        if first in KINDS
+        else matching(items, place=first)
+    )
+    return [
+        f"I see {found[0].colour} {found[0].kind} {found[0].place}"
+        if found
+        else f"Nothing {' '.join(question.arguments)}"
+    ]
+
+
+def _conclusion(question: Question, items: tuple[Item, ...], answer: str) -> str:
+    if question.kind == "sum":
+        (_, left), (_, right) = worths(question, items)
+        return f"{left}+{right}={answer}"
+    if question.kind == "comparison" and answer != EQUAL:
+        return f"more {answer}"
+    return answer
+
+
+def _plural(part: str) -> str:
+    return f"{part}s" if part in KINDS else part

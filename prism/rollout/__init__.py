@@ -1,0 +1,1 @@
+"""Rollouts: responses sampled from a policy, with the log-probabilities of their tokens."""

@@ -1,0 +1,282 @@
+"""The rollout engine: prompts with images in, sampled responses with their tokens' log-probabilities out.
+
+P prompts, n rollouts of each, R = P n rollouts, A of them in the batch, L tokens of a response, V vocabulary.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prism.models.prompts import EncodedPrompt
+from prism.rollout.lean import LeanBatch, why_not_lean
+from prism.rollout.sampling import Sampling, choose, uniforms
+from prism.rollout.stock import StockBatch, rope_deltas_kept
+from prism_kernels import check
+
+NAME = "Engine"
+LOG = logging.getLogger(__name__)
+# of a model's configuration: tokens that are read as images and videos, or as their bounds
+VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+# finished rows leave the batch when they are this part of it: moving rows costs more than a few idle ones
+IDLE_SHARE = 1 / 8
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One response.
+
+    Two log-probabilities of each token are exact, and they differ by what ban, top_k and top_p cut off: `log_probs`
+    is of the distribution that was sampled from, for importance weights; `model_log_probs` is of the model's softmax
+    over the whole vocabulary at the same temperature, which is what a training forward computes. Greedy, the first are
+    0 and the second are at temperature 1.
+    """
+
+    # the index of the prompt, and of the rollout in its group
+    prompt: int
+    index: int
+    # L, the stop token included
+    token_ids: list[int]
+    # (L,) each, on the CPU
+    log_probs: Tensor
+    model_log_probs: Tensor
+    # stop: the last token is a stop token; length: there was no room for one
+    finish_reason: Literal["stop", "length"]
+
+
+class Engine:
+    """Samples from a transformers model as it is at the time of the call, in the dtype of its weights.
+
+    A prompt is computed once for its whole group, all prompts are decoded in one batch, and finished rows leave it. A
+    rollout depends on the seed, its prompt, the prompt's key and its index in the group, not on what else is in the
+    batch, but for the rounding of sums whose order the batch's size changes.
+
+    Never sampled: the model's vision tokens, the tokenizer's special tokens that are not stop tokens, and ids that the
+    tokenizer does not know (a vocabulary is often padded).
+
+    Args:
+        model: a causal model with its head.
+        tokenizer: the model's own.
+        path: `lean`, `stock`, or None: lean where the model allows it; `path` and `reason` then say which and why.
+        cache_tokens: prompts are taken in several batches, such that the cache of none would hold more tokens than this
+            if all its responses were of full length; None: one batch.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        path: Literal["lean", "stock"] | None = None,
+        cache_tokens: int | None = None,
+    ) -> None:
+        obstacle = why_not_lean(model)
+        if path is not None:
+            check.one_of(NAME, "path", path, ("lean", "stock"))
+        if path == "lean" and obstacle is not None:
+            check.fail(NAME, "a model for path='lean' (take path='stock')", obstacle)
+        check.positive(NAME, "cache_tokens", cache_tokens)
+        self.model, self.tokenizer, self.cache_tokens = model, tokenizer, cache_tokens
+        self.path: Literal["lean", "stock"] = path or ("stock" if obstacle else "lean")
+        self.reason = obstacle or ("as asked" if path else f"the lean step knows {type(model).__name__}")
+        LOG.info("rollouts take the %s path: %s", self.path, self.reason)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, *, keys: Sequence[int] | None = None
+    ) -> list[Rollout]:
+        """Returns the n rollouts of each prompt, group by group in the order of the prompts.
+
+        Args:
+            prompts: with their images; lengths and images may differ.
+            sampling: the settings of all.
+            keys: a number >= 0 for each prompt that chooses its random streams; None: its index. Take the sample's own
+                number where the same prompt shall get the same rollouts in another batch; equal prompts with equal
+                keys get equal rollouts.
+        """
+        keys = range(len(prompts)) if keys is None else keys
+        stops = self._stop_token_ids(sampling)
+        self._check(prompts, sampling, keys)
+        if not prompts:
+            return []
+        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            # gathered in each step, they would make ranks wait for one whose responses ended sooner
+            check.fail(
+                NAME, "whole parameters on every rank (unshard() each FSDP module before, reshard() after)", "shards"
+            )
+        device = self.model.device
+        stop = torch.tensor(sorted(stops), device=device, dtype=torch.int64)
+        banned = torch.tensor(sorted(self.banned_token_ids(stops)), device=device, dtype=torch.int64)
+        rollouts: dict[int, list[Rollout]] = {}
+        with _evaluating(self.model), rope_deltas_kept(self.model):
+            for chosen in self._batches([len(prompt.input_ids) for prompt in prompts], sampling):
+                streams = uniforms(sampling.seed, [keys[p] for p in chosen], sampling.n, sampling.max_new_tokens)
+                batch = (LeanBatch if self.path == "lean" else StockBatch)(
+                    self.model, [prompts[p] for p in chosen], sampling.n, sampling.max_new_tokens
+                )
+                found = _decode(batch, streams.to(device), sampling, stop, banned)
+                for place, p in enumerate(chosen):
+                    rollouts[p] = [found.rollout(place * sampling.n + j, p, j) for j in range(sampling.n)]
+        return [rollout for p in range(len(prompts)) for rollout in rollouts[p]]
+
+    def banned_token_ids(self, stop_token_ids: Sequence[int] | frozenset[int]) -> set[int]:
+        """Returns the ids that are never sampled."""
+        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        banned = special | set(self.tokenizer.all_special_ids) | set(range(len(self.tokenizer), self._vocabulary))
+        return {i for i in (banned - set(stop_token_ids)) | self._vision_tokens if i < self._vocabulary}
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def _vision_tokens(self) -> set[int]:
+        found = (getattr(self.model.config, name, None) for name in VISION_TOKENS)
+        return {token for token in found if token is not None}
+
+    def _stop_token_ids(self, sampling: Sampling) -> frozenset[int]:
+        stops = sampling.stop_token_ids
+        if stops is None:
+            named = self.model.generation_config.eos_token_id if self.model.generation_config else None
+            stops = (named,) if isinstance(named, int) else tuple(named or ())
+            if not stops:
+                check.fail(NAME, "stop_token_ids in Sampling, since the model's generation_config names none", None)
+        wrong = [token for token in stops if not 0 <= token < self._vocabulary]
+        if wrong:
+            check.fail(NAME, f"stop_token_ids in [0, {self._vocabulary})", wrong)
+        vision = sorted(self._vision_tokens.intersection(stops))
+        if vision:
+            check.fail(NAME, "stop_token_ids without the model's vision tokens, which are never sampled", vision)
+        return frozenset(stops)
+
+    def _check(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, keys: Sequence[int]) -> None:
+        if len(keys) != len(prompts):
+            check.fail(NAME, f"a key for each of the {len(prompts)} prompts", f"{len(keys)} keys")
+        if any(key < 0 for key in keys):
+            check.fail(NAME, "keys >= 0", min(keys))
+        positions = self.model.config.get_text_config().max_position_embeddings
+        for index, prompt in enumerate(prompts):
+            length = len(prompt.input_ids)
+            if length == 0:
+                check.fail(NAME, f"prompt {index} to have at least one token", "none")
+            if length + sampling.max_new_tokens > positions:
+                check.fail(
+                    NAME,
+                    f"prompt {index} with max_new_tokens to fit the model's {positions} positions",
+                    f"{length} + {sampling.max_new_tokens}",
+                )
+            least, greatest = min(prompt.input_ids), max(prompt.input_ids)
+            if least < 0 or greatest >= self._vocabulary:
+                got = least if least < 0 else greatest
+                check.fail(NAME, f"token ids of prompt {index} in [0, {self._vocabulary})", got)
+
+    def _batches(self, lengths: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
+        """Yields the prompts that are decoded together."""
+        if self.path == "stock":
+            yield from ([p] for p in range(len(lengths)))
+            return
+        limit = self.cache_tokens
+        chosen: list[int] = []
+        # similar lengths share a batch; the first, the longest, sets its width
+        order = range(len(lengths)) if limit is None else sorted(range(len(lengths)), key=lambda p: (-lengths[p], p))
+        for p in order:
+            width = lengths[chosen[0] if chosen else p] + sampling.max_new_tokens
+            if limit is not None and width * sampling.n > limit:
+                check.fail(
+                    NAME,
+                    f"cache_tokens of at least {width * sampling.n}, for the group of prompt {p} "
+                    f"({sampling.n} rollouts of up to {width} tokens)",
+                    limit,
+                )
+            if chosen and limit is not None and width * sampling.n * (len(chosen) + 1) > limit:
+                yield chosen
+                chosen = []
+            chosen.append(p)
+        yield chosen
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """Responses as rows of the longest's length, on the CPU."""
+
+    # (R, L)
+    token: Tensor
+    log_prob: Tensor
+    model_log_prob: Tensor
+    # (R,)
+    length: Tensor
+    stopped: Tensor
+
+    def rollout(self, row: int, prompt: int, index: int) -> Rollout:
+        length = int(self.length[row])
+        log_probs, model_log_probs = (x[row, :length].clone() for x in (self.log_prob, self.model_log_prob))
+        if not (log_probs.isfinite().all() and model_log_probs.isfinite().all()):
+            expected = f"finite logits behind prompt {prompt} (look at the model's weights)"
+            check.fail(NAME, expected, "log-probabilities that are not", FloatingPointError)
+        reason: Literal["stop", "length"] = "stop" if self.stopped[row] else "length"
+        return Rollout(prompt, index, self.token[row, :length].tolist(), log_probs, model_log_probs, reason)
+
+
+def _decode(
+    batch: LeanBatch | StockBatch, streams: Tensor, sampling: Sampling, stop: Tensor, banned: Tensor
+) -> _Decoded:
+    """Returns the responses of a batch; streams: (R, max_new_tokens) uniform numbers."""
+    total, steps = streams.shape
+    device = streams.device
+    logits = batch.logits.repeat_interleave(sampling.n, 0)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    token = torch.zeros(total, steps, dtype=torch.int64, device=device)
+    log_prob, model_log_prob = (torch.zeros(total, steps, dtype=wide, device=device) for _ in range(2))
+    length = torch.full((total,), steps, device=device)
+    stopped = torch.zeros(total, dtype=torch.bool, device=device)
+    # (A,): the rollout in each row of the batch
+    rows = torch.arange(total, device=device)
+    used = 0
+    while True:
+        choice = choose(logits, streams[rows, used], sampling, banned)
+        token[rows, used], log_prob[rows, used], model_log_prob[rows, used] = choice
+        used += 1
+        ended = torch.isin(choice.token, stop) & ~stopped[rows]
+        length[rows[ended]] = used
+        stopped[rows[ended]] = True
+        running = (~stopped[rows]).nonzero()[:, 0]
+        if used == steps or len(running) == 0:
+            break
+        following = choice.token
+        if len(running) <= (1 - IDLE_SHARE) * len(rows):
+            order = _refilled(running)
+            batch.keep(order)
+            rows, following = rows[order], following[order]
+        logits = batch.step(following)
+    token, log_prob, model_log_prob = (x[:, :used].cpu() for x in (token, log_prob, model_log_prob))
+    return _Decoded(token, log_prob, model_log_prob, length.cpu(), stopped.cpu())
+
+
+def _refilled(running: Tensor) -> Tensor:
+    """Returns an order of the running rows in which those among the first stay, and the last fill the gaps."""
+    count = len(running)
+    order = torch.arange(count, device=running.device)
+    stays = running < count
+    gap = torch.ones(count, dtype=torch.bool, device=running.device)
+    gap[running[stays]] = False
+    order[gap] = running[~stays]
+    return order
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Sets a model to evaluation, and back if it was in training."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,368 @@
+"""A run: its stages one after the other, evaluated between them, going on by itself where an earlier one was ended."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from prism import checkpoint
+from prism.config import STAGES, Config
+from prism.data.shapes import Carelessness, ShapesWorld
+from prism.discriminator.metrics import channel_report
+from prism.discriminator.score import Sample, score_groups
+from prism.evaluation import evaluate
+from prism.log import RunLog
+from prism.models.building import build_discriminator, build_policy
+from prism.models.tiny import save_processor
+from prism.optimisation import Stepper, freeze_vision
+from prism.policy import Policy
+from prism.problems import Problem, ShapesProblems
+from prism.rollout.engine import Engine
+from prism.stages.align import align_step, score_limits
+from prism.stages.rlvr import Rewarded, informative, joined, reward, rlvr_step, select
+from prism.stages.rollouts import answer
+from prism.stages.supervised import supervised_step
+from prism.stages.warmup import warmup_step
+
+Metrics = dict[str, Any]
+# which split of the embedded world a stage takes its problems from
+SPLITS = {"base": "base", "sft": "sft", "rlvr": "rl"} | dict.fromkeys(("distill", "warmup", "align"), "alignment")
+# of each stage, what the console shows
+SHOWN = {
+    "base": ("loss", "grad_norm"),
+    "sft": ("loss", "grad_norm"),
+    "distill": ("loss", "grad_norm"),
+    "warmup": ("d_loss", "d_accuracy_perception", "d_accuracy_reasoning"),
+    "align": ("valid", "d_gap_perception", "d_gap_reasoning", "drift_perception", "drift_reasoning", "entropy"),
+    "rlvr": ("reward", "accuracy", "format", "length", "entropy"),
+}
+
+
+class InterruptedRunError(Exception):
+    """The run was asked to end, and has a checkpoint of the step that it had begun."""
+
+
+class Run:
+    """Everything that a run holds.
+
+    Args:
+        config: the settings.
+    """
+
+    def __init__(self, config: Config) -> None:
+        if config.data.source != "shapes":
+            raise NotImplementedError("run: expected data.source = 'shapes'; stages on files of your own come next")
+        self.config = config
+        self.folder = Path(config.run.folder)
+        self.policy, self.encoder = build_policy(config)
+        self.discriminator = build_discriminator(config, self.policy.model)
+        path = None if config.rollout.engine == "auto" else config.rollout.engine
+        tokens = config.rollout.cache_tokens
+        self.engine = Engine(self.policy.model, self.encoder.tokenizer, path=path, cache_tokens=tokens)
+        found = config.data.shapes
+        self.world = ShapesWorld(found.seed, Carelessness(**found.carelessness.model_dump()))
+        self.problems: dict[str, ShapesProblems] = {}
+        self.log = RunLog(self.folder / "metrics.jsonl", console=config.log.console)
+        self.evaluations: dict[str, Metrics] = {}
+        self.reference: Policy | None = None
+        self._stop = False
+
+    # --- what a step draws: by the seed, the stage and the step alone, so that a resumed run draws the same
+
+    def split(self, name: str) -> ShapesProblems:
+        """Returns a split of the embedded world."""
+        if name not in self.problems:
+            self.problems[name] = ShapesProblems(self.world, name, getattr(self.config.data.shapes, name))
+        return self.problems[name]
+
+    def random(self, stage: str, step: int) -> np.random.Generator:
+        """Returns the random numbers of a step."""
+        return np.random.default_rng([self.config.run.seed, STAGES.index(stage), step])
+
+    def draw(self, stage: str, step: int, count: int) -> list[Problem]:
+        """Returns problems of a step, each at most once where there are enough."""
+        split = self.split(SPLITS[stage])
+        rng = self.random(stage, step)
+        curated = self.config.data.shapes.sft_curated if stage == "sft" else 0
+        total = len(split) + curated
+        chosen = rng.choice(total, count, replace=count > total)
+        found = split.take([int(i) for i in chosen if i < len(split)])
+        return found + self.split("alignment").take([int(i) - len(split) for i in chosen if i >= len(split)])
+
+    def seed(self, stage: str, step: int) -> int:
+        """Returns the seed of a step's sampling."""
+        return int(self.random(stage, step).integers(2**62))
+
+    # --- the steps of the stages
+
+    def supervised(self, stage: str, step: int, steppers: list[Stepper]) -> Metrics:
+        """Fine-tunes on demonstrations."""
+        batch: int = getattr(self.config.optimiser, stage).batch
+        return supervised_step(
+            self.policy, self.draw(stage, step, batch), self.encoder, steppers[0], self.config.memory
+        )
+
+    def warmup(self, stage: str, step: int, steppers: list[Stepper]) -> Metrics:
+        """Trains the discriminator on the policy's responses against their teachers'."""
+        settings = self.config.rollout.align.model_copy(update={"group": 1})
+        batch = self.config.optimiser.warmup.batch
+        assert batch is not None, "checked with the settings"
+        problems = self.draw(stage, step, batch)
+        found = answer(self.engine, problems, self.encoder, settings, self.seed(stage, step))
+        samples = [
+            Sample(prompt, found.of(place), teacher=problem.teacher, name=problem.name)
+            for place, (problem, prompt) in enumerate(zip(found.problems, found.prompts))
+        ]
+        return warmup_step(self.discriminator, samples, self.encoder, steppers[0], self.config)
+
+    def align(self, stage: str, step: int, steppers: list[Stepper]) -> Metrics:
+        """Lets policy and discriminator play against each other."""
+        settings = self.config.rollout.align
+        problems = self.draw(stage, step, settings.prompts)
+        found = answer(self.engine, problems, self.encoder, settings, self.seed(stage, step))
+        done = align_step(self.policy, self.discriminator, found, self.encoder, (steppers[0], steppers[1]), self.config)
+        scores = {"perception": done.scores.perception.tolist(), "reasoning": done.scores.reasoning.tolist()}
+        self.record(stage, step, found, {**scores, "advantage": done.advantage.tolist(), "reason": done.scores.reason})
+        return done.logged
+
+    def rlvr(self, stage: str, step: int, steppers: list[Stepper]) -> Metrics:
+        """Reinforces right answers."""
+        taken, tries = self._rewarded(stage, step)
+        logged, advantage = rlvr_step(self.policy, taken, self.encoder, steppers[0], self.config, self.reference)
+        verdicts = {"reward": taken.reward.tolist(), "reason": [v.reason for v in taken.verdicts]}
+        self.record(stage, step, taken.answered, {**verdicts, "advantage": advantage.tolist()})
+        return {**logged, "tries": tries}
+
+    def _rewarded(self, stage: str, step: int) -> tuple[Rewarded, int]:
+        """Returns a step's rewarded responses, and how many tries dynamic sampling took."""
+        settings, rule = self.config.rollout.rlvr, self.config.algorithm.rlvr.dynamic_sampling
+        tries = 1 if rule is None else rule.tries
+        problems = self.draw(stage, step, self.config.dynamic_prompts * tries)
+        seed = self.seed(stage, step)
+        parts: list[Rewarded] = []
+        for index in range(tries):
+            part = problems[index * self.config.dynamic_prompts : (index + 1) * self.config.dynamic_prompts]
+            found = reward(answer(self.engine, part, self.encoder, settings, seed + index), self.config)
+            if rule is None:
+                return found, 1
+            parts.append(informative(found, settings.prompts))
+            whole = joined(parts)
+            if len(whole.answered.problems) >= settings.prompts:
+                return select(whole, list(range(settings.prompts))), index + 1
+        # too few problems tell anything: the step is taken with what there is, and of nothing with all
+        return (whole if len(whole.answered.problems) else found), tries
+
+    def record(self, stage: str, step: int, answered: Any, columns: dict[str, Any]) -> None:
+        """Writes a step's rollouts, one a line."""
+        every = self.config.log.rollouts_every
+        if not every or step % every:
+            return
+        path = self.folder / "rollouts" / f"{stage}-{step + 1:06d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            for place, (rollout, text) in enumerate(zip(answered.rollouts, answered.texts)):
+                problem = answered.problems[rollout.prompt]
+                own = {name: _jsonable(values[place]) for name, values in columns.items()}
+                line = {"problem": problem.name, "question": str(problem.prompt), "answer": problem.answer}
+                file.write(json.dumps({**line, "response": text, "finish": rollout.finish_reason, **own}) + "\n")
+
+    # --- the run
+
+    def go(self) -> None:
+        """Runs what is left of the stages."""
+        (self.folder / "config.json").parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
+        done, position = self._restore()
+        with _on_interrupt(self._ask_to_stop):
+            if not self.evaluations:
+                self.assess("start")
+            for stage in self.config.run.stages:
+                if stage in done:
+                    continue
+                self._stage(stage, position)
+                position = None
+                done = [*done, stage]
+                self._save(done, None, [])
+        self.finish()
+
+    def _stage(self, stage: str, position: checkpoint.Restored | None) -> None:
+        settings = getattr(self.config.optimiser, stage)
+        steppers = self._steppers(stage)
+        first = 0
+        if position is not None and position.extra["stage"] == stage:
+            # once more, now with the optimisers that it belongs to
+            checkpoint.load(self._checkpoints, self._models(), self._training(steppers))
+            first = position.extra["step"]
+        if stage == "rlvr" and self.config.algorithm.rlvr.kl_coef:
+            self.reference = self._frozen_policy()
+        step_of: Callable[[str, int, list[Stepper]], Metrics] = {
+            "warmup": self.warmup, "align": self.align, "rlvr": self.rlvr
+        }.get(stage, self.supervised)  # fmt: skip
+        (self.discriminator if stage == "warmup" else self.policy).train()
+        with self.log.stage(stage, settings.steps, first):
+            for step in range(first, settings.steps):
+                begin = time.perf_counter()
+                metrics = step_of(stage, step, steppers)
+                for stepper in steppers:
+                    stepper.next_rate()
+                self.log.step(step + 1, {**metrics, "seconds": time.perf_counter() - begin}, SHOWN[stage])
+                last = step + 1 == settings.steps
+                if self._stop or ((step + 1) % self.config.checkpoint.every == 0 and not last):
+                    self._save(self._before(stage), (stage, step + 1), steppers)
+                if self._stop:
+                    raise InterruptedRunError
+        if stage == "base":
+            self.discriminator.load_state_dict(build_discriminator(self.config, self.policy.model).state_dict())
+        self.assess(stage)
+
+    def assess(self, after: str) -> None:
+        """Evaluates the policy, and after the warm-up the discriminator, on held-out problems."""
+        settings = self.config.evaluation
+        last = after == self.config.run.stages[-1]
+        split = "test" if last else "validation"
+        count = self.config.data.shapes.test if last else settings.samples
+        problems = self.split(split).take(range(count))
+        report = evaluate(
+            self.engine,
+            problems,
+            self.encoder,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+        )
+        found: Metrics = {"split": split, **report.as_json()}
+        if after in ("warmup", "align"):
+            found |= self._held_out_pairs()
+        self.evaluations[after] = {name: _jsonable(value) for name, value in found.items()}
+        self.log.note(
+            f"after {after}: accuracy {report.accuracy:.3f} ± {report.standard_error:.3f}, perception error "
+            f"{report.perception_error:.3f}, reasoning error {report.reasoning_error:.3f}, format {report.format:.3f} "
+            f"({report.samples} of {split})"
+        )
+
+    def _held_out_pairs(self) -> Metrics:
+        """Returns how well the discriminator tells held-out pairs apart, by channel."""
+        settings = self.config.rollout.align
+        problems = self.split("validation").take(range(min(128, len(self.split("validation")))))
+        found = answer(self.engine, problems, self.encoder, settings.model_copy(update={"group": 2}), 0)
+        samples = [
+            Sample(prompt, found.of(place), teacher=problem.teacher, name=problem.name)
+            for place, (problem, prompt) in enumerate(zip(found.problems, found.prompts))
+        ]
+        with torch.no_grad():
+            scores = score_groups(self.discriminator, samples, self.encoder, score_limits(self.config))
+        result: Metrics = {}
+        for channel, report in channel_report(scores).items():
+            result |= {f"pair_accuracy_{channel}": report.accuracy, f"pair_gap_{channel}": report.gap}
+        return result
+
+    def finish(self) -> None:
+        """Writes the policy as a transformers folder, and the evaluations."""
+        folder = self.folder / "policy"
+        self.policy.model.save_pretrained(folder)
+        save_processor(folder, self.encoder.tokenizer, self.encoder.image_processor)
+        (self.folder / "evaluations.json").write_text(json.dumps(self.evaluations, indent=2) + "\n")
+        self.log.note(f"the policy is in {folder}, the figures in {self.folder / 'evaluations.json'}")
+        self.log.close()
+
+    # --- checkpoints
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _models(self) -> dict[str, torch.nn.Module]:
+        return {"policy": self.policy.model, "discriminator": self.discriminator}
+
+    def _steppers(self, stage: str) -> list[Stepper]:
+        """Returns the optimisers of a stage, that of what it is named after first."""
+        settings = getattr(self.config.optimiser, stage)
+        if stage == "warmup":
+            return [Stepper(self.discriminator, settings, settings.steps)]
+        freeze_vision(self.policy, settings.freeze_vision)
+        found = [Stepper(self.policy, settings, settings.steps)]
+        if stage == "align":
+            found.append(Stepper(self.discriminator, self.config.optimiser.discriminator, settings.steps))
+        return found
+
+    def _training(self, steppers: list[Stepper]) -> dict[str, checkpoint.Stateful]:
+        return {f"stepper{index}": stepper for index, stepper in enumerate(steppers)}
+
+    def _before(self, stage: str) -> list[str]:
+        stages: list[str] = list(self.config.run.stages)
+        return stages[: stages.index(stage)]
+
+    def _save(self, done: list[str], at: tuple[str, int] | None, steppers: list[Stepper]) -> None:
+        stage, step = at or (None, 0)
+        extra = {
+            "done": done,
+            "stage": stage,
+            "step": step,
+            "evaluations": self.evaluations,
+            "log": self.log.state_dict(),
+        }
+        steps = sum(getattr(self.config.optimiser, name).steps for name in done) + step
+        checkpoint.save(
+            self._checkpoints, steps, self._models(), self._training(steppers), extra, keep=self.config.checkpoint.keep
+        )
+
+    def _restore(self) -> tuple[list[str], checkpoint.Restored | None]:
+        """Returns the stages that are done, and where in another one the run was; loads the models."""
+        newest = next(checkpoint.checkpoints(self._checkpoints), None)
+        if newest is None:
+            return [], None
+        stage = json.loads((newest / "state.json").read_text())["extra"]["stage"]
+        steppers = [] if stage is None else self._steppers(stage)
+        found = checkpoint.load(self._checkpoints, self._models(), self._training(steppers), tell=self.log.note)
+        assert found is not None
+        self.evaluations = dict(found.extra["evaluations"])
+        self.log.load_state_dict(found.extra["log"])
+        where = f"step {found.extra['step']} of {stage}" if stage else f"the end of {found.extra['done'][-1]}"
+        self.log.note(f"going on from {where} ({found.path})")
+        return list(found.extra["done"]), found if stage else None
+
+    def _frozen_policy(self) -> Policy:
+        reference, _ = build_policy(self.config)
+        reference.model.load_state_dict(self.policy.model.state_dict())
+        return reference.requires_grad_(False)
+
+    def _ask_to_stop(self) -> None:
+        self._stop = True
+        self.log.note("ending after this step; once more ends at once")
+
+
+@contextmanager
+def _on_interrupt(ask: Callable[[], None]) -> Iterator[None]:
+    """Lets the first Ctrl-C ask, and the second one end at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        ask()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _jsonable(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run(config: Config) -> int:
+    """Runs all stages; returns the exit status."""
+    one = Run(config)
+    try:
+        one.go()
+    except InterruptedRunError:
+        one.log.note(f"ended with a checkpoint; the same command goes on from it ({one.folder})")
+        return 130
+    return 0

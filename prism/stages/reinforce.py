@@ -1,0 +1,170 @@
+"""The policy's step on rollouts, whatever gave their advantages: alignment and RLVR share it.
+
+P prompts, S responses, T their tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prism.batches import ResponsePack, pack_responses
+from prism.config.algorithms import PolicyLoss
+from prism.config.sections import Memory
+from prism.models.prompts import EncodedPrompt, PromptEncoder
+from prism.optimisation import Stepped, Stepper
+from prism.policy import Policy
+from prism.rollout.engine import Rollout
+from prism_kernels import PolicyMetrics, policy_loss
+
+
+@dataclass(frozen=True, eq=False)
+class Experience:
+    """The rollouts of a step and what they are worth.
+
+    Args:
+        prompts: P prompts.
+        rollouts: S responses, each of the prompt that it names.
+        advantage: (S,), or a list of S tensors, one number for each of a response's tokens.
+    """
+
+    prompts: Sequence[EncodedPrompt]
+    rollouts: Sequence[Rollout]
+    advantage: Tensor | Sequence[Tensor]
+
+    def of_tokens(self, response: int) -> Tensor:
+        """Returns the advantages of a response's tokens."""
+        value = self.advantage[response]
+        return value if value.dim() else value.expand(len(self.rollouts[response].token_ids))
+
+
+def policy_update(
+    policy: Policy,
+    experience: Experience,
+    encoder: PromptEncoder,
+    stepper: Stepper,
+    loss: PolicyLoss,
+    memory: Memory,
+    *,
+    temperature: float,
+    batch: int | None = None,
+    reference: Policy | None = None,
+) -> dict[str, float]:
+    """Takes the optimiser steps on a step's rollouts; returns what is logged.
+
+    The loss is divided by the tokens or sequences of a whole optimiser step: how it is cut into packs changes nothing.
+
+    Args:
+        policy: the policy, whose weights sampled the rollouts.
+        experience: the rollouts.
+        encoder: of the policy.
+        stepper: its optimiser.
+        loss: the algorithm.
+        memory: packs.
+        temperature: that of the sampling.
+        batch: responses of an optimiser step; None: all, and the policy is still the one that sampled.
+        reference: the policy that the KL term holds on to, where the loss has one.
+    """
+    rollouts = experience.rollouts
+    size = len(rollouts) if batch is None else batch
+    parts = [list(range(start, min(start + size, len(rollouts)))) for start in range(0, len(rollouts), size)]
+    packs = [_packs(experience, chosen, encoder, memory.pack_tokens) for chosen in parts]
+    options = loss.loss_options(max((len(r.token_ids) for r in rollouts), default=1))
+    # the first of several steps is on-policy too, but its ratio of 1 must be exact for all
+    old = None
+    if len(parts) > 1:
+        old = [[_logp(policy, part, temperature) for part in group] for group in packs]
+    metrics: PolicyMetrics | None = None
+    total, gap, steps = 0.0, 0.0, []
+    for index, group in enumerate(packs):
+        stepper.begin()
+        losses = []
+        denominator = _denominator(rollouts, parts[index], loss.aggregate)
+        for place, part in enumerate(group):
+            before = None if old is None else old[index][place]
+            held = None if reference is None else _logp(reference, part, temperature)
+            value, found, difference = _backward(
+                policy, part, experience, before, held, {**options, "denominator": denominator}, temperature, memory
+            )
+            losses.append(value)
+            gap = max(gap, difference)
+            metrics = found if metrics is None else metrics + found
+        steps.append(stepper.end(losses))
+        total += float(sum(losses))
+    return _logged(total / max(1, len(parts)), metrics, gap, steps)
+
+
+def _packs(experience: Experience, chosen: Sequence[int], encoder: PromptEncoder, budget: int) -> list[ResponsePack]:
+    responses = [experience.rollouts[s].token_ids for s in chosen]
+    owner = [experience.rollouts[s].prompt for s in chosen]
+    packs = pack_responses(experience.prompts, responses, owner, encoder, budget)
+    return [part._replace(responses=tuple(chosen[s] for s in part.responses)) for part in packs]
+
+
+def _denominator(rollouts: Sequence[Rollout], chosen: Sequence[int], aggregate: str) -> float:
+    if aggregate == "token_mean":
+        return float(sum(len(rollouts[s].token_ids) for s in chosen))
+    return float(len(chosen))
+
+
+@torch.no_grad()
+def _logp(policy: Policy, part: ResponsePack, temperature: float) -> Tensor:
+    part = part.to(policy.device)
+    return policy(part.pack, part.pixel_values, part.image_grid_thw, temperature=temperature).logp
+
+
+def _backward(
+    policy: Policy,
+    part: ResponsePack,
+    experience: Experience,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    options: dict[str, Any],
+    temperature: float,
+    memory: Memory,
+) -> tuple[Tensor, PolicyMetrics, float]:
+    """Returns a pack's share of the loss, its metrics, and how far the engine's log-probabilities are off at most."""
+    part = part.to(policy.device)
+    device = policy.device
+    out = policy(
+        part.pack,
+        part.pixel_values,
+        part.image_grid_thw,
+        temperature=temperature,
+        entropy=True,
+        cache_bytes=memory.head_cache_bytes,
+    )
+    rollouts = [experience.rollouts[s] for s in part.responses]
+    sampled = torch.cat([r.log_probs for r in rollouts]).to(device)
+    modelled = torch.cat([r.model_log_probs for r in rollouts]).to(device)
+    loss, metrics = policy_loss(
+        out.logp,
+        old_logp,
+        torch.cat([experience.of_tokens(s) for s in part.responses]).to(device),
+        part.pack.cu_branch,
+        rollout_logp=sampled if options["correction"] else None,
+        ref_logp=ref_logp,
+        entropy=out.entropy,
+        **options,
+    )
+    loss.backward()
+    reference = out.logp.detach() if old_logp is None else old_logp
+    return loss.detach().cpu(), metrics, float((modelled - reference).abs().max())
+
+
+def _logged(loss: float, metrics: PolicyMetrics | None, gap: float, steps: Sequence[Stepped]) -> dict[str, float]:
+    found = {} if metrics is None else {name: value for name, value in metrics.means().items() if name in _METRICS}
+    skipped = sum(one.skipped is not None for one in steps)
+    return {
+        "loss": loss,
+        **found,
+        "engine_gap": gap,
+        "lr": steps[-1].lr,
+        "grad_norm": steps[-1].grad_norm,
+        "skipped": skipped,
+    }
+
+
+_METRICS = ("entropy", "clipped_low", "clipped_high", "clipped_dual", "approx_kl", "ratio_max", "tokens")

@@ -1,0 +1,66 @@
+"""Rollouts of a step, with their texts: what alignment and RLVR begin with."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prism.config.sections import Sampling as SamplingSettings
+from prism.models.prompts import EncodedPrompt, PromptEncoder
+from prism.problems import Problem
+from prism.rollout.engine import Engine, Rollout
+from prism.rollout.sampling import Sampling
+
+
+class Answered(NamedTuple):
+    """Problems with the policy's responses, group by group."""
+
+    problems: list[Problem]
+    prompts: list[EncodedPrompt]
+    rollouts: list[Rollout]
+    texts: list[str]
+
+    @property
+    def group(self) -> Tensor:
+        """The problem of each response, (S,), int64."""
+        return torch.tensor([rollout.prompt for rollout in self.rollouts], dtype=torch.int64)
+
+    @property
+    def lengths(self) -> Tensor:
+        """The tokens of each response, (S,), int64."""
+        return torch.tensor([len(rollout.token_ids) for rollout in self.rollouts], dtype=torch.int64)
+
+    def of(self, place: int) -> list[str]:
+        """Returns the texts of one problem's responses."""
+        return [text for text, rollout in zip(self.texts, self.rollouts) if rollout.prompt == place]
+
+
+def answer(
+    engine: Engine, problems: Sequence[Problem], encoder: PromptEncoder, settings: SamplingSettings, seed: int
+) -> Answered:
+    """Returns the policy's responses to some problems; the same for the same seed.
+
+    Args:
+        engine: of the policy.
+        problems: a step's.
+        encoder: of the policy.
+        settings: how many, how long, how warm.
+        seed: of this step.
+    """
+    prompts = [problem.encoded(encoder) for problem in problems]
+    sampling = Sampling(
+        n=settings.group,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        seed=seed,
+    )
+    rollouts = engine.generate(prompts, sampling)
+    return Answered(list(problems), prompts, rollouts, texts_of(rollouts, encoder))
+
+
+def texts_of(rollouts: Sequence[Rollout], encoder: PromptEncoder) -> list[str]:
+    """Returns what responses say, without special tokens."""
+    return encoder.tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)

@@ -1,0 +1,138 @@
+import json
+
+import pytest
+import torch
+
+from prism.config import load_config
+from prism.log import read_metrics
+from prism.run import InterruptedRunError, Run, run
+
+SMALL = {
+    "run.stages": ["base", "sft", "distill", "warmup", "align", "rlvr"],
+    "model.tiny.hidden_size": 32,
+    "model.tiny.intermediate_size": 48,
+    "model.tiny.layers": 2,
+    "model.tiny.heads": 2,
+    "model.tiny.key_value_heads": 1,
+    "model.tiny.vision_hidden_size": 32,
+    "data.prompt_tokens": 96,
+    "data.response_tokens": 128,
+    "data.shapes.base": 64,
+    "data.shapes.sft": 64,
+    "data.shapes.sft_curated": 8,
+    "data.shapes.alignment": 16,
+    "data.shapes.rl": 64,
+    "data.shapes.validation": 8,
+    "data.shapes.test": 8,
+    "rollout.align.prompts": 2,
+    "rollout.align.group": 3,
+    "rollout.align.max_new_tokens": 12,
+    "rollout.rlvr.prompts": 2,
+    "rollout.rlvr.group": 3,
+    "rollout.rlvr.max_new_tokens": 12,
+    "evaluation.samples": 4,
+    "evaluation.max_new_tokens": 12,
+    "checkpoint.every": 2,
+    "log.console": "quiet",
+}
+for _stage in ("base", "sft", "distill", "warmup", "align", "rlvr"):
+    SMALL[f"optimiser.{_stage}.steps"] = 3
+    if _stage not in ("align", "rlvr"):
+        SMALL[f"optimiser.{_stage}.batch"] = 4
+
+
+def settings(folder, **changes):
+    return load_config(None, {**SMALL, "run.folder": str(folder), **changes})
+
+
+def weights(one):
+    models = {"policy": one.policy, "discriminator": one.discriminator}
+    return {f"{name}.{key}": value.clone() for name, m in models.items() for key, value in m.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run from start to end."""
+    one = Run(settings(tmp_path_factory.mktemp("whole")))
+    one.go()
+    return one
+
+
+def test_a_run_passes_through_all_stages_and_leaves_its_records(whole):
+    records = read_metrics(whole.folder / "metrics.jsonl")
+    stages = [record["stage"] for record in records]
+    assert stages == [stage for stage in SMALL["run.stages"] for _ in range(3)]
+    found = json.loads((whole.folder / "evaluations.json").read_text())
+    assert list(found) == ["start", *SMALL["run.stages"]]
+    assert found["rlvr"]["split"] == "test" and found["sft"]["samples"] == 4
+    lines = (whole.folder / "rollouts" / "rlvr-000001.jsonl").read_text().splitlines()
+    assert len(lines) == 6 and {"question", "response", "reward", "advantage"} <= set(json.loads(lines[0]))
+    # trainer and engine agree on what was sampled
+    gaps = [record["engine_gap"] for record in records if "engine_gap" in record]
+    assert len(gaps) == 6 and max(gaps) < 1e-4
+
+
+def test_the_policy_loads_in_plain_transformers(whole):
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    model = AutoModelForImageTextToText.from_pretrained(whole.folder / "policy")
+    for (name, ours), theirs in zip(whole.policy.model.state_dict().items(), model.state_dict().values()):
+        assert torch.equal(ours, theirs), name
+    assert len(AutoTokenizer.from_pretrained(whole.folder / "policy")) == len(whole.encoder.tokenizer)
+
+
+@pytest.mark.parametrize("stage, step", [("base", 1), ("warmup", 2), ("align", 1), ("align", 2), ("rlvr", 2)])
+def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, stage, step):
+    first = Run(settings(tmp_path))
+    write = first.log.step
+
+    def stop_there(number, metrics, shown=None):
+        write(number, metrics, shown)
+        if (metrics_stage(first), number) == (stage, step):
+            first._ask_to_stop()
+
+    first.log.step = stop_there
+    with pytest.raises(InterruptedRunError):
+        first.go()
+    first.log.close()
+    again = Run(settings(tmp_path))
+    again.go()
+    ours, wanted = weights(again), weights(whole)
+    assert ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    drop = ("seconds",)
+    lines = [[{k: v for k, v in r.items() if k not in drop} for r in read_metrics(one.folder / "metrics.jsonl")]
+             for one in (again, whole)]  # fmt: skip
+    assert lines[0] == lines[1]
+    assert again.evaluations == whole.evaluations
+
+
+def metrics_stage(one):
+    return one.log._stage
+
+
+def test_a_finished_run_does_nothing_more(whole):
+    before = weights(whole)
+    assert run(settings(whole.folder)) == 0
+    again = Run(settings(whole.folder))
+    again._restore()
+    assert all(torch.equal(value, before[name]) for name, value in weights(again).items())
+
+
+def test_other_algorithms_are_settings(tmp_path):
+    changes = {
+        "run.stages": ["align", "rlvr"],
+        "optimiser.align.steps": 1,
+        "optimiser.rlvr.steps": 1,
+        "algorithm.align.token_credit": True,
+        "optimiser.rlvr.batch": 3,
+    }
+    for name in ("dapo", "gspo", "dr_grpo", "rloo", "cispo", "reinforce_pp"):
+        own = {"algorithm.rlvr.name": name} | ({"algorithm.rlvr.overlong": "none"} if name == "dapo" else {})
+        one = Run(settings(tmp_path / name, **changes, **own))
+        one.go()
+        record = read_metrics(one.folder / "metrics.jsonl")[-1]
+        assert record["stage"] == "rlvr" and record["loss"] is not None, name
+        if name == "dapo":
+            # nothing is right before training: all groups are alike, and every try was taken
+            assert record["tries"] == 10

@@ -1,0 +1,303 @@
+"""The shapes world: the same for everyone, images that show their scenes, teachers as careless as they should be."""
+
+import hashlib
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import FrozenInstanceError
+from math import sqrt
+from random import Random
+
+import numpy as np
+import pytest
+
+from prism.data.questions import EQUAL, NONE, QUESTION_KINDS, Question, ask, infer, read_question
+from prism.data.scenes import CELL, COLOURS, GRID, KINDS, SIDE, Item, Scene, draw, random_scene
+from prism.data.shapes import (
+    SPLITS,
+    Carelessness,
+    ShapesWorld,
+    caption_items,
+    judge,
+    reasoning_steps,
+    split_of,
+    split_response,
+)
+from prism.models.tokenizer import train_tokenizer
+
+WORLD = ShapesWorld()
+# of the first 64 samples of every split; a change of it changes everyone's data
+GOLDEN = "7df2fc45ddc3cf90"
+
+
+def fingerprint(world):
+    digest = hashlib.blake2b()
+    for split in SPLITS:
+        for sample in world.samples(split, 64):
+            texts = (sample.id, sample.scene.key, sample.question.text, sample.answer, sample.response.text)
+            digest.update("\n".join(texts).encode())
+            digest.update(sample.image.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def scenes_of(count, seed=0):
+    rng = Random(seed)
+    return [random_scene(rng) for _ in range(count)]
+
+
+def test_world_is_the_same_everywhere():
+    assert fingerprint(WORLD) == GOLDEN
+    assert fingerprint(ShapesWorld(seed=1)) != GOLDEN
+
+
+def test_samples_are_the_same_however_they_are_reached():
+    whole = list(WORLD.samples("sft", 600))
+    part = list(WORLD.samples("sft", 30, start=250))
+    for a, b in zip(whole[250:280], part, strict=True):
+        assert (a.id, a.scene, a.question, a.answer, a.response) == (b.id, b.scene, b.question, b.answer, b.response)
+        assert np.array_equal(a.image, b.image)
+    assert len({sample.id for sample in whole}) == 600
+
+
+def test_samples_are_immutable():
+    sample = next(WORLD.samples("test", 1))
+    with pytest.raises(FrozenInstanceError):
+        sample.answer = "7"
+    with pytest.raises(ValueError, match="read-only"):
+        sample.image[0, 0, 0] = 1
+
+
+def test_default_sizes():
+    assert sum(1 for _ in WORLD.samples("alignment")) == 400
+    with pytest.raises(ValueError, match="expected split to be one of 'base', 'sft'"):
+        next(WORLD.samples("train"))
+
+
+def test_splits_share_no_scene_whatever_the_seeds():
+    seen = {split: {s.scene.key for seed in (0, 1) for s in ShapesWorld(seed).samples(split, 700)} for split in SPLITS}
+    for split, keys in seen.items():
+        for other, others in seen.items():
+            assert split == other or not keys & others
+    assert all(split_of(s.scene) == "rl" for s in WORLD.samples("rl", 50))
+
+
+def test_scenes_lie_in_the_splits_by_their_shares():
+    number = Counter(split_of(scene) for scene in scenes_of(4000))
+    for split, (share, _, _) in SPLITS.items():
+        p = share / 100
+        # 1 / 256: the grain of the hash
+        assert abs(number[split] / 4000 - p) < 4 * sqrt(p * (1 - p) / 4000) + 1 / 256
+    assert sum(share for share, _, _ in SPLITS.values()) == 100
+
+
+def test_images_show_their_scenes():
+    """Colour at the middle of each cell, and which rows of the cell are how wide, tell every item."""
+    scenes = scenes_of(600)
+    for scene, image in zip(scenes, draw(scenes)):
+        assert image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8
+        found = []
+        for cell in range(GRID * GRID):
+            row, column = divmod(cell, GRID)
+            patch = image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL].astype(int)
+            middle = patch[CELL // 2, CELL // 2]
+            colour = next((name for name, value in COLOURS.items() if (middle == value).all()), None)
+            if colour is None:
+                assert (patch == 245).all()
+                continue
+            painted = (patch == middle).all(-1)
+            widths = painted.sum(1)[painted.any(1)]
+            height, widest = len(widths), widths.max()
+            assert 12 <= height <= 27
+            if widths[0] >= 0.9 * widest and widths[-1] >= 0.9 * widest:
+                kind = "square"
+            elif widths[-1] >= 0.8 * widest:
+                kind = "triangle"
+            else:
+                kind = "circle" if painted.sum() > 0.65 * height * widest else "diamond"
+            found.append(Item(cell, colour, kind))
+        assert tuple(found) == scene.items
+
+
+def test_same_scene_same_image_other_scenes_other_looks():
+    one = Scene((Item(4, "red", "circle"),))
+    assert np.array_equal(draw([one])[0], draw([*scenes_of(3), one])[-1])
+    sizes = {int((draw([Scene((Item(c, "red", "circle"),))])[0] == COLOURS["red"]).all(-1).sum()) for c in range(9)}
+    assert len(sizes) > 2
+
+
+def test_drawing_has_no_loop_over_pixels_or_shapes():
+    """A handful of Python and numpy calls an image: the pixels of all images are written by one of them."""
+    scenes = scenes_of(512)
+    # the tiles are made once
+    draw(scenes[:1])
+    events = Counter()
+    sys.setprofile(lambda frame, event, argument: events.update([event]))
+    try:
+        images = draw(scenes)
+    finally:
+        sys.setprofile(None)
+    assert images.shape == (512, SIDE, SIDE, 3)
+    assert (events["call"] + events["c_call"]) / 512 < 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "text", "right"),
+    [
+        ("count", ("", ""), "How many shapes are there?", "4"),
+        ("count", ("red", ""), "How many red shapes are there?", "2"),
+        ("count", ("", "circle"), "How many circles are there?", "2"),
+        ("count", ("red", "circle"), "How many red circles are there?", "1"),
+        ("count", ("teal", "diamond"), "How many teal diamonds are there?", "0"),
+        ("colour", ("north",), "What colour is the shape in the north?", "red"),
+        ("colour", ("triangle",), "What colour is the triangle?", "blue"),
+        ("colour", ("centre",), "What colour is the shape in the centre?", NONE),
+        ("position", ("red", "circle"), "Where is the red circle?", "north"),
+        ("position", ("green", "circle"), "Where is the green circle?", NONE),
+        ("comparison", ("square", "circle"), "Are there more squares or circles?", "circles"),
+        ("comparison", ("square", "triangle"), "Are there more squares or triangles?", EQUAL),
+        ("comparison", ("red", "blue"), "Are there more red or blue shapes?", EQUAL),
+        ("comparison", ("red", "purple"), "Are there more red or purple shapes?", "red"),
+        ("sum", ("circle", "3", "square", "2"), "If a circle is worth 3 and a square 2, what is the sum?", "8"),
+        ("sum", ("diamond", "3", "square", "2"), "If a diamond is worth 3 and a square 2, what is the sum?", "2"),
+    ],
+)
+def test_questions_and_their_answers(kind, arguments, text, right):
+    items = (
+        Item(1, "red", "circle"),
+        Item(2, "red", "square"),
+        Item(5, "blue", "triangle"),
+        Item(8, "blue", "circle"),
+    )
+    question = Question(kind, arguments)
+    assert question.text == text
+    assert infer(question, items) == {right}
+    assert read_question(text) == question
+
+
+def test_questions_have_one_answer_and_are_read_back():
+    rng, kinds = Random(3), Counter()
+    for scene in scenes_of(1500, seed=2):
+        question = ask(rng, scene)
+        assert read_question(question.text) == question
+        assert len(infer(question, scene.items)) == 1
+        assert NONE not in infer(question, scene.items)
+        kinds[question.kind] += 1
+    assert set(kinds) == set(QUESTION_KINDS) and min(kinds.values()) > 200
+    with pytest.raises(ValueError, match="expected a question of the shapes world, got 'Why"):
+        read_question("Why?")
+
+
+def test_careful_teachers_make_no_error_and_vary():
+    for split in ("base", "alignment"):
+        for sample in WORLD.samples(split, 400):
+            judged = judge(sample.response.text, sample.scene, sample.question)
+            assert judged.valid and judged.correct and not judged.perception.wrong and not judged.reasoning.wrong
+    sample = next(WORLD.samples("alignment", 1))
+    assert len({WORLD.respond("curated", sample, draw=i).text for i in range(40)}) >= 10
+    assert WORLD.respond("curated", sample) == sample.response
+    with pytest.raises(ValueError, match="expected teacher to be one of 'base', 'public', 'curated', got 'best'"):
+        WORLD.respond("best", sample)
+
+
+def within(number, of, rate):
+    """Four standard deviations of a binomial."""
+    return abs(number - of * rate) <= 4 * sqrt(of * rate * (1 - rate))
+
+
+def test_careless_teacher_errs_as_often_as_it_is_said_to():
+    """The exact counters find just the errors that were put in, each kind at its rate, independent of each other."""
+    rates, n = WORLD.carelessness, 5000
+    assert rates.perception == pytest.approx(0.26) and rates.reasoning == 0.20 and rates.careful_style == 0.60
+    mistakes, both, reasoning, careful, several = Counter(), 0, 0, 0, 0
+    for sample in WORLD.samples("sft", n):
+        response = sample.response
+        judged = judge(response.text, sample.scene, sample.question)
+        error = judged.perception
+        told = {
+            "colour": error.wrong_colour,
+            "dropped": error.missing,
+            "invented": error.invented,
+            "kind": error.wrong_kind,
+            "place": error.wrong_place,
+        }
+        assert judged.valid and error.unreadable is None and judged.reasoning.unreadable is None
+        assert told == {kind: int(kind == response.perception_error) for kind in told}
+        assert judged.reasoning.wrong == response.reasoning_error
+        mistakes[response.perception_error] += 1
+        reasoning += response.reasoning_error
+        both += response.reasoning_error and error.wrong
+        careful += response.style == "curated"
+        several += len(sample.scene.items) > 1
+    assert within(n - mistakes[None], n, 0.26)
+    assert within(reasoning, n, 0.20)
+    assert within(both, n, 0.26 * 0.20)
+    assert within(careful, n, 0.60)
+    single = 1 - several / n
+    # in a scene of one item a colour is wrong instead
+    assert within(mistakes["colour"], n, rates.colour + rates.dropped * single)
+    assert within(mistakes["dropped"], n, rates.dropped * (1 - single))
+    for kind in ("invented", "kind", "place"):
+        assert within(mistakes[kind], n, getattr(rates, kind))
+
+
+def test_errors_are_systematic():
+    """Hard colours are taken for easy ones far more often than the reverse."""
+    hard = easy = 0
+    for sample in ShapesWorld(carelessness=Carelessness(colour=1, dropped=0, invented=0, kind=0, place=0)).samples(
+        "sft", 500
+    ):
+        before = Counter(item.colour for item in sample.scene.items)
+        if any(before[colour] for colour in ("orange", "teal", "purple")):
+            text = sample.response.sections.caption
+            lost = next(colour for colour in COLOURS if text.count(colour) < before[colour])
+            hard += lost in ("orange", "teal", "purple")
+            easy += lost not in ("orange", "teal", "purple")
+    assert hard > 300 and easy == 0
+
+
+@pytest.mark.parametrize(("name", "rate"), [("colour", 1.2), ("reasoning", -0.1), ("dropped", 0.95)])
+def test_impossible_rates_are_refused(name, rate):
+    with pytest.raises(ValueError, match="Carelessness: expected"):
+        Carelessness(**{name: rate})
+
+
+def test_rates_can_be_set():
+    world = ShapesWorld(carelessness=Carelessness(0, 0, 0, 0, 0, reasoning=0, careful_style=0))
+    for sample in world.samples("sft", 100):
+        assert judge(sample.response.text, sample.scene, sample.question).correct
+        assert sample.response.style == "public"
+
+
+def test_styles_drift_in_both_channels():
+    """The careless teacher's own style has other numbers of caption items and of steps than the curated one's."""
+
+    def means(split):
+        sections = [sample.response.sections for sample in WORLD.samples(split, 400)]
+        items = np.mean([caption_items(s.caption) for s in sections])
+        return items, np.mean([reasoning_steps(s.think) for s in sections])
+
+    (items, steps), (careless_items, careless_steps) = means("alignment"), means("sft")
+    assert careless_items - items > 0.1 and steps - careless_steps > 0.3
+
+
+def test_responses_are_short():
+    texts = [s.response.text for split in ("base", "sft", "alignment") for s in WORLD.samples(split, 300)]
+    tokenizer = train_tokenizer(texts, vocab_size=512)
+    lengths = np.array([len(ids) for ids in tokenizer(texts)["input_ids"]])
+    assert lengths.min() >= 26 and lengths.mean() < 52
+    assert (lengths <= 62).mean() > 0.85 and lengths.max() <= 90
+    assert all(split_response(tokenizer.decode(tokenizer(text)["input_ids"])) for text in texts[::50])
+
+
+def test_data_is_imported_without_torch():
+    code = (
+        "import sys; import prism.data.shapes, prism.data.export, prism.data.loader; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pyarrow')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_kinds_have_partners():
+    from prism.data.teachers import CONFUSED
+
+    assert set(CONFUSED) == {*COLOURS, *KINDS} and all(CONFUSED[CONFUSED[part]] == part for part in CONFUSED)

@@ -1,0 +1,147 @@
+import copy
+
+import pytest
+import torch
+from discriminator_cases import SIZE, TOKENIZER
+
+from prism.batches import pack_responses, response_ids
+from prism.config.algorithms import RlvrAlgorithm
+from prism.config.sections import Memory, Optimiser
+from prism.models.prompts import PromptEncoder
+from prism.models.tiny import tiny_image_processor, tiny_policy
+from prism.optimisation import NotFiniteError, Stepper
+from prism.policy import Policy
+from prism.rollout.engine import Engine
+from prism.rollout.sampling import Sampling
+from prism.stages.align import wasserstein
+from prism.stages.reinforce import Experience, policy_update
+
+ENCODER = PromptEncoder(TOKENIZER, tiny_image_processor(SIZE))
+SETTINGS = Optimiser(lr=0.0, steps=4, clip_norm=1e9, weight_decay=0.0)
+
+
+@pytest.fixture(scope="module")
+def played():
+    """A policy, and rollouts of it with advantages."""
+    model, _ = tiny_policy(SIZE, tokenizer=TOKENIZER)
+    policy = Policy(model)
+    prompts = [ENCODER.encode(text) for text in ("how many?", "where is the red one?", "why")]
+    rollouts = Engine(model, TOKENIZER).generate(prompts, Sampling(n=4, max_new_tokens=9, seed=3))
+    advantage = torch.randn(len(rollouts), generator=torch.Generator().manual_seed(1))
+    return policy, Experience(prompts, rollouts, advantage)
+
+
+def update(policy, experience, memory, algorithm, **options):
+    policy = copy.deepcopy(policy)
+    stepper = Stepper(policy, SETTINGS, 4)
+    logged = policy_update(policy, experience, ENCODER, stepper, algorithm, memory, temperature=1.0, **options)
+    return logged, {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "dr_grpo", "cispo", "rloo"])
+def test_packs_do_not_change_the_step(played, name):
+    policy, experience = played
+    algorithm = RlvrAlgorithm(name=name)
+    longest = max(len(p.input_ids) for p in experience.prompts) + 9
+    one, wanted = update(policy, experience, Memory(pack_tokens=4096), algorithm)
+    many, got = update(policy, experience, Memory(pack_tokens=longest), algorithm)
+    assert one["loss"] == pytest.approx(many["loss"], rel=1e-5, abs=1e-7)
+    assert one["grad_norm"] > 0 and wanted.keys() == got.keys()
+    for key in wanted:
+        torch.testing.assert_close(got[key], wanted[key], rtol=1e-4, atol=1e-6 * one["grad_norm"])
+    assert one["tokens"] == sum(len(r.token_ids) for r in experience.rollouts)
+
+
+def test_a_step_per_token_spreads_the_same_advantages(played):
+    policy, experience = played
+    spread = [a.expand(len(r.token_ids)) for a, r in zip(experience.advantage, experience.rollouts)]
+    tokens = Experience(experience.prompts, experience.rollouts, spread)
+    memory, algorithm = Memory(pack_tokens=4096), RlvrAlgorithm()
+    (_, wanted), (_, got) = (update(policy, one, memory, algorithm) for one in (experience, tokens))
+    for key in wanted:
+        torch.testing.assert_close(got[key], wanted[key])
+
+
+def test_the_step_makes_rewarded_responses_more_probable(played):
+    policy, experience = played
+    policy = copy.deepcopy(policy)
+    stepper = Stepper(policy, Optimiser(lr=1e-3, steps=4, weight_decay=0.0), 4)
+    memory = Memory(pack_tokens=4096)
+
+    def gain():
+        (part,) = pack_responses(
+            experience.prompts,
+            [r.token_ids for r in experience.rollouts],
+            [r.prompt for r in experience.rollouts],
+            ENCODER,
+            4096,
+        )
+        with torch.no_grad():
+            logp = policy(part.pack).logp
+        sums = torch.stack(
+            [x.sum() for x in logp.split([len(experience.rollouts[s].token_ids) for s in part.responses])]
+        )
+        return float((sums * experience.advantage[list(part.responses)]).sum())
+
+    before = gain()
+    policy_update(policy, experience, ENCODER, stepper, RlvrAlgorithm(), memory, temperature=1.0)
+    assert gain() > before
+
+
+def test_the_kl_term_holds_on_to_its_reference(played):
+    policy, experience = played
+    other = copy.deepcopy(policy)
+    with torch.no_grad():
+        other.model.lm_head.weight.add_(0.05 * torch.randn(other.model.lm_head.weight.shape))
+    algorithm = RlvrAlgorithm(kl_coef=1.0, kl_estimator="k3")
+    memory = Memory(pack_tokens=4096)
+    same, _ = update(policy, experience, memory, algorithm, reference=policy)
+    away, _ = update(policy, experience, memory, algorithm, reference=other)
+    plain, _ = update(policy, experience, memory, RlvrAlgorithm())
+    assert same["loss"] == pytest.approx(plain["loss"], abs=1e-5)
+    assert away["loss"] > plain["loss"] + 1e-3
+
+
+def test_packs_repeat_a_prompt_only_where_its_responses_do_not_fit():
+    prompts = [ENCODER.encode("one"), ENCODER.encode("two")]
+    responses = [[5] * 6] * 5
+    owner = [0, 0, 0, 1, 1]
+    size, other = (len(prompt.input_ids) for prompt in prompts)
+    (whole,) = pack_responses(prompts, responses, owner, ENCODER, 1000)
+    assert len(whole.pack.input_ids) == size + other + 30 and whole.responses == (0, 1, 2, 3, 4)
+    parts = pack_responses(prompts, responses, owner, ENCODER, max(size, other) + 12)
+    assert sorted(s for part in parts for s in part.responses) == [0, 1, 2, 3, 4]
+    assert sum(len(part.pack.input_ids) for part in parts) == 2 * size + other + 30
+    with pytest.raises(ValueError, match="pack_responses: expected a prompt and response of at most"):
+        pack_responses(prompts, responses, owner, ENCODER, min(size, other) + 5)
+
+
+def test_demonstrations_end_their_turn():
+    (ids,) = response_ids(["<answer>3</answer>"], ENCODER)
+    assert ids[-1] == TOKENIZER.eos_token_id and TOKENIZER.decode(ids[:-1]) == "<answer>3</answer>"
+
+
+def test_steps_that_are_not_finite_are_not_taken_and_end_the_run_in_the_end():
+    model = torch.nn.Linear(2, 1)
+    stepper = Stepper(model, Optimiser(lr=1.0, steps=20), 20)
+    before = model.weight.detach().clone()
+    for count in range(Stepper.MOST_SKIPPED - 1):
+        stepper.begin()
+        model(torch.ones(1, 2)).sum().backward()
+        if count % 2:
+            model.weight.grad[0, 0] = torch.nan
+        loss = torch.tensor(1.0 if count % 2 else torch.inf)
+        assert "not finite" in stepper.end([loss]).skipped
+    assert torch.equal(model.weight, before)
+    with pytest.raises(NotFiniteError, match="10 steps in a row"):
+        stepper.end([torch.tensor(torch.nan)])
+
+
+def test_wasserstein_on_the_line():
+    a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 4.0, 5.0])
+    assert wasserstein(a, a) == 0
+    assert wasserstein(torch.tensor([1.0]), torch.tensor([3.5])) == pytest.approx(2.5)
+    # by quantiles, on a grid that both sizes divide
+    x, y = a.repeat_interleave(4), b.repeat_interleave(3)
+    assert wasserstein(a, b) == pytest.approx(float((x - y).abs().mean()))
+    assert wasserstein(a, torch.tensor([])) != wasserstein(a, torch.tensor([]))
