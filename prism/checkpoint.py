@@ -102,9 +102,8 @@ def load(
     *,
     tell: Callable[[str], object] = LOG.warning,
 ) -> Restored | None:
-    """Loads the newest checkpoint that is whole into the objects; None where there is none at all.
+    """Loads the newest checkpoint that is whole (see `newest`) into the objects; None where there is none at all.
 
-    A damaged one is renamed to `damaged-step-…`, and the one before is used; where all are damaged, that is an error.
     The random generators are set as they were.
 
     Args:
@@ -113,12 +112,28 @@ def load(
         training: as given to `save`.
         tell: gets a message for each damaged one.
     """
+    found = newest(folder, tell=tell)
+    if found is not None:
+        _load(found.path, models, training, tell)
+    return found
+
+
+def newest(folder: str | Path, *, tell: Callable[[str], object] = LOG.warning) -> Restored | None:
+    """Returns the newest checkpoint that is whole, without loading it; None where there is none at all.
+
+    A damaged one is renamed to `damaged-step-…`, and the one before is taken; where all are damaged, that is an error.
+
+    Args:
+        folder: of all checkpoints.
+        tell: gets a message for each damaged one.
+    """
     folder = Path(folder)
     found = list(checkpoints(folder))
     for path in found:
         problem = damage(path)
         if problem is None:
-            return _loaded(path, models, training, tell)
+            state = json.loads((path / "state.json").read_text())
+            return Restored(state["step"], state["extra"], path)
         kept = path.with_name(f"damaged-{path.name}")
         if kept.exists():
             shutil.rmtree(kept)
@@ -152,13 +167,14 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def _loaded(
+def _load(
     path: Path, models: Mapping[str, nn.Module], training: Mapping[str, Stateful], tell: Callable[[str], object]
-) -> Restored:
+) -> None:
     state = json.loads((path / "state.json").read_text())
     for kind, ours in (("models", models), ("training", training)):
         if state[kind] != sorted(ours):
-            raise CheckpointError(f"{path}: expected {kind} {', '.join(sorted(ours))}, got {', '.join(state[kind])}")
+            wanted, got = (", ".join(names) or "none" for names in (sorted(ours), state[kind]))
+            raise CheckpointError(f"{path}: expected {kind} {wanted}, got {got}")
     for name, model in models.items():
         try:
             load_model(model, str(path / f"{name}.safetensors"))
@@ -171,7 +187,6 @@ def _loaded(
     if devices != now:
         tell(f"{path} is of {devices} GPUs, here are {now}: their random numbers are others than they would have been")
     _set_random_states(saved["random"])
-    return Restored(state["step"], state["extra"], path)
 
 
 def _random_states() -> dict[str, Any]:

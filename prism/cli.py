@@ -26,6 +26,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "run": Command("prism.run:run", "all stages one after the other; the same command goes on where it was ended"),
     "doctor": Command("prism.cli:doctor", "versions, devices, kernels, and why those that are missing are", False),
 }
 

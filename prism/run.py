@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from prism import checkpoint
-from prism.config import STAGES, Config
+from prism.config import STAGES, Config, ConfigError
 from prism.data.shapes import Carelessness, ShapesWorld
 from prism.discriminator.metrics import channel_report
 from prism.discriminator.score import Sample, score_groups
@@ -59,7 +59,7 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         if config.data.source != "shapes":
-            raise NotImplementedError("run: expected data.source = 'shapes'; stages on files of your own come next")
+            raise ConfigError("data.source: expected 'shapes', the stages do not read files yet, got 'files'")
         self.config = config
         self.folder = Path(config.run.folder)
         self.policy, self.encoder = build_policy(config)
@@ -128,7 +128,15 @@ class Run:
         settings = self.config.rollout.align
         problems = self.draw(stage, step, settings.prompts)
         found = answer(self.engine, problems, self.encoder, settings, self.seed(stage, step))
-        done = align_step(self.policy, self.discriminator, found, self.encoder, (steppers[0], steppers[1]), self.config)
+        done = align_step(
+            self.policy,
+            self.discriminator,
+            found,
+            self.encoder,
+            (steppers[0], steppers[1]),
+            self.config,
+            self.reference,
+        )
         scores = {"perception": done.scores.perception.tolist(), "reasoning": done.scores.reasoning.tolist()}
         self.record(stage, step, found, {**scores, "advantage": done.advantage.tolist(), "reason": done.scores.reason})
         return done.logged
@@ -196,17 +204,17 @@ class Run:
     def _stage(self, stage: str, position: checkpoint.Restored | None) -> None:
         settings = getattr(self.config.optimiser, stage)
         steppers = self._steppers(stage)
+        self.reference = self._frozen_policy(stage)
         first = 0
         if position is not None and position.extra["stage"] == stage:
             # once more, now with the optimisers that it belongs to
             checkpoint.load(self._checkpoints, self._models(), self._training(steppers))
             first = position.extra["step"]
-        if stage == "rlvr" and self.config.algorithm.rlvr.kl_coef:
-            self.reference = self._frozen_policy()
         step_of: Callable[[str, int, list[Stepper]], Metrics] = {
             "warmup": self.warmup, "align": self.align, "rlvr": self.rlvr
         }.get(stage, self.supervised)  # fmt: skip
         (self.discriminator if stage == "warmup" else self.policy).train()
+        often = self.config.evaluation.every
         with self.log.stage(stage, settings.steps, first):
             for step in range(first, settings.steps):
                 begin = time.perf_counter()
@@ -215,10 +223,13 @@ class Run:
                     stepper.next_rate()
                 self.log.step(step + 1, {**metrics, "seconds": time.perf_counter() - begin}, SHOWN[stage])
                 last = step + 1 == settings.steps
+                if often and (step + 1) % often == 0 and not last:
+                    self.assess(f"{stage} {step + 1}")
                 if self._stop or ((step + 1) % self.config.checkpoint.every == 0 and not last):
                     self._save(self._before(stage), (stage, step + 1), steppers)
                 if self._stop:
                     raise InterruptedRunError
+        self.reference = None
         if stage == "base":
             self.discriminator.load_state_dict(build_discriminator(self.config, self.policy.model).state_dict())
         self.assess(stage)
@@ -279,7 +290,8 @@ class Run:
         return self.folder / "checkpoints"
 
     def _models(self) -> dict[str, torch.nn.Module]:
-        return {"policy": self.policy.model, "discriminator": self.discriminator}
+        held = {} if self.reference is None else {"reference": self.reference.model}
+        return {"policy": self.policy.model, "discriminator": self.discriminator, **held}
 
     def _steppers(self, stage: str) -> list[Stepper]:
         """Returns the optimisers of a stage, that of what it is named after first."""
@@ -315,12 +327,16 @@ class Run:
 
     def _restore(self) -> tuple[list[str], checkpoint.Restored | None]:
         """Returns the stages that are done, and where in another one the run was; loads the models."""
-        newest = next(checkpoint.checkpoints(self._checkpoints), None)
+        newest = checkpoint.newest(self._checkpoints, tell=self.log.note)
         if newest is None:
+            # what a run wrote that was killed before its first checkpoint will be done again
+            self.log.load_state_dict({"bytes": 0, "non_finite": {}})
             return [], None
-        stage = json.loads((newest / "state.json").read_text())["extra"]["stage"]
-        steppers = [] if stage is None else self._steppers(stage)
-        found = checkpoint.load(self._checkpoints, self._models(), self._training(steppers), tell=self.log.note)
+        stage = newest.extra["stage"]
+        self.reference = None if stage is None else self._frozen_policy(stage)
+        found = checkpoint.load(
+            self._checkpoints, self._models(), self._training([] if stage is None else self._steppers(stage))
+        )
         assert found is not None
         self.evaluations = dict(found.extra["evaluations"])
         self.log.load_state_dict(found.extra["log"])
@@ -328,7 +344,10 @@ class Run:
         self.log.note(f"going on from {where} ({found.path})")
         return list(found.extra["done"]), found if stage else None
 
-    def _frozen_policy(self) -> Policy:
+    def _frozen_policy(self, stage: str) -> Policy | None:
+        """Returns the policy as it is now, where a stage's loss has a KL term that holds on to it."""
+        if stage not in ("align", "rlvr") or not getattr(self.config.algorithm, stage).kl_coef:
+            return None
         reference, _ = build_policy(self.config)
         reference.model.load_state_dict(self.policy.model.state_dict())
         return reference.requires_grad_(False)

@@ -29,7 +29,7 @@ REWARD_PRESETS: dict[str, dict[str, Any]] = {
 class PolicyLoss(Section):
     """An algorithm: a name stands for its options, each of which may be given beside it.
 
-    The options are those of `prism_kernels.policy_loss`; `horizon` none is the longest response.
+    The options are those of `prism_kernels.policy_loss`; `horizon` none is rollout's max_new_tokens.
     """
 
     name: str
@@ -83,7 +83,7 @@ class PolicyLoss(Section):
         """Returns policy_loss's keyword arguments.
 
         Args:
-            longest: the length of the longest response, which is the horizon where none is set.
+            longest: rollout's max_new_tokens, which is the horizon where none is set.
         """
         options = self.model_dump(include=set(PolicyLoss.model_fields) - {"name"})
         return {**options, "horizon": float(longest) if self.horizon is None else self.horizon}

@@ -218,7 +218,6 @@ class Discriminator(Section):
         router_std: of the router's first weights.
         kind_bias: whether routers learn a bias for each kind of token.
         images: whether it sees images.
-        max_image_pixels: images are scaled down to this width times height; none: as the policy's.
         aux_coef: of the load-balance loss.
         z_coef: of the router's z loss.
         regularisation: of raw scores, L2.
@@ -233,7 +232,6 @@ class Discriminator(Section):
     router_std: Annotated[float, Field(ge=0)] = 0.006
     kind_bias: bool = False
     images: bool = True
-    max_image_pixels: Annotated[Positive | None, NONE] = None
     aux_coef: Annotated[float, Field(ge=0)] = 0.01
     z_coef: Annotated[float, Field(ge=0)] = 0.0
     regularisation: Annotated[float, Field(ge=0)] = 1e-3

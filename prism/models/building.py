@@ -12,8 +12,10 @@ from transformers import (
 )
 
 from prism.config import Config
+from prism.config.sections import Tiny
 from prism.discriminator.model import Discriminator
 from prism.discriminator.upcycle import upcycle
+from prism.models.pretrained import load_tiny_base
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import TinySize, tiny_image_processor, tiny_policy
 from prism.policy import CausalModel, Policy
@@ -38,6 +40,9 @@ def build_policy(config: Config) -> Built:
     if config.model.policy == "tiny":
         size = tiny_size(config)
         model, tokenizer = tiny_policy(size, seed=config.run.seed)
+        # other sizes have no base that could be shipped: they begin at random, or with the stage that pretrains
+        if config.model.tiny == Tiny() and "base" not in config.run.stages:
+            load_tiny_base(model)
         encoder = PromptEncoder(tokenizer, tiny_image_processor(size))
     else:
         model = Qwen3VLForConditionalGeneration.from_pretrained(config.model.policy, dtype=dtype)

@@ -56,6 +56,7 @@ def align_step(
     encoder: PromptEncoder,
     steppers: tuple[Stepper, Stepper],
     config: Config,
+    reference: Policy | None = None,
 ) -> Aligned:
     """Trains the discriminator on the rollouts against their teachers, and the policy on the scores from before.
 
@@ -66,6 +67,7 @@ def align_step(
         encoder: of both models.
         steppers: the policy's and the discriminator's.
         config: the settings.
+        reference: see `policy_update`.
     """
     samples = [
         Sample(prompt, answered.of(place), teacher=problem.teacher, name=problem.name)
@@ -88,6 +90,8 @@ def align_step(
         config.memory,
         temperature=config.rollout.align.temperature,
         batch=config.optimiser.align.batch,
+        longest=config.rollout.align.max_new_tokens,
+        reference=reference,
     )
     return Aligned({**logged, **discriminator_figures(result), **drift(answered)}, scores, advantage)
 

@@ -49,6 +49,7 @@ def policy_update(
     memory: Memory,
     *,
     temperature: float,
+    longest: int,
     batch: int | None = None,
     reference: Policy | None = None,
 ) -> dict[str, float]:
@@ -64,6 +65,7 @@ def policy_update(
         loss: the algorithm.
         memory: packs.
         temperature: that of the sampling.
+        longest: the most tokens that a response could have had.
         batch: responses of an optimiser step; None: all, and the policy is still the one that sampled.
         reference: the policy that the KL term holds on to, where the loss has one.
     """
@@ -71,7 +73,7 @@ def policy_update(
     size = len(rollouts) if batch is None else batch
     parts = [list(range(start, min(start + size, len(rollouts)))) for start in range(0, len(rollouts), size)]
     packs = [_packs(experience, chosen, encoder, memory.pack_tokens) for chosen in parts]
-    options = loss.loss_options(max((len(r.token_ids) for r in rollouts), default=1))
+    options = loss.loss_options(longest)
     # the first of several steps is on-policy too, but its ratio of 1 must be exact for all
     old = None
     if len(parts) > 1:

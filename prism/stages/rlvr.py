@@ -99,6 +99,7 @@ def rlvr_step(
         config.memory,
         temperature=config.rollout.rlvr.temperature,
         batch=config.optimiser.rlvr.batch,
+        longest=config.rollout.rlvr.max_new_tokens,
         reference=reference,
     )
     verdicts = rewarded.verdicts

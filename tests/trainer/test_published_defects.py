@@ -1,17 +1,32 @@
-"""Defects A, B, C, E and Q of the published discriminator: each is re-created, shown to be one, and not ours.
+"""Defects of the published code: each is re-created, shown to be one, and not ours.
 
-Defect N is in test_upcycle.py.
+docs/defects.md lists all of them; those that are not here are tested beside what they are about.
 """
 
+import json
+import re
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
-from discriminator_cases import IMAGE, TOKENIZER, make_backbone
+from discriminator_cases import IMAGE, SIZE, TOKENIZER, make_backbone
+from loader_cases import chat, write_images, write_lines
 from score_cases import ENCODER, TERMINAL, make_model, picture, response
+from torch.nn.functional import logsigmoid
 
+from bench.end_to_end.discriminator import PackedScheme, PublishedScheme, Shape, make_group
+from prism.data.errors import DataError
+from prism.data.loader import LoadOptions, RowStream
 from prism.discriminator.branches import ScoreLimits, TextBranches
 from prism.discriminator.score import Sample, prepare_groups, score_groups
 from prism.models.prompts import PromptEncoder
 from prism.models.tokenizer import train_tokenizer
+from prism.rewards.grammar import split_response
+from prism_kernels import group_advantage, pair_loss, policy_loss, prism_advantage
+from prism_kernels.packing import Kind, plan_tokens
+from prism_kernels.segments import TAGS, Reason, find_segments
+from prism_kernels.shaping import token_advantage
 
 PAD = TOKENIZER.pad_token_id
 
@@ -165,6 +180,236 @@ def test_e_warm_up_and_alignment_score_alike(stock, model):
         torch.testing.assert_close(pairs, grouped, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert float(as_group.perception[0]) == pytest.approx(same_token, abs=1e-4)
     torch.testing.assert_close(as_pairs.teacher_reasoning[3:], as_group.teacher_reasoning, rtol=1e-5, atol=1e-5)
+
+
+def pair_loss_published(teacher, student, valid):
+    """G: invalid students count as 0, and the sum is divided by the micro-batch's own count; the loss, the accuracy."""
+    student = torch.where(valid, student, 0.0)
+    kept = valid if valid.any() else torch.ones_like(valid)
+    loss = -logsigmoid(teacher - student)[kept].sum() / valid.sum().clamp(min=1)
+    return loss, float((teacher > student)[kept].double().mean())
+
+
+def test_g_a_pair_weighs_the_same_in_any_micro_batch_and_none_teaches_nothing():
+    rng = torch.Generator().manual_seed(0)
+    student = torch.randn(8, generator=rng).requires_grad_()
+    teacher = torch.randn(8, generator=rng)
+    valid = torch.tensor([True, True, True, True, False, False, False, True])
+    halves = (slice(0, 4), slice(4, 8))
+
+    # published: the one valid pair of the second half weighs as much as the four of the first together
+    total = sum(pair_loss_published(teacher[h], student[h], valid[h])[0] for h in halves) / len(halves)
+    (published,) = torch.autograd.grad(total, student)
+    slope = torch.sigmoid(student.detach() - teacher)
+    torch.testing.assert_close(published[7] / slope[7], 4 * published[0] / slope[0])
+
+    pairs = float(valid.sum())
+    parts = [pair_loss(teacher[h], student[h], valid=valid[h], denominator=pairs)[0] for h in halves]
+    (ours,) = torch.autograd.grad(sum(parts), student)
+    torch.testing.assert_close(ours, torch.where(valid, slope / pairs, 0.0))
+
+    # published: without a valid sample teachers are pushed up against nothing, and the log is content
+    lone = torch.tensor([1.0] * 23 + [-1.0] * 2).requires_grad_()
+    students, nothing = torch.randn(25, generator=rng), torch.zeros(25, dtype=torch.bool)
+    loss, accuracy = pair_loss_published(lone, students, nothing)
+    (pushed,) = torch.autograd.grad(loss, lone)
+    assert (pushed < 0).all() and accuracy == pytest.approx(0.92)
+
+    loss, metrics = pair_loss(lone, students, valid=nothing)
+    (pushed,) = torch.autograd.grad(loss, lone)
+    assert loss.item() == 0 and (pushed == 0).all()
+    assert metrics.means()["pairs"] == 0 and np.isnan(metrics.means()["correct"])
+
+
+def advantage_published(score, valid, penalty=1.5):
+    """I: an invalid sample has the smallest valid score - 1, and is in the group's mean and standard deviation."""
+    worst = min([s for s, ok in zip(score, valid) if ok], default=0.0) - 1
+    filled = [s if ok else worst for s, ok in zip(score, valid)]
+    mean, std = (0.0, 1.0) if len(filled) == 1 else (np.mean(filled), np.std(filled, ddof=1))
+    return [(s - mean) / (std + 1e-6) - (0.0 if ok else penalty) for s, ok in zip(filled, valid)]
+
+
+def test_i_invalid_samples_are_in_nobodys_statistics():
+    def ours(score, valid):
+        score = torch.tensor(score, dtype=torch.float64)
+        group = torch.zeros(len(score), dtype=torch.int64)
+        return prism_advantage(score, score, group, format_ok=torch.tensor(valid)).tolist()
+
+    # three good responses between five invalid ones: published, their z-scores shrink to 0.04 of what they were
+    score, valid = [2.98, 3.0, 3.02, 0.0, 0.0, 0.0, 0.0, 0.0], [True] * 3 + [False] * 5
+    alone = ours(score[:3], valid[:3])
+    assert alone == pytest.approx([-1.0, 0.0, 1.0], abs=1e-3)
+    published = advantage_published(score, valid)
+    assert (published[2] - published[0]) / 2 == pytest.approx(0.04, abs=0.005)
+    assert ours(score, valid) == pytest.approx([*alone, *[-1.5] * 5])
+
+    # all invalid: published, every sample is pushed down and there is no baseline; ours, nothing is learnt of it
+    assert advantage_published(score, [False] * 8) == pytest.approx([-1.5] * 8)
+    assert ours(score, [False] * 8) == [0.0] * 8
+    # one sample: published, its raw score is its advantage
+    assert advantage_published([2.5], [True]) == pytest.approx([2.5], abs=1e-5)
+    assert ours([2.5], [True]) == [0.0]
+
+
+def test_j_prompt_and_image_are_computed_once_a_group():
+    shape = Shape(responses=4, prompt=24, image_side=4, caption=4, reasoning=8)
+    found = {}
+    for scheme in (PublishedScheme, PackedScheme):
+        group = make_group(shape, SIZE)
+        seen = {"tokens": 0, "patches": 0}
+
+        def count(name, size, seen=seen):
+            return lambda _, inputs, __: seen.update({name: seen[name] + size(inputs[0])})
+
+        step = scheme(group)
+        group.backbone.language_model.embed_tokens.register_forward_hook(count("tokens", torch.numel))
+        group.backbone.visual.patch_embed.register_forward_hook(count("patches", len))
+        found[scheme] = step.step(), seen
+    lengths = [(len(texts.caption), len(texts.reasoning)) for texts in group.responses]
+    plan = plan_tokens(shape.prompt, lengths, (len(group.teacher.caption), len(group.teacher.reasoning)))
+    (published, theirs), (packed, ours) = found[PublishedScheme], found[PackedScheme]
+    # four forwards and the scoring's two for each response, each with prompt and image, and padded
+    assert theirs["tokens"] >= plan.published + plan.published_scoring
+    assert theirs["patches"] == 6 * shape.responses * shape.image_side**2
+    assert ours == {"tokens": plan.packed, "patches": shape.image_side**2}
+    assert theirs["tokens"] > 5 * ours["tokens"]
+    for name in ("perception", "reasoning"):
+        torch.testing.assert_close(getattr(packed, name), getattr(published, name), rtol=1e-4, atol=1e-4)
+
+
+def spans_published(tokenizer, ids):
+    """K: the tokens of each segment's text, from where the text of every prefix ends."""
+    ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    text, starts = tokenizer.decode(ids), [0, *ends[:-1]]
+    spans = []
+    for tag in TAGS:
+        first, last = text.index(f"<{tag}>") + len(tag) + 2, text.index(f"</{tag}>")
+        inside = [i for i, start in enumerate(starts) if first <= start < last]
+        spans.append((inside[0], inside[-1] + 1))
+    return spans
+
+
+def test_k_segments_are_found_without_decoding(monkeypatch):
+    decoded = []
+    for name in ("decode", "batch_decode", "convert_ids_to_tokens"):
+        original = getattr(TOKENIZER, name)
+        counting = lambda ids, *a, f=original, **k: decoded.append(len(ids)) or f(ids, *a, **k)  # noqa: E731
+        monkeypatch.setattr(TOKENIZER, name, counting)
+    work, texts = [], [response(think="Step 1: 2 + 3 = 5. " * n) for n in (10, 20, 40)]
+    for text in texts:
+        ids = ids_of(text)
+        decoded.clear()
+        spans = spans_published(TOKENIZER, ids)
+        assert len(decoded) == len(ids) + 1
+        work.append(sum(decoded))
+        decoded.clear()
+        found = find_segments(ids, [0, len(ids)], ENCODER.token_bytes)
+        assert list(zip(found.start[0].tolist(), found.end[0].tolist())) == spans
+        assert not decoded
+    # published: twice the text is nearly four times the work
+    assert all(after > 3 * before for before, after in pairwise(work))
+    # nor does the way from texts to packs decode anything
+    prepare_groups([Sample("How many?", texts, teacher=texts[0])], ENCODER)
+    assert not decoded
+
+
+def format_published(text):
+    """L: each part is there somewhere, in order."""
+    return re.search(r"<caption>.*?</caption>.*?<think>.*?</think>.*?<answer>.*?</answer>", text, re.DOTALL) is not None
+
+
+def answer_published(text):
+    return re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)[1]
+
+
+LOOSE = {
+    "two captions": (response().replace("<caption>", "<caption>a</caption><caption>"), "repeated_tag"),
+    "two answers": (response(answer="1</answer><answer>2"), "repeated_tag"),
+    "an answer inside the thinking": (response(think="so <answer>1</answer>", answer="2"), "repeated_tag"),
+    "an empty caption": (response(caption=""), "empty_segment"),
+    "empty thinking": (response(think=""), "empty_segment"),
+    "an empty answer": (response(answer=""), "empty_segment"),
+    "text behind the answer": (response() + " Or is it 2?", "text_outside"),
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), LOOSE.values(), ids=LOOSE)
+def test_l_the_grammar_is_strict(model, text, reason):
+    # a response without any of this is valid to both
+    assert format_published(response()) and split_response(response()).reason == ""
+    assert format_published(text)
+    ids = ids_of(text)
+    found = find_segments(ids, [0, len(ids)], ENCODER.token_bytes)
+    assert Reason(int(found.reason[0])).name.lower() == split_response(text).reason == reason
+    with torch.no_grad():
+        scores = score_groups(model, [Sample("How many?", [text, response()])], ENCODER)
+    assert scores.reason == (reason.replace("_", " "), None)
+    assert scores.perception.isnan().tolist() == scores.reasoning.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("name", ["two answers", "an answer inside the thinking"])
+def test_l_no_answer_is_chosen_among_two(name):
+    text, _ = LOOSE[name]
+    # published: the first wins, so that a guess in the thinking is graded
+    assert answer_published(text) == "1"
+    assert split_response(text).answer == ""
+
+
+class DatasetPublished:
+    """M: a row that fails to load is its neighbour, and without a file there are made-up rows."""
+
+    def __init__(self, path):
+        made_up = [chat(number) for number in range(4)]
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else made_up
+        self.folder = path.parent
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        try:
+            for image in row["images"]:
+                (self.folder / image).read_bytes()
+        except OSError:
+            return self[(index + 1) % len(self.rows)]
+        return row["id"]
+
+
+def test_m_no_row_is_replaced_and_none_made_up(tmp_path):
+    write_images(tmp_path)
+    rows = [chat(0), chat(1, images=["images/gone.png"]), chat(2), chat(3)]
+    path, gone, log = write_lines(tmp_path / "rows.jsonl", rows), tmp_path / "gone.jsonl", tmp_path / "skipped.jsonl"
+
+    published = DatasetPublished(path)
+    assert [published[i] for i in range(4)] == ["c0", "c2", "c2", "c3"]
+    assert len(DatasetPublished(gone).rows) == 4
+
+    stream = RowStream(path, "chat", LoadOptions(buffer=0, max_skipped=0.5, skipped=log))
+    assert [row.id for row in stream] == ["c0", "c2", "c3"]
+    assert stream.skipped == 1 and stream.causes == {"image not found": 1}
+    (entry,) = map(json.loads, log.read_text().splitlines())
+    assert (entry["file"], entry["row"], entry["field"]) == (str(path), 2, "images.0")
+    with pytest.raises(DataError, match=re.escape(f"{path}, row 2: images.0: ")):
+        list(RowStream(path, "chat", LoadOptions(buffer=0, on_error="raise")))
+    with pytest.raises(DataError, match=re.escape(f"{gone}: expected a data file, there is none")):
+        list(RowStream(gone, "chat"))
+
+
+def test_token_credit_keeps_the_caption_reward_off_the_thinking():
+    """One response of two has the better caption; both think alike."""
+    kind = torch.tensor([Kind.PERCEPTION] * 3 + [Kind.REASONING] * 4 + [Kind.ANSWER]).repeat(2)
+    cu_seqlens = torch.tensor([0, 8, 16], dtype=torch.int32)
+    perception, reasoning = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])
+    group = torch.zeros(2, dtype=torch.int64)
+    logp = torch.full((16,), -1.0, requires_grad=True)
+
+    # published: one number for all tokens of a response
+    whole = prism_advantage(perception, reasoning, group)
+    (pushed,) = torch.autograd.grad(policy_loss(logp, None, whole, cu_seqlens)[0], logp)
+    assert (pushed[kind != Kind.PERCEPTION] != 0).all()
+
+    channels = torch.stack((group_advantage(perception, group), group_advantage(reasoning, group)))
+    credit = token_advantage(channels, (kind != Kind.PERCEPTION).long(), cu_seqlens)
+    (pushed,) = torch.autograd.grad(policy_loss(logp, None, credit, cu_seqlens)[0], logp)
+    assert (pushed[kind != Kind.PERCEPTION] == 0).all() and (pushed[kind == Kind.PERCEPTION] != 0).all()
 
 
 @torch.no_grad()

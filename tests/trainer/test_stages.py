@@ -34,7 +34,9 @@ def played():
 def update(policy, experience, memory, algorithm, **options):
     policy = copy.deepcopy(policy)
     stepper = Stepper(policy, SETTINGS, 4)
-    logged = policy_update(policy, experience, ENCODER, stepper, algorithm, memory, temperature=1.0, **options)
+    logged = policy_update(
+        policy, experience, ENCODER, stepper, algorithm, memory, temperature=1.0, longest=9, **options
+    )
     return logged, {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -84,7 +86,7 @@ def test_the_step_makes_rewarded_responses_more_probable(played):
         return float((sums * experience.advantage[list(part.responses)]).sum())
 
     before = gain()
-    policy_update(policy, experience, ENCODER, stepper, RlvrAlgorithm(), memory, temperature=1.0)
+    policy_update(policy, experience, ENCODER, stepper, RlvrAlgorithm(), memory, temperature=1.0, longest=9)
     assert gain() > before
 
 

@@ -1,0 +1,158 @@
+"""The command line: its table, flags, the dry run, and how soon it answers."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pydantic")
+
+from prism import cli
+from prism.config import load_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def trains(config):
+    """A command's function."""
+    print(f"seed {config.run.seed}, lr {config.optimiser.align.lr:g}")
+
+
+def interrupted(config):
+    raise KeyboardInterrupt
+
+
+def broken(config):
+    raise ValueError("a defect")
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The table with commands of this file."""
+    commands = {f.__name__: cli.Command(f"{__name__}:{f.__name__}", "a test") for f in (trains, interrupted, broken)}
+    monkeypatch.setattr(cli, "COMMANDS", {**cli.COMMANDS, **commands, "later": cli.Command("prism.no.such:f", "none")})
+
+
+def test_a_command_gets_the_settings_of_file_and_flags(table, capsys, tmp_path):
+    (tmp_path / "my.toml").write_text("[run]\nseed = 4\n[optimiser.align]\nlr = 1e-3\n")
+    arguments = [
+        "trains",
+        "--optimiser.align.lr",
+        "1e-6",
+        "--config",
+        str(tmp_path / "my.toml"),
+        "--discriminator.dense",
+    ]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == "seed 4, lr 1e-06\n"
+
+
+def test_only_commands_whose_modules_exist_are_listed(table, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    listed = capsys.readouterr().out
+    assert "doctor" in listed and "trains" in listed and "later" not in listed
+    with pytest.raises(SystemExit) as end:
+        cli.main(["later"])
+    assert end.value.code == 2
+    assert "invalid choice: 'later'" in capsys.readouterr().err
+
+
+def test_every_command_of_the_table_can_be_called():
+    for name, command in cli.COMMANDS.items():
+        module, _, function = command.target.partition(":")
+        assert callable(getattr(__import__(module, fromlist=["_"]), function)), name
+
+
+def test_bad_settings_name_the_key(table, capsys):
+    assert cli.main(["trains", "--run.sed", "3"]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and "prism trains: settings: run.sed: expected a known key" in told.err
+    assert "did you mean 'seed'?" in told.err
+    assert cli.main(["trains", "what"]) == 2
+    assert "flags: expected --section.key value, got 'what'" in capsys.readouterr().err
+    assert cli.main(["doctor", "--x"]) == 2
+    assert "doctor: expected no further arguments, got --x" in capsys.readouterr().err
+
+
+def test_interrupts_end_cleanly_and_defects_do_not_hide(table, capsys):
+    assert cli.main(["interrupted"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a defect"):
+        cli.main(["broken"])
+
+
+def test_a_dry_run_prints_settings_that_are_a_file(table, capsys, tmp_path):
+    assert cli.main(["trains", "--dry-run", "--algorithm.rlvr.name", "dapo", "--run.seed", "7"]) == 0
+    (tmp_path / "printed.toml").write_text(capsys.readouterr().out)
+    expected = load_config(None, {"algorithm.rlvr.name": "dapo", "run.seed": 7})
+    assert load_config(tmp_path / "printed.toml") == expected
+
+
+def test_a_dry_run_reads_the_data_and_counts_rejections(table, capsys, tmp_path):
+    pytest.importorskip("transformers")
+    chat = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}]
+    rows = [{"messages": chat}] * 3 + [{"messages": chat[:1]}, {"images": []}]
+    rows.append({"messages": [chat[0], {"role": "assistant", "content": "one two three " * 100}]})
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    flags = ["--data.source", "files", "--data.files.sft", str(tmp_path / "sft.jsonl"), "--run.stages", "sft"]
+    assert cli.main(["trains", "--dry-run", *flags]) == 1
+    out = capsys.readouterr().out
+    assert "# data.files.sft: 3 of 7 rows can be used" in out
+    assert "too long: 1; the first: " in out and "not JSON: 1; the first: " in out and "row 7" in out
+    assert "expected at most data.max_skipped = 5%" in out
+    assert cli.main(["trains", "--dry-run", *flags, "--data.max_skipped", "0.6"]) == 0
+
+
+def test_keys_are_listed(table, capsys):
+    assert cli.main(["trains", "--settings"]) == 0
+    assert "algorithm.rlvr.overlong.buffer" in capsys.readouterr().out.splitlines()
+
+
+def test_doctor_tells_versions_kernels_and_reasons(capsys):
+    status = cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert status == (
+        "not installed"
+        in "".join(line for line in out.splitlines() if line.split()[:1] and line.split()[0] in cli.PACKAGES)
+    )
+    for word in ("pydantic", "torch", "policy_loss", "available"):
+        assert word in out
+
+
+def called(*arguments, code=None):
+    """Runs the command line in a process of its own: its result, and its seconds."""
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "prism", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    began = time.perf_counter()
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return found, time.perf_counter() - began
+
+
+def test_help_and_bad_settings_answer_within_a_second():
+    told, seconds = called("--help")
+    assert told.returncode == 0 and "doctor" in told.stdout
+    assert seconds < 1
+    bad = (
+        "import sys; from prism import cli; cli.COMMANDS['x'] = cli.Command('prism.cli:doctor', 'a test');"
+        "status = cli.main(['x', '--rollout.align.group', '1']); print('torch' in sys.modules); sys.exit(status)"
+    )
+    told, seconds = called(code=bad)
+    assert told.returncode == 2 and "rollout.align.group: expected at least 2" in told.stderr
+    assert told.stdout == "False\n"
+    assert seconds < 1
+
+
+def test_without_the_extra_the_command_says_what_to_install():
+    code = (
+        "import sys; sys.modules['pydantic'] = None; from prism import cli;"
+        "cli.COMMANDS['x'] = cli.Command('prism.cli:doctor', 'a test'); sys.exit(cli.main(['x']))"
+    )
+    told, _ = called(code=code)
+    assert told.returncode == 2
+    assert "expected the package pydantic, which is missing; pip install 'prism-kernels[train]'" in told.stderr
