@@ -1,12 +1,19 @@
 import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from prism.config import load_config
 from prism.log import read_metrics
 from prism.run import InterruptedRunError, Run, run
 
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "run.stages": ["base", "sft", "distill", "warmup", "align", "rlvr"],
     "model.tiny.hidden_size": 32,
@@ -109,6 +116,46 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, stage, ste
 
 def metrics_stage(one):
     return one.log._stage
+
+
+PROGRAM = """
+import json, sys, torch
+torch.set_num_threads(1)
+from prism.config import load_config
+from prism.run import run
+print("ready", flush=True)
+sys.exit(run(load_config(None, json.loads(sys.argv[1]))))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_bits(tmp_path):
+    def start(folder):
+        given = json.dumps({**SMALL, "run.folder": str(folder)})
+        return subprocess.Popen([sys.executable, "-c", PROGRAM, given], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+    undisturbed = start(tmp_path / "whole")
+    assert undisturbed.wait(timeout=120) == 0
+    rng = random.Random(0)
+    killed = 0
+    for _ in range(4):
+        process = start(tmp_path / "killed")
+        # the first line comes when all is imported
+        process.stdout.readline()
+        time.sleep(rng.uniform(0.2, 2.5))
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+    assert killed >= 2
+    last = start(tmp_path / "killed")
+    assert last.wait(timeout=120) == 0
+    ours, wanted = (load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("killed", "whole"))
+    assert ours.keys() == wanted.keys() and all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    lines = [
+        [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("killed", "whole")
+    ]
+    assert lines[0] == lines[1]
 
 
 def test_a_finished_run_does_nothing_more(whole):
