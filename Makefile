@@ -52,8 +52,8 @@ $(TRL)/install.stamp: pyproject.toml tests/peers/trl.txt | $(PEERS)/install.stam
 	touch $@
 
 test-peers: $(PEERS)/install.stamp $(TRL)/install.stamp ## against TRL's and verl's own functions, each in its environment
-	$(PEERS)/bin/python -m pytest tests/peers/test_verl.py
-	$(TRL)/bin/python -m pytest tests/peers/test_trl.py
+	$(PEERS)/bin/python -m pytest tests/peers/test_verl.py tests/peers/test_verl_patch.py
+	$(TRL)/bin/python -m pytest tests/peers/test_trl.py tests/peers/test_trl_patch.py tests/peers/test_openrlhf_patch.py
 
 # malloc keeps what is freed: else every contender's time is that of fresh memory's page faults
 KEEP_MEMORY := GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184

@@ -1,0 +1,367 @@
+"""OpenRLHF 0.11's log-probabilities, entropies, Actor and loss with and without ours.
+
+OpenRLHF needs DeepSpeed and flash-attn even to be imported. Where it is not installed its three modules are stood in
+for by what follows: the same names, parameters and mathematics in our words.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from prism_kernels.integrations import openrlhf as ours
+from prism_kernels.integrations import patching
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def log_probs_from_logits(logits, labels, temperature=1.0):
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+
+
+def compute_entropy(logits):
+    pi = logits.log_softmax(-1)
+    return -(pi.exp() * pi).sum(-1)
+
+
+class Actor(nn.Module):
+    def __init__(self, pretrain_or_model, temperature=1.0, **_):
+        super().__init__()
+        self.model, self.temperature, self.packing_samples = pretrain_or_model, temperature, False
+
+    def forward(
+        self,
+        sequences,
+        action_mask=None,
+        attention_mask=None,
+        return_output=False,
+        allgather_logits=False,
+        return_logprobs=False,
+        ring_attn_group=None,
+        packed_seq_lens=None,
+        return_entropy=False,
+        **mm_inputs,
+    ):
+        actor = sys.modules["openrlhf.models.actor"]
+        position = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
+        output = self.model(sequences, attention_mask=attention_mask, position_ids=position, **mm_inputs)
+        output["logits"] = output["logits"].to(torch.float32)
+        if return_entropy:
+            output.entropy = actor.compute_entropy(output["logits"])[:, :-1]
+        if action_mask is None and not return_logprobs:
+            return output
+        following = sequences.roll(-1, 1)
+        found = actor.log_probs_from_logits(output["logits"], following, temperature=self.temperature)[:, :-1]
+        if action_mask is not None:
+            found = found[:, -action_mask.shape[1] :] * action_mask.float()
+        return (found, output) if return_output else found
+
+
+class PolicyLoss(nn.Module):
+    def __init__(
+        self,
+        clip_eps_low=0.2,
+        clip_eps_high=0.2,
+        dual_clip=None,
+        token_level_loss=True,
+        policy_loss_type="ppo",
+        enable_vllm_is_correction=False,
+        vllm_is_truncated_threshold=None,
+        vllm_is_correction_type="tis",
+    ):
+        super().__init__()
+        self.clip_eps_low, self.clip_eps_high, self.dual_clip = clip_eps_low, clip_eps_high, dual_clip
+        self.token_level_loss, self.policy_loss_type = token_level_loss, policy_loss_type
+        self.enable_vllm_is_correction = enable_vllm_is_correction
+        self.vllm_is_truncated_threshold = vllm_is_truncated_threshold
+        self.vllm_is_correction_type = vllm_is_correction_type
+
+    def forward(
+        self,
+        log_probs,
+        old_log_probs,
+        advantages,
+        action_mask=None,
+        rollout_log_probs=None,
+        dp_size=1,
+        batch_num_tokens=None,
+        global_batch_size=None,
+    ):
+        delta = log_probs - old_log_probs
+        ratio = delta.clamp(-20, 20).exp()
+        free, held = ratio * advantages, ratio.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high) * advantages
+        gain = torch.minimum(free, held)
+        if self.dual_clip is not None:
+            gain = torch.where(advantages < 0, gain.maximum(self.dual_clip * advantages), gain)
+        count, rollout_kl = action_mask.sum(), None
+        if self.enable_vllm_is_correction:
+            low, high = self.vllm_is_truncated_threshold
+            lag = old_log_probs - rollout_log_probs
+            weight = lag.exp()
+            if self.vllm_is_correction_type == "tis":
+                weight = weight.clamp(low, high)
+            elif self.vllm_is_correction_type == "icepop":
+                weight = weight * ((weight >= low) & (weight <= high))
+            else:
+                mean = ((lag * action_mask).sum(-1) / action_mask.sum(-1)).exp()
+                weight = weight * ((mean >= low) & (mean <= high))[:, None]
+            gain = gain * weight
+            rollout_kl = -(lag * action_mask).sum() / count
+        if self.token_level_loss:
+            loss = -(gain * action_mask).sum() / (count if batch_num_tokens is None else batch_num_tokens / dp_size)
+        else:
+            means = (gain * action_mask).sum(-1) / (action_mask.sum(-1) + 1e-8)
+            there = (action_mask.sum(-1) > 0).float()
+            loss = -(means * there).sum() / (there.sum() if global_batch_size is None else global_batch_size / dp_size)
+        clipped = ((held < free).float() * action_mask).sum() / count
+        return loss, clipped, -(delta.detach() * action_mask).sum() / count, rollout_kl
+
+
+CONTENTS = {
+    "openrlhf": {},
+    "openrlhf.models": {},
+    "openrlhf.models.utils": {"log_probs_from_logits": log_probs_from_logits, "compute_entropy": compute_entropy},
+    "openrlhf.models.loss": {"PolicyLoss": PolicyLoss},
+    "openrlhf.models.actor": {
+        "Actor": Actor,
+        "log_probs_from_logits": log_probs_from_logits,
+        "compute_entropy": compute_entropy,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def package(monkeypatch):
+    return stand_in(monkeypatch)
+
+
+def stand_in(monkeypatch):
+    """Returns the modules of OpenRLHF itself, or of what stands for it."""
+    monkeypatch.setattr(patching, "version", lambda _: "0.11.0")
+    if importlib.util.find_spec("openrlhf") is None:
+        for name, content in CONTENTS.items():
+            module = ModuleType(name)
+            vars(module).update(content)
+            monkeypatch.setitem(sys.modules, name, module)
+    for name in CONTENTS:
+        importlib.import_module(name)
+    return [sys.modules[name] for name in CONTENTS]
+
+
+def language_model(kind=(Qwen3Config, Qwen3ForCausalLM), **options):
+    torch.manual_seed(0)
+    config, model = kind
+    made = model(config(vocab_size=90, num_key_value_heads=1, head_dim=16, **SIZES, **options))
+    made.lm_head.weight.data.mul_(20)
+    return made.eval()
+
+
+def make_actor(package, model, temperature=1.0):
+    actor = package[-1].Actor(model, temperature=temperature)
+    actor.packing_samples = False
+    return actor
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 90, (2, 12), generator=generator)
+    attention = (torch.arange(12) >= torch.tensor([0, 3])[:, None]).long()
+    return ids, attention, torch.ones(2, 5, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, None])
+@pytest.mark.parametrize("asked", ["action", "all"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_actor(package, temperature, asked, cache_bytes):
+    """Log-probabilities, entropies at temperature 1, and the gradients of both."""
+    ids, attention, action_mask = batch()
+    actor = make_actor(package, language_model(), temperature)
+    asked = {"action_mask": action_mask} if asked == "action" else {"return_logprobs": True}
+    # the published function divides the logits in place, which the gradient of entropies there does not survive
+    both = temperature == 1.0
+
+    def run():
+        logp, output = actor(ids, attention_mask=attention, return_output=True, return_entropy=both, **asked)
+        g = torch.randn(logp.shape, generator=torch.Generator().manual_seed(2))
+        total = (logp * g).sum() + (output.entropy.sum() if both else 0)
+        return [
+            logp,
+            *([output.entropy] if both else []),
+            *torch.autograd.grad(total, list(actor.parameters())),
+        ], output
+
+    theirs, _ = run()
+    with ours.patch(cache_bytes=cache_bytes):
+        mine, output = run()
+    assert output.logits is None
+    assert "forward" not in vars(actor.model)
+    for a, b in zip(mine, theirs):
+        assert a.shape == b.shape
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
+
+
+def test_no_logits_are_made(package, monkeypatch):
+    """The head's own forward does not run, and one fused call gives log-probabilities and entropies."""
+    ids, attention, _ = batch()
+    actor = make_actor(package, language_model())
+    monkeypatch.setattr(actor.model.lm_head, "forward", None)
+    calls = []
+    published = ours.linear_logprob
+    monkeypatch.setattr(ours, "linear_logprob", lambda *a, **o: calls.append(1) or published(*a, **o))
+    with ours.patch():
+        actor(ids, attention_mask=attention, return_logprobs=True, return_output=True, return_entropy=True)
+    assert len(calls) == 1
+
+
+def test_who_asks_for_logits_gets_logits(package):
+    ids, attention, _ = batch()
+    actor = make_actor(package, language_model())
+    expected = actor(ids, attention_mask=attention, return_output=True).logits
+    with ours.patch():
+        assert torch.equal(actor(ids, attention_mask=attention, return_output=True).logits, expected)
+
+
+def test_lora_and_experts(package):
+    peft = pytest.importorskip("peft")
+    ids, attention, action_mask = batch()
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "output_router_logits": True}
+    model = peft.get_peft_model(
+        language_model((Qwen3MoeConfig, Qwen3MoeForCausalLM), **experts),
+        peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False),
+    )
+    actor = make_actor(package, model)
+    theirs, output = actor(ids, action_mask, attention, return_output=True)
+    with ours.patch():
+        mine, found = actor(ids, action_mask, attention, return_output=True)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.aux_loss, output.aux_loss)
+
+
+def test_functions_of_logits(package):
+    utils, x = package[2], torch.randn(2, 5, 11)
+    labels = torch.randint(0, 11, (2, 5))
+    theirs = utils.log_probs_from_logits(x.clone(), labels, 0.7), compute_entropy(x)
+    with ours.patch():
+        kept = x.clone()
+        mine = utils.log_probs_from_logits(x, labels, temperature=0.7), utils.compute_entropy(x)
+    torch.testing.assert_close(mine, theirs)
+    assert torch.equal(x, kept)
+
+
+LOSSES = {
+    "token": {},
+    "dual": {"dual_clip": 1.2},
+    "sample": {"token_level_loss": False},
+    "tis": {"vllm_is_correction_type": "tis"},
+    "icepop": {"vllm_is_correction_type": "icepop"},
+    "seq-mask-tis": {"vllm_is_correction_type": "seq-mask-tis"},
+}
+
+
+@pytest.mark.parametrize("counts", [{}, {"dp_size": 2, "batch_num_tokens": 40.0, "global_batch_size": 8.0}])
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss(package, name, counts):
+    generator = torch.Generator().manual_seed(0)
+    logp, old, rollout, advantage = torch.randn(4, 3, 7, generator=generator, dtype=torch.float64) * 0.5
+    mask = (torch.arange(7) < torch.tensor([7, 4, 5])[:, None]).double()
+    options = dict(LOSSES[name])
+    if "vllm_is_correction_type" in options:
+        options |= {"enable_vllm_is_correction": True, "vllm_is_truncated_threshold": [0.7, 1.3]}
+    module = package[3].PolicyLoss(clip_eps_high=0.28, **options)
+    logp.requires_grad_()
+
+    def run():
+        found = module(logp, old, advantage, mask, rollout, **counts)
+        return torch.autograd.grad(found[0], logp)[0], *found
+
+    theirs = run()
+    with ours.patch(losses=True):
+        mine = run()
+    for place, (a, b) in enumerate(zip(mine, theirs)):
+        if name == "icepop" and place == 2:
+            # a token of weight 0 is not counted as clipped
+            assert a < b
+        elif b is None:
+            assert a is None
+        else:
+            torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-6)
+    assert theirs[0].norm() > 0
+    assert 0 < theirs[2] < 1
+
+
+MEMORY = """
+import sys
+import test_openrlhf_patch as t, torch
+from bench.timing import PeakMemory
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+torch.set_num_threads(1)
+model = Qwen3ForCausalLM(Qwen3Config(vocab_size=60000, num_key_value_heads=1, head_dim=16, **t.SIZES))
+ids = torch.randint(0, 60000, (1, 1024))
+with t.pytest.MonkeyPatch.context() as patch:
+    package = t.stand_in(patch)
+    actor = t.make_actor(package, model)
+    if sys.argv[1] == "ours":
+        t.ours.patch()
+
+    def step():
+        model.zero_grad()
+        actor(ids, attention_mask=torch.ones_like(ids), return_logprobs=True).mean().backward()
+
+    step()
+    with PeakMemory("cpu") as peak:
+        step()
+print(peak.bytes)
+"""
+
+
+def test_memory():
+    """An Actor's step takes at most half of what it takes unfused, each in a process of its own."""
+
+    def measure(side):
+        root = Path(__file__).parents[2]
+        environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(root), str(Path(__file__).parent)])
+        command = [sys.executable, "-c", MEMORY, side]
+        done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        return int(done.stdout.splitlines()[-1])
+
+    assert measure("ours") <= 0.5 * measure("theirs")
+
+
+def test_undo_and_refusals(package, monkeypatch):
+    def attributes():
+        classes = [package[-1].Actor, package[3].PolicyLoss]
+        return {(x.__name__, key): value for x in (*package, *classes) for key, value in vars(x).items()}
+
+    before = attributes()
+    with ours.patch(losses=True):
+        changed = [key for key, value in attributes().items() if value is not before[key]]
+        assert len(changed) == 6
+        with pytest.raises(RuntimeError, match="it is patched already"):
+            ours.patch()
+        with pytest.raises(NotImplementedError, match="policy_loss_type=\"ppo\" with losses=True, got 'gspo'"):
+            package[3].PolicyLoss(policy_loss_type="gspo")(*[torch.zeros(1, 1)] * 4)
+        actor = make_actor(package, language_model().model)
+        ids, attention, mask = batch()
+        with pytest.raises(TypeError, match="a model with an LM head"):
+            actor(ids, mask, attention)
+    assert all(attributes()[key] is value for key, value in before.items())
+    with monkeypatch.context() as context:
+        context.setattr(patching, "version", lambda _: "0.12.0")
+        with pytest.raises(RuntimeError, match=r"expected openrlhf 0\.11, which it was tried with, got 0\.12\.0"):
+            ours.patch()
+    with monkeypatch.context() as context:
+        context.setattr(package[2], "compute_entropy", lambda logits, chunk_size: None)
+        with pytest.raises(RuntimeError, match=r"\(logits\), got \(logits, chunk_size\)"):
+            ours.patch()
+    assert all(attributes()[key] is value for key, value in before.items())
