@@ -11,13 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench import results
-from bench.cases import cases
+from bench import results, versus
+from bench.cases import FORWARD, HALF, TRAIN, cases
+from bench.left_out import left_out
 from bench.measure import Bench, measure_together
 from bench.registry import contenders
 from bench.tuning import tune
@@ -27,26 +31,59 @@ ROOT = Path(__file__).parent.parent
 LIMIT_S = 525
 # of the output of a phase, in its result
 KEPT_CHARACTERS = 20_000
+# of it while it runs: the tables come once more at the end
+SHOWN_CHARACTERS = 1_000
 # of one pass of one case, in which all contenders take turns
-LOOP_S = {"linear_logprob": 10.0, "token_logprob": 3.0}
+LOOP_S = {"linear_logprob": 5.0, "token_logprob": 2.0}
 OPS = tuple(LOOP_S)
+TESTS = ["tests/kernels", "tests/integrations", "tests/trainer"]
+TEST_WORKERS = 8
+# of one test; one that waits for ever costs a worker, not the phase
+TEST_LIMIT_S = 90
+# phases that fight the CUDA_DUELS of a module. A process each: an illegal access ends all that a process does on a GPU
+DUELS = {
+    "policy_loss": "bench.test_policy_loss",
+    "group_advantage": "bench.test_group_advantage",
+    "prefix_attention": "bench.test_prefix_attention",
+    "linear_policy_loss": "bench.test_linear_policy_loss",
+    "experts": "bench.moe_layer",
+    "discriminator_step": "bench.test_discriminator_step",
+}
+# of all of them in one file, since few come back from a lent machine
+DUELS_FILE = "duels.json"
 
 
 class Phase(NamedTuple):
-    """A step of `main`: a command with a time limit in seconds."""
+    """A step of `main`: a command, and the seconds that are kept for it. It may use what is left of those before it."""
 
     name: str
-    limit_s: float
+    share_s: float
     command: tuple[str, ...]
 
 
+def _own(name: str, share_s: float) -> Phase:
+    return Phase(name, share_s, ("-m", "bench.gpu", "--phase", name))
+
+
 PHASES = (
-    Phase("build", 150, ("setup.py", "build_ext", "--inplace")),
-    Phase("tests", 210, ("-m", "pytest", "tests/kernels", "-p", "no:cacheprovider", "--durations=15")),
-    Phase("linear_logprob", 170, ("-m", "bench.gpu", "--phase", "linear_logprob")),
-    Phase("token_logprob", 60, ("-m", "bench.gpu", "--phase", "token_logprob")),
-    Phase("tuning", 110, ("-m", "bench.gpu", "--phase", "tuning")),
+    Phase("build", 80, ("setup.py", "build_ext", "--inplace")),
+    _own("tests", 130),
+    _own("linear_logprob", 85),
+    _own("token_logprob", 25),
+    _own("policy_loss", 30),
+    _own("group_advantage", 12),
+    _own("prefix_attention", 20),
+    _own("linear_policy_loss", 25),
+    _own("experts", 35),
+    _own("discriminator_step", 60),
+    _own("tuning", 23),
 )
+
+
+def limits(left_s: float, phases: Iterable[Phase] = PHASES) -> float:
+    """Returns the seconds that the first of some phases may take, so that those behind it keep theirs."""
+    _, *later = phases
+    return max(1.0, left_s - sum(phase.share_s for phase in later))
 
 
 def out_folder() -> Path:
@@ -68,7 +105,7 @@ def build_environment() -> dict[str, str]:
 
 
 def run_phase(phase: Phase, limit_s: float, folder: Path) -> dict[str, Any]:
-    """Runs a phase and returns how it went, with the end of its output, which is shown."""
+    """Runs a phase and returns how it went, with the end of its output, of which the last lines are shown."""
     begin = time.monotonic()
     print(f"\n=== {phase.name}, at most {limit_s:.0f} s", flush=True)
     # a file and not a pipe: what a killed phase has printed is kept
@@ -101,19 +138,62 @@ def run_phase(phase: Phase, limit_s: float, folder: Path) -> dict[str, Any]:
         "seconds": round(time.monotonic() - begin, 1),
         "output_end": output,
     }
-    print(output[-3000:], flush=True)
+    print(output[-SHOWN_CHARACTERS:], flush=True)
     return summary
 
 
+def run_tests() -> int:
+    """Runs all tests that can be imported here, says which are left out, and returns pytest's exit code."""
+    without = left_out(TESTS)
+    for name, why in without.items():
+        print(f"left out: {name}: {why}", flush=True)
+    command = [sys.executable, "-m", "pytest", *TESTS, *(f"--ignore={name}" for name in without)]
+    command += ["-p", "no:cacheprovider", "-rfE", "--durations=15", "--continue-on-collection-errors", "--tb=short"]
+    if find_spec("xdist"):
+        command += ["-n", str(min(TEST_WORKERS, os.cpu_count() or 1)), "--dist=loadfile"]
+        if find_spec("pytest_timeout"):
+            command += [f"--timeout={TEST_LIMIT_S}", "--timeout-method=thread"]
+    # the workers share the cores
+    return subprocess.call(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"})
+
+
+def fight(module: str, folder: Path) -> None:
+    """Fights the duels of a module and adds them to the file after each rival."""
+    broken = []
+    for duel in import_module(module).CUDA_DUELS:
+        content: dict[str, Any] = {"versus": []}
+        try:
+            for content in versus.fight_all(duel, module):
+                kept = [other for other in fought(folder) if other["op"] != duel.op]
+                results.write(folder / DUELS_FILE, {"duels": [*kept, content]})
+            print(versus.table(content), flush=True)
+        except Exception as error:
+            # its data or its exact values: the other duels are still fought
+            broken.append(f"{duel.op}: {type(error).__name__}: {error}")
+        bad = [row for row in content["versus"] if row["ours"] and row["status"] != "ok"]
+        broken += [f"{duel.op}, {row['contender']}: {row['status']}" for row in bad]
+    if broken:
+        raise SystemExit("bench.gpu: not ok:\n" + "\n".join(broken))
+
+
+def fought(folder: Path) -> list[dict[str, Any]]:
+    """Returns the duels that were fought so far."""
+    path = folder / DUELS_FILE
+    return json.loads(path.read_text())["duels"] if path.exists() else []
+
+
 def measure(op: str, folder: Path) -> None:
-    """Measures an op case by case and writes <op>.json after each."""
+    """Measures an op case by case and writes <op>.json after each pass, of which training comes first."""
     measured, rows = [], []
     for case in cases(op, "cuda"):
-        rows += measure_together(Bench(case, "cuda"), contenders(op, "cuda"), LOOP_S[op])
+        bench = Bench(case, "cuda")
         measured.append(case)
-        content = results.document(op, "cuda", measured, rows)
-        results.write(folder / f"{op}.json", content)
-        torch.cuda.empty_cache()
+        rivals = [c for c in contenders(op, "cuda") if case.is_first() or not c.first_case_only]
+        for pass_ in (TRAIN, FORWARD, HALF):
+            rows += measure_together(bench, rivals, LOOP_S[op], (pass_,))
+            content = results.document(op, "cuda", measured, rows)
+            results.write(folder / f"{op}.json", content)
+            torch.cuda.empty_cache()
     print(results.table(content))
     bad = [row for row in rows if row["ours"] and row["status"] != "ok"]
     if bad:
@@ -138,7 +218,7 @@ def tuning(folder: Path) -> None:
 def main() -> None:
     """Runs one phase, or all of them, and prints a short table."""
     parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--phase", choices=(*OPS, "tuning"), help="one measurement, in this process")
+    parser.add_argument("--phase", choices=("tests", *OPS, *DUELS, "tuning"), help="one measurement, in this process")
     phase_name = parser.parse_args().phase
     if not torch.cuda.is_available():
         raise SystemExit("bench.gpu: torch sees no CUDA device; this needs a machine with an NVIDIA GPU and its driver")
@@ -147,14 +227,20 @@ def main() -> None:
     if phase_name in OPS:
         measure(phase_name, folder)
         return
+    if phase_name in DUELS:
+        fight(DUELS[phase_name], folder)
+        return
+    if phase_name == "tests":
+        raise SystemExit(run_tests())
     if phase_name == "tuning":
         tuning(folder)
         return
+    # those of an earlier run would pass for this one's
+    (folder / DUELS_FILE).unlink(missing_ok=True)
     deadline = time.monotonic() + LIMIT_S
     done: list[dict[str, Any]] = []
-    for phase in PHASES:
-        left = deadline - time.monotonic()
-        done.append(run_phase(phase, min(phase.limit_s, max(left, 1.0)), folder))
+    for index, phase in enumerate(PHASES):
+        done.append(run_phase(phase, limits(deadline - time.monotonic(), PHASES[index:]), folder))
         content = {"machine": results.machine("cuda"), "versions": results.versions(), "phases": done}
         results.write(folder / "phases.json", content)
     print("\n" + summary(done, folder))
@@ -169,6 +255,7 @@ def summary(done: list[dict[str, Any]], folder: Path) -> str:
         path = folder / f"{op}.json"
         if path.exists():
             lines.append(results.table(json.loads(path.read_text())))
+    lines += [versus.table(content) for content in fought(folder)]
     lines.append("")
     for phase in done:
         verdict = "ok" if phase["ok"] else "TIMED OUT" if phase["timed_out"] else f"FAILED ({phase['exit_code']})"

@@ -14,6 +14,7 @@ from bench.timing import Timed, interleave
 
 REFERENCE = "reference"
 MOST_ROUNDS = 20
+LONGEST_REASON = 160
 
 
 @dataclass
@@ -94,6 +95,9 @@ def absent(case: Case, contender: Contender, pass_: str, error: Exception) -> di
 def absent_status(error: Exception, ours: bool) -> str:
     """Returns why something could not be measured."""
     text = str(error).strip().partition("\n")[0]
+    # torch lists every backend that it knows
+    if len(text) > LONGEST_REASON:
+        text = text[:LONGEST_REASON] + " …"
     if isinstance(error, ImportError):
         return f"{'not available' if ours else MISSING}: {text}"
     return f"failed: {type(error).__name__}: {text}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.cases import FORWARD, HALF, TRAIN
 from bench.plot import caption, origin
-from bench.results import MIB, find, load
+from bench.results import MIB, duels, find, load
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -28,6 +28,20 @@ GOALS = (
         ("ours, CUDA, cache_bytes=0", "ours, Triton, cache_bytes=0"),
     ),
     ("half of the rows without gradient", (32.2, 51.6), (37, 58), HALF, ("ours, CUDA", "ours, Triton")),
+)
+
+# what is fought on a GPU, and what it must reach there
+GPU_DUELS = (
+    ("policy_loss_16k", "`policy_loss`, forward + backward, 16,384 tokens", "3 launches, no host sync"),
+    ("policy_loss_4m", "`policy_loss`, forward + backward, 4,194,304 tokens", ">= 80 % of a copy's bytes/s"),
+    ("group_advantage", "`group_advantage`, 4,096 x 16", "1 launch, no host sync"),
+    ("linear_policy_loss", "`linear_policy_loss`, T=16384, V=151936, D=2560, bf16", "<= 4 GB extra"),
+    ("prefix_attention", "`prefix_attention`, a group of 13,774 tokens, H=16/8, d=128, bf16", "no host sync"),
+    ("moe_layer_8k", "`moe_route` + `moe_experts`, T=8k, E=4, K=2, D=2048, I=6144, bf16", ""),
+    ("moe_layer_16k", "the same, T=16k", "<= 13.2 ms"),
+    ("moe_layer_32k", "the same, T=32k", ""),
+    ("moe_route", "`moe_route`, forward + backward, T=16k", "no host sync"),
+    ("discriminator_step", "the discriminator's step, Qwen3-VL-2B x 4 experts, a group of 16, bf16", ">= 6 x faster"),
 )
 
 
@@ -126,6 +140,41 @@ def gpu_table(content: dict[str, Any] | None) -> Iterator[str]:
         yield f"<sub>{caption(content)}</sub>"
 
 
+def gpu_duel_table(contents: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yields the lines of the table of the other ops on a GPU."""
+    yield "**The other ops** on one H200, each beside what else computes the same:"
+    yield ""
+    yield "| | goal | ours | launches, host syncs | beside | fastest other | × |"
+    yield "|---|---|---:|---:|---:|---:|---:|"
+    for op, what, goal in GPU_DUELS:
+        yield "| " + " | ".join((what, goal, *_duel_cells(contents.get(op)))) + " |"
+    if contents:
+        yield ""
+        parts = {row["contender"] for c in contents.values() for row in c["versus"] if row.get("share", 1) < 1}
+        note = f" Timed on a part of the data and scaled up: {', '.join(sorted(parts))}." if parts else ""
+        yield f"<sub>{origin(next(iter(contents.values())))} Medians; caches cleared before each call.{note}</sub>"
+
+
+def _duel_cells(content: dict[str, Any] | None) -> list[str]:
+    if content is None:
+        return [MISSING, "", "", MISSING, ""]
+    ours, *others = content["versus"]
+    if ours["status"] != "ok":
+        return [str(ours["status"]).partition(":")[0], "", "", "", ""]
+    cells = [_milliseconds(ours["median_s"]), "", "", MISSING, ""]
+    if "launches" in ours:
+        cells[1] = f"{ours['launches']}, {ours['syncs']}"
+    if "bandwidth_share" in ours:
+        cells[2] = f"{ours['bandwidth_share']:.0%} of {content['reference']}"
+    elif ours.get("ratio") is not None:
+        cells[2] = f"{ours['ratio']:.2f} × {content['reference']}"
+    right = [row for row in others if not row["ours"] and row["status"] == "ok"]
+    if right:
+        best = min(right, key=lambda row: row["median_s"])
+        cells[3:] = [f"{best['contender']}, {_milliseconds(best['median_s'])}", f"{best['slower']:.2f}"]
+    return cells
+
+
 def _fastest(
     content: dict[str, Any] | None, case: str, pass_: str, contenders: tuple[str, ...], named: bool = False
 ) -> str:
@@ -146,7 +195,8 @@ def block() -> str:
         lines += [*cpu_table(op, load(op, "cpu-*")), ""]
     for op in VERSUS:
         lines += [*versus_table(op, load(op, "cpu-*")), ""]
-    lines += [*gpu_table(load("linear_logprob", "h200*")), "", END]
+    lines += [*gpu_table(load("linear_logprob", "h200*")), ""]
+    lines += [*gpu_duel_table(duels("h200*")), "", END]
     return "\n".join(lines)
 
 

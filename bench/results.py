@@ -104,6 +104,16 @@ def load(op: str, machine_glob: str) -> dict[str, Any] | None:
     return max(found, key=lambda content: content["date"], default=None)
 
 
+def duels(machine_glob: str) -> dict[str, dict[str, Any]]:
+    """Returns, by op, the newest duel among the files of several duels of machines like h200."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(RESULTS.glob(f"{machine_glob}/*.json")):
+        for content in json.loads(path.read_text()).get("duels", ()):
+            if content["date"] >= found.get(content["op"], content)["date"]:
+                found[content["op"]] = content
+    return found
+
+
 def find(rows: list[dict[str, Any]], case: str, pass_: str, contender: str) -> dict[str, Any]:
     """Returns a row; one that was never measured comes with the status "not measured"."""
     for row in rows:

@@ -1,14 +1,16 @@
 """Ours against others that compute the same from the same data: values against float64, then times, taking turns.
 
-For the ops that have no matrix product to be measured against: each rival's time is a multiple of ours.
+For the ops that have no matrix product to be measured against: each rival's time is a multiple of ours. On a GPU also
+the launches, the waits of the host, and the bytes a second beside those of a copy.
 """
 
+import gc
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -17,12 +19,15 @@ import torch
 from torch import Tensor
 
 from bench import results
+from bench.gpu_trace import Trace, clear_cache, trace
 from bench.measure import absent_status
 from bench.timing import PeakMemory, seconds
 from prism_kernels.testing import relative_error
 
 Values = Mapping[str, Tensor]
 Run = Callable[[], Values]
+# (one round, what runs before each, rounds)
+Turns = Callable[[Callable[[], None], Callable[[], None], int], None]
 
 ROUNDS = (5, 60)
 MEMORY_LIMIT_S = 300
@@ -51,6 +56,27 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What a figure of our row, the first one, must be, in a unit of which `unit` make one of the row's."""
+
+    name: str
+    key: str
+    sign: str
+    limit: float
+    unit: float = 1.0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The least that the work takes, timed in turns too: a copy that moves its bytes, or its matrix products alone."""
+
+    name: str
+    load: Callable[[Any], Callable[[], object]]
+    # that a call of it moves, and that the op must move: each input read once, each output written once
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Duel:
     """An op on one set of data. The first rival is the one that the others are measured against."""
 
@@ -64,6 +90,21 @@ class Duel:
     memory: bool = False
     # seconds of a rival's rounds, ours included
     limit_s: float = 6.0
+    device: str = "cpu"
+    reference: Reference | None = None
+    goals: tuple[Goal, ...] = ()
+    # of rivals that do not fit into memory beside each other: one after the other, not in turns
+    apart: bool = False
+    rounds: tuple[int, int] = ROUNDS
+
+
+@dataclass
+class Samples:
+    """The seconds of a rival's rounds, and those of the first rival and of the reference between them."""
+
+    rival: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    reference: list[float] = field(default_factory=list)
 
 
 class Ring:
@@ -73,59 +114,130 @@ class Ring:
         self.duel, self.rows = duel, []
         self.data = duel.make()
         self.exact = duel.exact(self.data)
-        self.first = duel.rivals[0].load(self.data)
+        # what that took may be as large as the GPU
+        gc.collect()
+        self.first = None if duel.apart else duel.rivals[0].load(self.data)
+        self.reference = None if duel.reference is None else duel.reference.load(self.data)
 
     def fight(self, rival: Rival, benchmark: Any, module: str) -> None:
-        """Checks the rival's values, measures its memory, and times it in turns with ours."""
-        row = {"contender": rival.name, "ours": rival.ours, "package": rival.package}
+        """Adds the rival's row, with the rounds under pytest-benchmark; fails if a row of ours is not right."""
+        benchmark.group = f"{self.duel.op}, {self.duel.label}"
+        row = self.row(rival, module, lambda run, before, rounds: benchmark.pedantic(run, setup=before, rounds=rounds))
+        if "errors" not in row:
+            pytest.skip(row["status"])
+        benchmark.extra_info |= {key: row[key] for key in ("status", "slower", "peak_extra_bytes", "errors")}
+        assert row["status"] == "ok" or not rival.ours, f"{rival.name}: the values are wrong: {row['errors']}"
+
+    def row(self, rival: Rival, module: str, turns: Turns | None = None) -> dict[str, Any]:
+        """Checks the rival's values, measures its memory, and times it in turns with ours; adds and returns its row."""
+        duel = self.duel
+        row: dict[str, Any] = {"contender": rival.name, "ours": rival.ours, "package": rival.package}
         self.rows.append(row)
         try:
             run = rival.load(self.data)
             errors = self.errors(run())
-            peak = peak_in_child(module, self.duel, rival) if self.duel.memory else None
+            traced = None if duel.device == "cpu" or duel.apart else trace(run)
+            peak = self.peak(module, rival, run) if duel.memory else None
         except Exception as error:
             # a peer may fail in any way: the row says how, and the others are still measured
             row["status"] = absent_status(error, rival.ours)
-            if rival.ours and not isinstance(error, ImportError):
+            if rival.ours and not isinstance(error, ImportError) and duel.device == "cpu":
                 raise
-            pytest.skip(row["status"])
-        ours: list[float] = []
-        theirs: list[float] = []
+            return row
+        samples = self.turns(run, turns or _one_after_the_other)
+        # NaN is not within
+        green = all(error <= duel.tolerance for error in errors.values())
+        taken = statistics.median(samples.rival) / rival.share
+        first = statistics.median(samples.first) if samples.first else self.first_s(taken)
+        row |= {
+            "status": "ok" if green else "wrong values",
+            "median_s": taken,
+            "first_s": first,
+            "slower": taken / first if green and first else None,
+            "share": rival.share,
+            "samples_s": samples.rival,
+            "first_samples_s": samples.first,
+            "peak_extra_bytes": peak,
+            "errors": errors,
+        }
+        if samples.reference:
+            reference_s = statistics.median(samples.reference)
+            row |= {"reference_s": reference_s, "ratio": taken / reference_s if green else None}
+        if traced is not None:
+            row |= self.figures(traced)
+        return row
+
+    def turns(self, run: Run, turns: Turns) -> Samples:
+        """Times the rival's rounds, the first rival and the reference before each."""
+        duel, samples = self.duel, Samples()
+        first, reference = self.first, self.reference
+
+        def timed(call: Callable[[], object]) -> float:
+            if duel.device == "cuda" and not duel.apart:
+                clear_cache()
+            return seconds(call, duel.device)
 
         def before_round() -> None:
-            ours.append(seconds(self.first, "cpu"))
+            if first is not None:
+                samples.first.append(timed(first))
+            if reference is not None:
+                samples.reference.append(timed(reference))
 
         def one_round() -> None:
-            theirs.append(seconds(run, "cpu"))
+            samples.rival.append(timed(run))
 
         # a warm-up, from which the number of rounds follows
         before_round()
         one_round()
-        rounds = max(ROUNDS[0], min(ROUNDS[1], int(self.duel.limit_s / (ours.pop() + theirs.pop()))))
-        benchmark.group = f"{self.duel.op}, {self.duel.label}"
-        benchmark.pedantic(one_round, setup=before_round, rounds=rounds)
-        taken = statistics.median(theirs) / rival.share
-        # NaN is not within
-        green = all(error <= self.duel.tolerance for error in errors.values())
-        row |= {
-            "status": "ok" if green else "wrong values",
-            "median_s": taken,
-            "first_s": statistics.median(ours),
-            "slower": taken / statistics.median(ours) if green else None,
-            "share": rival.share,
-            "samples_s": theirs,
-            "first_samples_s": ours,
-            "peak_extra_bytes": peak,
-            "errors": errors,
-        }
-        benchmark.extra_info |= {key: row[key] for key in ("status", "slower", "peak_extra_bytes", "errors")}
-        assert green or not rival.ours, f"{rival.name}: the values are wrong: {errors}"
+        spent = sum(series.pop() for series in (samples.rival, samples.first, samples.reference) if series)
+        fewest, most = duel.rounds
+        turns(one_round, before_round, max(fewest, min(most, int(duel.limit_s / spent))))
+        return samples
+
+    def first_s(self, taken: float) -> float | None:
+        """Returns the time of the first rival of a duel that is fought apart, whose own row may be this one."""
+        return taken if len(self.rows) == 1 else self.rows[0].get("median_s")
+
+    def figures(self, traced: Trace) -> dict[str, Any]:
+        """Returns what a GPU did in one call, and its bytes a second over those of the reference."""
+        found: dict[str, Any] = traced._asdict()
+        reference = self.duel.reference
+        if reference is None or not reference.bytes or self.reference is None:
+            return found
+        against = trace(self.reference)
+        if against is None:
+            return found
+        rate, best = (reference.bytes / t.device_s / 1e9 for t in (traced, against))
+        return found | {"gbytes_per_s": rate, "reference_gbytes_per_s": best, "bandwidth_share": rate / best}
+
+    def peak(self, module: str, rival: Rival, run: Run) -> int:
+        """Returns the peak of extra memory of one call: on a GPU the allocator's, else in a process of its own."""
+        if self.duel.device == "cuda":
+            return peak_extra(run, "cuda")
+        return peak_in_child(module, self.duel, rival)
 
     def errors(self, values: Values) -> dict[str, float]:
         """Returns the relative error of each value; one of a part of the data is compared with that part."""
         assert values, "a rival must return what it computed"
         return {name: relative_error(value, self.exact[name][: value.numel()] if value.dim() else self.exact[name])
                 for name, value in values.items()}  # fmt: skip
+
+
+def _one_after_the_other(run: Callable[[], None], before: Callable[[], None], rounds: int) -> None:
+    for _ in range(rounds):
+        before()
+        run()
+
+
+def fight_all(duel: Duel, module: str) -> Iterator[dict[str, Any]]:
+    """Yields the content of the result file after each rival, without pytest: what hangs later loses nothing."""
+    ring = Ring(duel)
+    for rival in duel.rivals:
+        ring.row(rival, module)
+        gc.collect()
+        if duel.device == "cuda":
+            torch.cuda.empty_cache()
+        yield document(duel, ring.rows)
 
 
 # what was measured in this session, by op
@@ -147,14 +259,19 @@ def duel_test(duels: tuple[Duel, ...], module: str) -> Callable[..., None]:
 
 def document(duel: Duel, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the content of a result file."""
-    return {**results.header(duel.op, "cpu"), "label": duel.label, "versus": rows, "bars": bars(duel, rows)}
+    reference = {} if duel.reference is None else {"reference": duel.reference.name}
+    header = {**results.header(duel.op, duel.device), "label": duel.label, **reference}
+    return {**header, "versus": rows, "bars": bars(duel, rows)}
 
 
 def bars(duel: Duel, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the bars with what was measured (None: not measured)."""
-    found = []
+    """Returns the bars and goals with what was measured (None: not measured)."""
     known = {row["contender"]: row for row in rows}
     first = known.get(duel.rivals[0].name, {})
+    found = []
+    for goal in duel.goals:
+        figure = first.get(goal.key)
+        found.append(results.bar(goal.name, goal.sign, goal.limit, None if figure is None else figure * goal.unit))
     for bar in duel.bars:
         row = known.get(bar.rival, {})
         if bar.slower is not None:
@@ -168,16 +285,27 @@ def bars(duel: Duel, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(content: dict[str, Any]) -> str:
     """Returns a plain text table of a result file, and its bars."""
-    lines = [f"\n{content['op']}, {content['label']}"]
-    for row in content["versus"]:
-        if "median_s" not in row:
-            lines.append(f"  {row['contender']:<44} {row['status']}")
-            continue
-        slower = "wrong values" if row["slower"] is None else f"x {row['slower']:.2f}"
-        peak = "" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / results.MIB:9.1f} MiB"
-        worst = max(row["errors"].values())
-        lines.append(f"  {row['contender']:<44} {1e3 * row['median_s']:9.3f} ms {slower:>12} {peak} error {worst:.1e}")
-    return "\n".join([*lines, *results.bar_lines(content["bars"])])
+    against = f" (ratio to {content['reference']})" if "reference" in content else ""
+    lines = [f"\n{content['op']}, {content['label']}{against}"]
+    return "\n".join([*lines, *map(_line, content["versus"]), *results.bar_lines(content["bars"])])
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "median_s" not in row:
+        return f"  {row['contender']:<44} {row['status']}"
+    slower = "" if row["slower"] is None else f"x {row['slower']:.2f}"
+    if row["status"] != "ok":
+        slower = row["status"]
+    line = f"  {row['contender']:<44} {1e3 * row['median_s']:9.3f} ms {slower:>12} "
+    if row["peak_extra_bytes"] is not None:
+        line += f"{row['peak_extra_bytes'] / results.MIB:9.1f} MiB "
+    if "launches" in row:
+        line += f"{row['launches']:3d} launches {row['syncs']} syncs {1e3 * row['device_s']:8.3f} ms there "
+    if "bandwidth_share" in row:
+        line += f"{row['gbytes_per_s']:,.0f} GB/s ({row['bandwidth_share']:.0%}) "
+    if row.get("ratio") is not None:
+        line += f"ratio {row['ratio']:.2f} "
+    return f"{line}error {max(row['errors'].values()):.1e}"
 
 
 def peak_in_child(module: str, duel: Duel, rival: Rival) -> int:
@@ -196,15 +324,21 @@ def peak_in_child(module: str, duel: Duel, rival: Rival) -> int:
     return int(json.loads(done.stdout.splitlines()[-1])["peak_extra_bytes"])
 
 
+def peak_extra(run: Run, device: str) -> int:
+    """Returns the peak of extra memory of one call after a warm-up, without what it returns."""
+    # held, since a call that drops the gradients of the one before would otherwise give that memory back meanwhile
+    before = run()
+    with PeakMemory(device) as peak:
+        kept = run()
+    del before
+    return peak.bytes - sum(value.nbytes for value in kept.values() if value.dim())
+
+
 def main(module: str, op: str, name: str) -> None:
     """Measures the memory of one rival and prints it as the last line."""
     duel = next(d for d in import_module(module).DUELS if d.op == op)
     run = next(r for r in duel.rivals if r.name == name).load(duel.make())
-    run()
-    with PeakMemory("cpu") as peak:
-        kept = run()
-    results_bytes = sum(value.nbytes for value in kept.values() if value.dim())
-    print(json.dumps({"peak_extra_bytes": peak.bytes - results_bytes}))
+    print(json.dumps({"peak_extra_bytes": peak_extra(run, "cpu")}))
 
 
 if __name__ == "__main__":

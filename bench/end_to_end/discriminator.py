@@ -1,17 +1,20 @@
-"""A training step of the discriminator: the published four-forward scheme, in plain transformers, and one packed group.
+"""A training step of the discriminator: the published four-forward scheme, in plain transformers, and a packed group.
 
-The published step scores each response by itself, caption and reasoning apart; then, micro-batch by micro-batch, it runs
-student captions, student reasonings, teacher captions and teacher reasonings, each with its own copy of prompt and image,
-the teacher's once for every response. S responses of a group, T tokens.
+The published step scores each response by itself, caption and reasoning apart; then, micro-batch by micro-batch, it
+runs student captions, student reasonings, teacher captions and teacher reasonings, each with its own copy of prompt and
+image, the teacher's once for every response. S responses of a group, T tokens.
+
+The model is tiny, or on a GPU as large as Qwen3-VL-2B with four experts a layer, in bf16, its weights random.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from transformers import AutoModel, Qwen3VLMoeConfig
 
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import PreparedGroups, ScorePack
@@ -29,6 +32,41 @@ SIZE = TinySize(
 )
 
 
+# Qwen3-VL-2B, each of its MLPs four times
+TRUE_TEXT = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 6144,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+    },
+}
+TRUE_VISION = {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_heads": 16,
+    "out_hidden_size": 2048,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+TRUE_IMAGE_TOKEN = 151655
+
+
 @dataclass(frozen=True)
 class Shape:
     """Lengths in tokens of one group."""
@@ -39,10 +77,24 @@ class Shape:
     image_side: int = 16
     caption: int = 40
     reasoning: int = 160
+    # patches along the other side, if it is no square
+    image_width: int | None = None
+
+    @property
+    def image_grid(self) -> tuple[int, int]:
+        return self.image_side, self.image_width or self.image_side
+
+    @property
+    def patches(self) -> int:
+        return self.image_grid[0] * self.image_grid[1]
 
     @property
     def image_tokens(self) -> int:
-        return self.image_side**2 // 4
+        return self.patches // 4
+
+
+# the group of the plan: 600 tokens of image
+TRUE_SHAPE = Shape(prompt=1024, image_side=48, image_width=50, caption=150, reasoning=600)
 
 
 class Texts(NamedTuple):
@@ -78,11 +130,34 @@ class Group:
 
 
 def make_group(shape: Shape | None = None, size: TinySize = SIZE, seed: int = 0) -> Group:
-    """Returns a group of random texts and a random model."""
-    shape = shape or Shape()
+    """Returns a group of random texts and a random tiny model."""
     model, tokenizer = tiny_discriminator_base(size, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return group_for(model.model.train(), image, shape or Shape(), seed)
+
+
+def make_true_group(
+    shape: Shape = TRUE_SHAPE,
+    device: str = "cuda",
+    seed: int = 0,
+    text: dict | None = None,
+    vision: dict | None = None,
+) -> Group:
+    """Returns a group of random texts and a model of true size, but for what is changed, made on the device in bf16."""
+    config = Qwen3VLMoeConfig(
+        text_config=TRUE_TEXT | (text or {}),
+        vision_config=TRUE_VISION | (vision or {}),
+        image_token_id=TRUE_IMAGE_TOKEN,
+    )
+    torch.manual_seed(seed)
+    with torch.device(device):
+        backbone = AutoModel.from_config(config, dtype=torch.bfloat16)
+    return group_for(backbone.train(), TRUE_IMAGE_TOKEN, shape, seed)
+
+
+def group_for(backbone: torch.nn.Module, image: int, shape: Shape, seed: int) -> Group:
+    """Returns a group of random texts for a model, whose device and dtype it takes."""
+    generator = torch.Generator().manual_seed(seed)
 
     def text(length: int) -> list[int]:
         return torch.randint(0, 250, (length,), generator=generator).tolist()
@@ -94,23 +169,29 @@ def make_group(shape: Shape | None = None, size: TinySize = SIZE, seed: int = 0)
     for place in range(shape.responses):
         factor = 0.8 + 0.4 * place / max(1, shape.responses - 1)
         texts.append(Texts(text(round(factor * shape.caption)), text(round(factor * shape.reasoning))))
-    patch = 3 * 2 * size.patch_size**2
-    value = torch.randn(1, size.hidden_size, generator=generator)
+    vision = backbone.config.vision_config
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    value = torch.randn(1, backbone.config.text_config.hidden_size, generator=generator)
     return Group(
         shape=shape,
         prompt=prompt,
         responses=texts,
         teacher=Texts(text(shape.caption), text(shape.reasoning)),
-        pixel_values=torch.randn(shape.image_side**2, patch, generator=generator),
-        image_grid_thw=torch.tensor([[1, shape.image_side, shape.image_side]]),
+        pixel_values=torch.randn(shape.patches, patch, generator=generator).to(backbone.device),
+        image_grid_thw=torch.tensor([[1, *shape.image_grid]]),
         image_token_id=image,
-        backbone=model.model.train(),
-        value_weight=value,
+        backbone=backbone,
+        value_weight=value.to(backbone.device),
     )
 
 
+def part_of(group: Group, responses: int) -> Group:
+    """Returns the group with its first responses alone."""
+    return replace(group, shape=replace(group.shape, responses=responses), responses=group.responses[:responses])
+
+
 class StepOutput(NamedTuple):
-    """The scores of the responses before the step, and the gradients by parameter name of the value head and a layer."""
+    """The scores of the responses before the step, and the gradients, by parameter, of the value head and a layer."""
 
     perception: Tensor
     reasoning: Tensor
@@ -120,10 +201,12 @@ class StepOutput(NamedTuple):
 class PublishedScheme:
     """Four forwards a micro-batch, and a scoring pass before them."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, checkpointed: bool = False) -> None:
         self.group, self.backbone = group, group.backbone
         self.value = torch.nn.Parameter(group.value_weight.clone())
-        self.optimiser = torch.optim.AdamW([*self.backbone.parameters(), self.value], lr=0.0, weight_decay=0.0)
+        if checkpointed:
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimiser = optimiser_of([*self.backbone.parameters(), self.value])
         self.sequences = group.sequences()
 
     def step(self) -> StepOutput:
@@ -155,28 +238,32 @@ class PublishedScheme:
     def forward(self, sequences: list[list[int]]) -> Tensor:
         """Returns the score of each sequence at its last token; shorter ones are padded on the right."""
         longest = max(map(len, sequences))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in sequences])
-        lengths = torch.tensor([len(row) for row in sequences])
+        device = self.backbone.device
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in sequences], device=device)
+        lengths = torch.tensor([len(row) for row in sequences], device=device)
         self.backbone.rope_deltas = None
         count = len(sequences)
         hidden = self.backbone(
             input_ids=ids,
-            attention_mask=(torch.arange(longest) < lengths[:, None]).long(),
+            attention_mask=(torch.arange(longest, device=device) < lengths[:, None]).long(),
             mm_token_type_ids=(ids == self.group.image_token_id).int(),
             pixel_values=self.group.pixel_values.repeat(count, 1),
-            image_grid_thw=self.group.image_grid_thw.repeat(count, 1),
+            image_grid_thw=self.group.image_grid_thw.to(device).repeat(count, 1),
             use_cache=False,
         ).last_hidden_state
-        return hidden[torch.arange(count), lengths - 1] @ self.value[0]
+        last = hidden[torch.arange(count, device=device), lengths - 1]
+        return last.to(self.value.dtype) @ self.value[0]
 
 
 class PackedScheme:
     """One forward and backward over the packed group; its scores are the rewards."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, checkpointed: bool = False) -> None:
         self.group = group
         self.model = Discriminator(group.backbone, value_weight=group.value_weight)
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0)
+        if checkpointed:
+            self.model.checkpoint_layers()
+        self.optimiser = optimiser_of(list(self.model.parameters()))
         self.prepared = prepared_group(group)
 
     def step(self) -> StepOutput:
@@ -204,12 +291,17 @@ def prepared_group(group: Group) -> PreparedGroups:
     return PreparedGroups((part,), torch.zeros(total - 1, dtype=torch.int64), (None,) * (total - 1), (None,))
 
 
+def optimiser_of(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Returns AdamW that changes nothing, so that every step is the same one; on a GPU in one launch without copies."""
+    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=parameters[0].is_cuda)
+
+
 def norm_to(limit: float, parameters: list[torch.nn.Parameter]) -> None:
     torch.nn.utils.clip_grad_norm_(parameters, limit)
 
 
 def gradients(backbone: torch.nn.Module, value: Tensor) -> dict[str, Tensor]:
-    """Returns the gradients that are compared: of the value head, of the first layer's query, of the patch embedding."""
+    """Returns the gradients that are compared: the value head's, the first layer's query's, the patch embedding's."""
     watched = {
         "value head": value,
         "query": backbone.language_model.layers[0].self_attn.q_proj.weight,

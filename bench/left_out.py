@@ -1,0 +1,86 @@
+"""Which test files cannot be imported here, for want of a package, or say nothing more where there is a GPU."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# what tests import by its bare name, besides what lies beside them
+HELPERS = ROOT / "tests/peers"
+ON_A_GPU = {
+    "tests/kernels/test_triton_interpreter.py": "the kernels run on the GPU itself",
+    "tests/kernels/test_triton_aot.py": "the kernels are compiled for this GPU",
+    "tests/kernels/test_triton_aot_moe.py": "the kernels are compiled for this GPU",
+}
+
+
+@cache
+def is_installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def left_out(tests: list[str], root: Path = ROOT) -> dict[str, str]:
+    """Returns the reason for each test file in some folders that is better not collected."""
+    found = {}
+    for folder in tests:
+        for path in sorted((root / folder).rglob("test_*.py")):
+            name = str(path.relative_to(root))
+            missing = missing_packages(path, root)
+            if missing:
+                found[name] = f"not installed: {', '.join(sorted(missing))}"
+            elif name in ON_A_GPU:
+                found[name] = ON_A_GPU[name]
+    return found
+
+
+def missing_packages(path: Path, root: Path = ROOT) -> set[str]:
+    """Returns what must be installed to import a file, and is not; our own modules are followed."""
+    missing: set[str] = set()
+    seen: set[Path] = set()
+    todo = [path]
+    while todo:
+        file = todo.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        for module in imports(file):
+            ours = own_files(module, file.parent, root)
+            todo += ours
+            package = module.partition(".")[0]
+            if not ours and not (root / package).is_dir() and not is_installed(package):
+                missing.add(package)
+    return missing
+
+
+@cache
+def imports(file: Path) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(imported(ast.parse(file.read_text()))))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Yields what a module imports when it is imported itself: not in its functions, nor where it may fail."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.Try):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                continue
+            yield from imported(node)
+
+
+def own_files(module: str, beside: Path, root: Path) -> list[Path]:
+    """Returns the files of this repository that importing a module runs, its packages' first."""
+    parts = module.split(".")
+    files = []
+    for base in (root, beside, HELPERS):
+        for count in range(1, len(parts) + 1):
+            place = base.joinpath(*parts[:count])
+            files += [file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()]
+        if files:
+            break
+    return files
