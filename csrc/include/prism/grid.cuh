@@ -41,8 +41,11 @@ void launch_together(const torch::stable::Tensor& tensor, int blocks, int thread
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
-  STD_CUDA_CHECK(cudaLaunchCooperativeKernel(kKernel, dim3(blocks), dim3(threads), pointers, 0,
-                                             static_cast<cudaStream_t>(stream)));
+  const cudaError_t started = cudaLaunchCooperativeKernel(kKernel, dim3(blocks), dim3(threads), pointers, 0,
+                                                          static_cast<cudaStream_t>(stream));
+  // torch clears the last error of its own copy of the runtime, not of this one
+  if (started != cudaSuccess) cudaGetLastError();
+  STD_CUDA_CHECK(started);
 }
 
 }  // namespace prism

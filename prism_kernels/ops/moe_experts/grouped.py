@@ -60,7 +60,12 @@ def rows_by_expert(a: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 def outer_by_expert(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """Returns the sums (E, P, Q) of the outer products of an expert's rows of a (N, P) with those of b (N, Q)."""
     if a.shape[0] and _fits(a.t(), b):
-        return grouped_mm(a.t(), b, offs=offsets).contiguous()
+        out = grouped_mm(a.t(), b, offs=offsets).contiguous()
+        if a.device.type == "cuda" and torch.cuda.get_device_capability(a.device) >= (10, 0):
+            # there an expert without rows is left unwritten
+            empty = offsets == torch.nn.functional.pad(offsets[:-1], (1, 0))
+            out.masked_fill_(empty[:, None, None], 0)
+        return out
     out = a.new_empty(offsets.shape[0], a.shape[1], b.shape[1])
     dtype = _operand(a)
     for e, start, end in _groups(offsets):

@@ -6,7 +6,7 @@ from torch import Tensor, bfloat16, float16
 from prism_kernels import check
 from prism_kernels.ops.prefix_attention.registration import NAME, PrefixAttentionFunction
 from prism_kernels.ops.prefix_attention.torch import attend_pieces
-from prism_kernels.ops.prefix_attention.varlen import attend_expanded
+from prism_kernels.ops.prefix_attention.varlen import attend_expanded, flash_takes
 from prism_kernels.ops.token_logprob import FLOATS
 from prism_kernels.packing import PrefixPack
 
@@ -56,6 +56,6 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale
     if q.device.type == "cpu":
         lengths = (pack.cu_prefix, pack.cu_branch, pack.branch_group)
         return PrefixAttentionFunction.apply(q, k, v, lengths, factor)
-    if q.device.type == "cuda" and q.dtype in (bfloat16, float16):
+    if q.device.type == "cuda" and q.dtype in (bfloat16, float16) and flash_takes(q):
         return attend_expanded(q, k, v, pack, factor)
     return attend_pieces(q, k, v, pack.layout, factor)

@@ -43,6 +43,11 @@ class Expansion(NamedTuple):
 _EXPANSIONS: WeakKeyDictionary[PrefixPack, Expansion] = WeakKeyDictionary()
 
 
+def flash_takes(q: Tensor) -> bool:
+    """Returns whether flash attention has a kernel for these heads on this GPU."""
+    return q.shape[2] % 8 == 0 and q.shape[2] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
 def expansion(layout: Layout, device: torch.device) -> Expansion:
     """Returns the expansion of a pack."""
     source, own = [], []
