@@ -23,10 +23,18 @@ class Command(NamedTuple):
     summary: str
     # called with the settings; else without arguments
     configured: bool = True
+    # of a command without settings: its flags, all required, as (name, metavar, help)
+    options: tuple[tuple[str, str, str], ...] = ()
 
 
 COMMANDS = {
     "run": Command("prism.run:run", "all stages one after the other; the same command goes on where it was ended"),
+    "report": Command(
+        "prism.report:report",
+        "one static HTML file of a run, finished or not",
+        False,
+        (("run", "DIR", "the run's folder"),),
+    ),
     "doctor": Command("prism.cli:doctor", "versions, devices, kernels, and why those that are missing are", False),
 }
 
@@ -52,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not command.configured:
             if flags:
                 raise DataError(f"{parsed.command}: expected no further arguments, got {' '.join(flags)}")
-            return _called(command)
+            return _called(command, **{name: getattr(parsed, name) for name, _, _ in command.options})
         return _configured(command, parsed, flags)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -97,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in available().items():
         sub = commands.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)
+        for flag, metavar, told in command.options:
+            sub.add_argument(f"--{flag}", metavar=metavar, help=told, required=True)
         if command.configured:
             sub.usage = f"prism {name} [--config FILE] [--dry-run] [--section.key VALUE ...]"
             sub.add_argument("--config", metavar="FILE", help="settings in TOML; without it, the embedded world's")
@@ -123,10 +133,10 @@ def _configured(command: Command, parsed: argparse.Namespace, flags: Sequence[st
     return _called(command, config)
 
 
-def _called(command: Command, *arguments: Any) -> int:
+def _called(command: Command, *arguments: Any, **named: Any) -> int:
     module, _, name = command.target.partition(":")
     function: Callable[..., int | None] = getattr(importlib.import_module(module), name)
-    return function(*arguments) or 0
+    return function(*arguments, **named) or 0
 
 
 def _exists(module: str) -> bool:

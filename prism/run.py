@@ -2,10 +2,13 @@
 
 import json
 import math
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import prism_kernels
 from prism import checkpoint
 from prism.config import STAGES, Config, ConfigError
 from prism.data.shapes import Carelessness, ShapesWorld
@@ -25,6 +29,7 @@ from prism.models.tiny import save_processor
 from prism.optimisation import Stepper, freeze_vision
 from prism.policy import Policy
 from prism.problems import Problem, ShapesProblems
+from prism.report import write_report
 from prism.rollout.engine import Engine
 from prism.stages.align import align_step, score_limits
 from prism.stages.rlvr import Rewarded, informative, joined, reward, rlvr_step, select
@@ -188,6 +193,7 @@ class Run:
         """Runs what is left of the stages."""
         (self.folder / "config.json").parent.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
+        (self.folder / "environment.json").write_text(json.dumps(_environment(self.policy.device), indent=2) + "\n")
         done, position = self._restore()
         with _on_interrupt(self._ask_to_stop):
             if not self.evaluations:
@@ -282,6 +288,7 @@ class Run:
         (self.folder / "evaluations.json").write_text(json.dumps(self.evaluations, indent=2) + "\n")
         self.log.note(f"the policy is in {folder}, the figures in {self.folder / 'evaluations.json'}")
         self.log.close()
+        self.log.note(f"the report is {write_report(self.folder)}")
 
     # --- checkpoints
 
@@ -374,6 +381,14 @@ def _on_interrupt(ask: Callable[[], None]) -> Iterator[None]:
 
 def _jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _environment(device: torch.device) -> Metrics:
+    """Returns what the run is made with, for the report."""
+    versions = {"python": platform.python_version(), "prism": prism_kernels.__version__}
+    versions |= {name: version(name) for name in ("torch", "transformers")}
+    begun = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"last_started": begun, "device": str(device), "versions": versions}
 
 
 def run(config: Config) -> int:

@@ -1,6 +1,6 @@
 """Alignment: the policy plays against the discriminator, which is trained on the same rollouts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from prism_kernels.shaping import token_advantage
 class Aligned(NamedTuple):
     """What a step of alignment gave: for the log, and of each response for the record of rollouts."""
 
-    logged: dict[str, float]
+    logged: dict[str, Any]
     scores: GroupScores
     advantage: Tensor
 
@@ -93,7 +93,8 @@ def align_step(
         longest=config.rollout.align.max_new_tokens,
         reference=reference,
     )
-    return Aligned({**logged, **discriminator_figures(result), **drift(answered)}, scores, advantage)
+    skipped = {"d_skipped": int(result.skipped is not None)}
+    return Aligned({**logged, **discriminator_figures(result), **skipped, **drift(answered)}, scores, advantage)
 
 
 def advantages(scores: GroupScores, answered: Answered, config: Config) -> Tensor:
@@ -158,14 +159,20 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
     return float(((below[0] - below[1]).abs() * at.diff()).sum())
 
 
-def discriminator_figures(result: StepResult) -> dict[str, float]:
+def discriminator_figures(result: StepResult) -> dict[str, Any]:
     """Returns what is logged of a step of the discriminator."""
-    found = {"d_loss": float(result.pair_loss), "d_aux": float(result.aux_loss), "d_grad_norm": result.grad_norm}
+    found: dict[str, Any] = {
+        "d_loss": float(result.pair_loss),
+        "d_aux": float(result.aux_loss),
+        "d_grad_norm": result.grad_norm,
+    }
     for channel, report in channel_report(result.scores).items():
+        found[f"score_{channel}"] = float(getattr(result.scores, channel).nanmean())
         found |= {f"d_accuracy_{channel}": report.accuracy, f"d_gap_{channel}": report.gap}
     if result.expert_counts is not None:
         # over the layers whose tokens all have their kind: the share of each kind's choices that its top expert has
         counts = result.expert_counts[:-1].sum(0)
+        found["d_expert_load"] = {k.name.lower(): (counts[k] / counts[k].sum().clamp(min=1)).tolist() for k in Kind}
         for name, kind in (("perception", Kind.PERCEPTION), ("reasoning", Kind.REASONING)):
             row = counts[kind]
             found[f"d_top_expert_{name}"] = float(row.max() / row.sum().clamp(min=1))

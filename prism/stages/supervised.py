@@ -29,4 +29,10 @@ def supervised_step(
         loss.backward()
         total += loss.detach().cpu()
     stepped = stepper.end([total])
-    return {"loss": float(total), "tokens": tokens, "lr": stepped.lr, "grad_norm": stepped.grad_norm}
+    return {
+        "loss": float(total),
+        "tokens": tokens,
+        "lr": stepped.lr,
+        "grad_norm": stepped.grad_norm,
+        "skipped": int(stepped.skipped is not None),
+    }

@@ -1,5 +1,7 @@
 """Warm-up of the discriminator on pairs: the SFT policy's responses against their teachers', before the game begins."""
 
+from typing import Any
+
 from prism.config import Config
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import Sample, prepare_groups
@@ -15,7 +17,7 @@ def warmup_step(
     encoder: PromptEncoder,
     stepper: Stepper,
     config: Config,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Takes one step on pairs; returns what is logged."""
     stepper.begin()
     prepared = prepare_groups(samples, encoder, score_limits(config), images=discriminator.images)

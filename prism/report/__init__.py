@@ -1,0 +1,28 @@
+"""The report: one static HTML file of a run, finished or not, that opens without network and without scripts."""
+
+from pathlib import Path
+
+from prism.report.page import page
+from prism.report.reading import read_run
+
+NAME = "report.html"
+
+
+def write_report(folder: str | Path) -> Path:
+    """Returns the file that it wrote into a run's folder.
+
+    Args:
+        folder: of a run; what the run has not reached is left out, and the report says so.
+    """
+    record = read_run(folder)
+    path = record.folder / NAME
+    # aside and renamed: a reader never sees half a file
+    aside = path.with_suffix(".html.part")
+    aside.write_text(page(record), encoding="utf-8")
+    return aside.replace(path)
+
+
+def report(run: str) -> int:
+    """Writes the report of a run's folder, names the file, and returns the exit status."""
+    print(write_report(run))
+    return 0

@@ -1,0 +1,149 @@
+"""How far the policy is from its teachers, before and after the alignment."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from prism.data.sections import caption_items, reasoning_steps, split_response
+from prism.report.charts import Series, column_chart, legend
+from prism.report.reading import RunRecord, mean, number, read_rows
+from prism.report.stages import CHANNELS, figure
+from prism.report.world import World
+
+# recorded steps at either end that are put together
+_STEPS = 3
+# larger numbers are drawn as one column
+_MOST = 12
+
+
+def drift_section(record: RunRecord, world: World) -> str:
+    """Returns the drift as it was logged, and as the recorded responses show it."""
+    rows = record.steps.get("align", [])
+    if not rows:
+        return "<p>Not measured: the run has not come to alignment.</p>"
+    parts = [_logged(record)]
+    files = record.rollouts.get("align", [])
+    if len(files) < 2:
+        parts.append(
+            '<p class="note">Distributions: not measured, fewer than two steps of alignment were recorded.</p>'
+        )
+        return "".join(parts)
+    count = min(_STEPS, len(files) // 2)
+    ends = [_numbers([path for _, path in part], world) for part in (files[:count], files[-count:])]
+    titles = ("Caption items", "Reasoning steps")
+    parts.append('<div class="figures">')
+    for channel, title in enumerate(titles):
+        parts.append(_distribution(title, CHANNELS[channel], [end[channel] for end in ends], files, count))
+    return "".join([*parts, "</div>"])
+
+
+def distance(a: Counter[int], b: Counter[int]) -> float:
+    """Returns the Wasserstein distance of two empirical distributions of whole numbers; NaN if one is empty."""
+    if not (a and b):
+        return math.nan
+    below, total = [0.0, 0.0], 0.0
+    for value in range(min(min(a), min(b)), max(max(a), max(b))):
+        below = [share + counts[value] / counts.total() for share, counts in zip(below, (a, b))]
+        total += abs(below[0] - below[1])
+    return total
+
+
+def _logged(record: RunRecord) -> str:
+    rows = record.steps["align"]
+    count = max(1, min(5, len(rows) // 2))
+    lines = []
+    for channel, unit in zip(CHANNELS, ("caption items", "reasoning steps")):
+        values = [number(row.get(f"drift_{channel}")) for row in rows]
+        cells = [_mean_and_error(part) for part in (values[:count], values[-count:])]
+        before, after = (mean(part) for part in (values[:count], values[-count:]))
+        change = "not measured" if before is None or after is None else f"{after - before:+.3f}"
+        lines.append(
+            f"<tr><th>{channel}</th><td>{unit}</td><td>{cells[0]}</td><td>{cells[1]}</td><td>{change}</td></tr>"
+        )
+    several = "step" if count == 1 else f"{count} steps"
+    heads = f"<th>channel</th><th>in</th><th>first {several}</th><th>last {several}</th><th>change</th>"
+    ended = "" if "align" not in record.unfinished else " The stage is not finished: its last steps are those so far."
+    return (
+        f'<div class="wide numbers"><table><tr>{heads}</tr>{"".join(lines)}</table></div>'
+        "<p class=\"note\">Wasserstein distance between the policy's valid responses and their teachers', on the "
+        "same prompts; mean over steps ± its standard error. Of a step's few prompts it is above zero even where "
+        f"nothing has drifted. The first step samples from the policy as alignment found it.{ended}</p>"
+    )
+
+
+def _mean_and_error(values: Sequence[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    if not found:
+        return "not measured"
+    middle = sum(found) / len(found)
+    if len(found) < 2:
+        return f"{middle:.3f}"
+    variance = sum((value - middle) ** 2 for value in found) / (len(found) - 1)
+    return f"{middle:.3f} ± {math.sqrt(variance / len(found)):.3f}"
+
+
+def _numbers(files: Iterable[Path], world: World) -> list[tuple[Counter[int], Counter[int]]]:
+    """Returns by channel the policy's and the teachers' numbers of items and of steps, over some recorded steps."""
+    policy, teachers = [], []
+    for path in files:
+        asked = {}
+        for row in read_rows(path):
+            policy.append(split_response(str(row.get("response"))))
+            asked[row.get("problem")] = row
+        teachers += [split_response(sample.response.text) for row in asked.values() if (sample := world.problem(row))]
+    return [
+        (
+            Counter(caption_items(one.caption) for one in policy if one),
+            Counter(caption_items(one.caption) for one in teachers if one),
+        ),
+        (
+            Counter(reasoning_steps(one.think) for one in policy if one),
+            Counter(reasoning_steps(one.think) for one in teachers if one),
+        ),
+    ]
+
+
+def _distribution(
+    title: str,
+    channel: str,
+    ends: list[tuple[Counter[int], Counter[int]]],
+    files: Sequence[tuple[int, Path]],
+    count: int,
+) -> str:
+    teachers = ends[0][1] + ends[1][1]
+    parts = [("policy, first steps", ends[0][0]), ("policy, last steps", ends[1][0]), ("teachers", teachers)]
+    present = [counts for _, counts in parts if counts]
+    if not present:
+        return ""
+    top = min(_MOST, max(max(counts) for counts in present))
+    low = min(top, min(min(counts) for counts in present))
+    series = []
+    for label, counts in parts:
+        if not counts:
+            series.append(Series(f"{label}: none", []))
+            continue
+        folded = Counter(dict.fromkeys(range(low, top + 1), 0))
+        for n, times in counts.items():
+            folded[min(n, top)] += times
+        series.append(Series(label, [(n - low, folded[n] / counts.total()) for n in range(low, top + 1)]))
+    more = any(max(counts) > top for counts in present)
+    names = [f"{n}{'+' if more and n == top else ''}" for n in range(low, top + 1)]
+    drawn = column_chart(names, series, title=f"{title} a response", below=f"{title.lower()} a response")
+    steps = f"steps {_span(files[:count])} and {_span(files[-count:])}"
+    if not teachers:
+        said = "the teachers' responses are not among the recorded ones, and the distances are not measured here"
+    else:
+        before, after = (distance(own, theirs) for own, theirs in ends)
+        said = f"distance to the teachers of the same prompts {_told(before)} at first, {_told(after)} at last"
+    meaning = f"shares of the valid responses with so many ({channel}), {steps} put together; {said}"
+    return figure(title, meaning, drawn, legend([one.label for one in series], shape="column"))
+
+
+def _span(files: Sequence[tuple[int, Path]]) -> str:
+    first, last = files[0][0], files[-1][0]
+    return str(first) if first == last else f"{first}–{last}"
+
+
+def _told(value: float) -> str:
+    return "not measured" if math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,159 @@
+"""What a run's folder holds, whatever the run has reached."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from prism.config import STAGES, Config
+from prism.data.errors import DataError
+from prism.log import read_metrics
+
+Row = dict[str, Any]
+_ROLLOUTS = re.compile(r"([a-z]+)-(\d+)\.jsonl")
+_CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """A run as its files tell it.
+
+    Args:
+        folder: of the run.
+        settings: of `config.json`.
+        steps: of each stage, its records in order.
+        evaluations: by what they come after, in order.
+        rollouts: of each stage, the steps that were recorded and their files, in order.
+        environment: versions and times as the run noted them; None: it did not.
+    """
+
+    folder: Path
+    settings: Row
+    steps: dict[str, list[Row]]
+    evaluations: dict[str, Row]
+    rollouts: dict[str, list[tuple[int, Path]]]
+    environment: Row | None
+
+    def setting(self, key: str) -> Any:
+        """Returns a setting by its dotted key; None where this run has none."""
+        return self._flat.get(key)
+
+    def planned(self, stage: str) -> int:
+        """Returns how many steps a stage was to take."""
+        return int(self.setting(f"optimiser.{stage}.steps") or 0)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages of the run, in order."""
+        return list(self.setting("run.stages") or [])
+
+    @property
+    def unfinished(self) -> list[str]:
+        """The stages that have not taken all of their steps."""
+        return [s for s in self.stages if len(self.steps.get(s, ())) < self.planned(s) or s not in self.evaluations]
+
+    @cached_property
+    def changed(self) -> list[tuple[str, Any, Any]]:
+        """The settings that differ from the defaults: key, value, default."""
+        defaults = _flat(Config().model_dump(mode="json"))
+        return [(key, value, defaults.get(key)) for key, value in self._flat.items() if value != defaults.get(key)]
+
+    @cached_property
+    def _flat(self) -> Row:
+        return _flat(self.settings)
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Returns what a folder holds; raises `DataError` where it is none of a run, or a file is damaged."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"expected the folder of a run, there is no {str(folder)!r}")
+    for name in ("config.json", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise DataError(f"expected the folder of a run, got {str(folder)!r} without {name}; name another one")
+    steps: dict[str, list[Row]] = {}
+    for record in read_rows(folder / "metrics.jsonl"):
+        if not (isinstance(record.get("stage"), str) and isinstance(record.get("step"), int)):
+            raise DataError(f"{folder / 'metrics.jsonl'}: expected a stage and a step in each line, got {record}")
+        steps.setdefault(record["stage"], []).append(record)
+    environment = folder / "environment.json"
+    return RunRecord(
+        folder,
+        _table(folder / "config.json"),
+        dict(sorted(steps.items(), key=lambda item: STAGES.index(item[0]) if item[0] in STAGES else len(STAGES))),
+        _evaluations(folder),
+        _rollout_files(folder / "rollouts"),
+        _table(environment) if environment.is_file() else None,
+    )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Returns the tables of a JSONL file, without a last line that was not finished."""
+    try:
+        rows = read_metrics(path)
+    except ValueError as error:
+        raise DataError(f"{path}: expected a line of JSON for each record: {error}") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected a table, got {type(row).__name__}")
+    return rows
+
+
+def number(value: Any) -> float | None:
+    """Returns a finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def mean(values: list[float | None]) -> float | None:
+    """Returns the mean of the numbers, None where there are none."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _evaluations(folder: Path) -> dict[str, Row]:
+    # a run writes the file when it ends; until then its last checkpoint has them
+    found = _table(folder / "evaluations.json") if (folder / "evaluations.json").is_file() else {}
+    states = []
+    for path in (folder / "checkpoints").glob("step-*/state.json"):
+        if match := _CHECKPOINT.fullmatch(path.parent.name):
+            states.append((int(match[1]), int(match[2] or 0), path))
+    for _, _, path in sorted(states, reverse=True):
+        try:
+            return {**found, **json.loads(path.read_text())["extra"]["evaluations"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            # a damaged checkpoint, or one that is being removed: the one before has nearly as much
+            continue
+    return found
+
+
+def _rollout_files(folder: Path) -> dict[str, list[tuple[int, Path]]]:
+    found: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        if match := _ROLLOUTS.fullmatch(path.name):
+            found.setdefault(match[1], []).append((int(match[2]), path))
+    return {stage: sorted(files) for stage, files in found.items()}
+
+
+def _table(path: Path) -> Row:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: expected a table, got {type(found).__name__}")
+    return found
+
+
+def _flat(table: Row, prefix: str = "") -> Row:
+    flat: Row = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,170 @@
+"""Sample rollouts with their images, their sections in three colours."""
+
+import re
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+
+from prism.data.sections import TAGS
+from prism.data.shapes import PerceptionError, Sample, judge
+from prism.report.reading import Row, RunRecord, number, read_rows
+from prism.report.world import World, inline_png
+
+# of a step, the problems whose responses are shown
+_PROBLEMS = 2
+_TAG = re.compile(rf"(</?(?:{'|'.join(TAGS)})>)")
+_LABELS = {"caption": "caption", "think": "thinking", "answer": "answer"}
+# what the recorded columns are, in the order of the page
+_COLUMNS = {
+    "perception": "score, perception",
+    "reasoning": "score, reasoning",
+    "reward": "reward",
+    "advantage": "advantage",
+}
+# not a reason of invalidity
+_VERDICTS = ("right", "wrong")
+
+
+def samples_section(record: RunRecord, world: World) -> str:
+    """Returns responses of the first and the last recorded step of alignment and of RLVR."""
+    parts = []
+    for stage in ("align", "rlvr"):
+        files = record.rollouts.get(stage, [])
+        if not files:
+            if stage in record.stages:
+                parts.append(f"<h3>{escape(stage)}</h3><p>Not measured: no rollouts of this stage were recorded.</p>")
+            continue
+        for step, path in files[:1] + files[1:][-1:]:
+            parts.append(f"<h3>{escape(stage)}, step {step} of {record.planned(stage)}</h3>{_step(path, world)}")
+    if not parts:
+        return "<p>Not measured: the run has no stage with rollouts.</p>"
+    key = "".join(f'<span class="seg {name}"><b>{label}</b></span>' for name, label in _LABELS.items())
+    return (
+        f'<p class="legend">{key}<span class="seg outside"><b>outside the grammar</b></span></p>'
+        f'<p class="note">Of each step the {_PROBLEMS} problems whose responses differ most in advantage: the best '
+        "and the worst response of their group; and one invalid response, where there was any. Scores are the "
+        "discriminator's, without a unit; advantages are relative to the group.</p>" + "".join(parts)
+    )
+
+
+def segments(text: str) -> str:
+    """Returns a response as HTML, each section marked; what the grammar does not allow is marked too."""
+    parts: list[str] = []
+    opened: str | None = None
+    held = ""
+    for piece in _TAG.split(text):
+        name = piece.strip("</>") if _TAG.fullmatch(piece) else None
+        if name is None:
+            held += piece
+        elif not piece.startswith("</"):
+            parts.append(_segment(opened, held, closed=False))
+            opened, held = name, ""
+        elif name == opened:
+            parts.append(_segment(opened, held, closed=True))
+            opened, held = None, ""
+        else:
+            # an end without its beginning is text like any other
+            held += piece
+    return "".join([*parts, _segment(opened, held, closed=False)])
+
+
+def _segment(name: str | None, text: str, closed: bool) -> str:
+    if name is None:
+        return f'<div class="seg outside"><b>outside</b>{escape(text.strip())}</div>' if text.strip() else ""
+    label = _LABELS[name] + ("" if closed else ", not closed")
+    return f'<div class="seg {name}"><b>{label}</b>{escape(text.strip())}</div>'
+
+
+def _step(path: Path, world: World) -> str:
+    rows = read_rows(path)
+    if not rows:
+        return "<p>No response was recorded.</p>"
+    groups = [list(group) for _, group in groupby(rows, key=lambda row: row.get("problem"))]
+    groups.sort(key=_spread, reverse=True)
+    shown = [(group[0], _best_and_worst(group)) for group in groups[:_PROBLEMS]]
+    if invalid := next((row for row in rows if not _valid(row)), None):
+        shown.append((invalid, [("invalid", invalid)]))
+    return "".join(_card(row, responses, world) for row, responses in shown)
+
+
+def _advantage(row: Row) -> float:
+    found = number(row.get("advantage"))
+    return 0.0 if found is None else found
+
+
+def _valid(row: Row) -> bool:
+    return row.get("reason") is None or row["reason"] in _VERDICTS
+
+
+def _spread(group: Sequence[Row]) -> float:
+    found = [_advantage(row) for row in group if _valid(row)]
+    return max(found) - min(found) if found else -1.0
+
+
+def _best_and_worst(group: Sequence[Row]) -> list[tuple[str, Row]]:
+    valid = sorted((row for row in group if _valid(row)), key=_advantage) or list(group)
+    if len(valid) < 2:
+        return [("the only valid one", valid[0])]
+    return [(f"best of {len(group)}", valid[-1]), (f"worst of {len(group)}", valid[0])]
+
+
+def _card(row: Row, responses: Sequence[tuple[str, Row]], world: World) -> str:
+    sample = world.problem(row)
+    picture = '<p class="note">image: not drawn, this problem is none of the embedded world\'s</p>'
+    teacher = ""
+    if sample is not None:
+        alt = "; ".join(f"{item.colour} {item.kind} {item.place}" for item in sample.scene.items)
+        picture = f'<img src="{inline_png(sample)}" width="144" height="144" alt="{escape(alt)}">'
+        teacher = f"<details><summary>the teacher's response</summary>{segments(sample.response.text)}</details>"
+    name, question, answer = (escape(str(row.get(key))) for key in ("problem", "question", "answer"))
+    told = "".join(_response(title, one, sample) for title, one in responses)
+    return (
+        f'<article><div class="problem">{picture}<p><strong>{question}</strong></p><p>right answer: {answer}</p>'
+        f'<p class="note">{name}</p>{teacher}</div><div class="responses">{told}</div></article>'
+    )
+
+
+def _response(title: str, row: Row, sample: Sample | None) -> str:
+    cells = []
+    for key, label in _COLUMNS.items():
+        if key in row:
+            value = number(row[key])
+            cells.append((label, "not measured" if value is None else f"{value:.3f}"))
+    reason = row.get("reason")
+    cells.append(("verdict", "valid" if reason is None else reason if _valid(row) else f"invalid: {reason}"))
+    if row.get("finish") == "length":
+        cells.append(("ended by", "the limit of tokens"))
+    if sample is not None:
+        cells += _truth(str(row.get("response")), sample)
+    lines = "".join(f"<tr><th>{escape(label)}</th><td>{escape(str(value))}</td></tr>" for label, value in cells)
+    body = segments(str(row.get("response")))
+    return f'<section class="response"><h4>{escape(title)}</h4>{body}<table>{lines}</table></section>'
+
+
+def _truth(response: str, sample: Sample) -> list[tuple[str, str]]:
+    """Returns what the exact counters of the embedded world say."""
+    found = judge(response, sample.scene, sample.question)
+    if not found.valid:
+        return []
+    follows = "does not follow from the caption" if found.reasoning.wrong else "follows from the caption"
+    if found.reasoning.unreadable:
+        follows = f"cannot be judged: {found.reasoning.unreadable}"
+    return [
+        ("caption against the scene", _errors(found.perception)),
+        ("answer against the caption", follows),
+        ("answer against the scene", "right" if found.correct else "wrong"),
+    ]
+
+
+def _errors(found: PerceptionError) -> str:
+    if found.unreadable:
+        return f"unreadable: {found.unreadable}"
+    counts = {
+        "missing": found.missing,
+        "invented": found.invented,
+        "of a wrong colour": found.wrong_colour,
+        "of a wrong kind": found.wrong_kind,
+        "at a wrong place": found.wrong_place,
+    }
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "right"

@@ -1,0 +1,269 @@
+"""What is drawn of each stage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from prism.report.charts import Series, column_chart, legend, line_chart, told_lines
+from prism.report.reading import Row, RunRecord, mean, number
+
+CHANNELS = ("perception", "reasoning")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of some metrics.
+
+    Args:
+        title: what is shown.
+        meaning: its unit, and how it is meant.
+        keys: the metrics, each a line, with their labels.
+        low: the least value of the axis; None: as the data need.
+        high: the greatest.
+        log: a logarithmic axis.
+        reference: a level, and what it is.
+        optional: nothing is said where it was not measured.
+    """
+
+    title: str
+    meaning: str
+    keys: tuple[tuple[str, str], ...]
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    reference: tuple[float, str] | None = None
+    optional: bool = False
+
+
+def _by_channel(key: str) -> tuple[tuple[str, str], ...]:
+    return tuple((key.format(channel), channel) for channel in CHANNELS)
+
+
+_NORM = Chart("Gradient norm", "of the policy, before it is clipped", (("grad_norm", "norm"),), log=True)
+_ENTROPY = Chart("Entropy", "of the policy, nats a token, mean over the responses' tokens", (("entropy", "entropy"),))
+_LENGTH = Chart("Length", "tokens a response, mean over the step's responses", (("length", "length"),))
+_POLICY_LOSS = Chart("Policy loss", "the surrogate that is descended; its level says nothing", (("loss", "loss"),))
+_ENGINE = Chart(
+    "Trainer against engine",
+    "the largest difference of a token's log-probability between the trained model and the one that sampled, nats",
+    (("engine_gap", "difference"),),
+    log=True,
+)
+_SUPERVISED = (
+    Chart("Loss", "−log p of the teachers' tokens, nats a token", (("loss", "loss"),), log=True),
+    _NORM,
+)
+_SCORES = (
+    Chart(
+        "Pairs told apart",
+        "the share of the step's pairs whose teacher outscores the policy, before the discriminator learns from them",
+        _by_channel("d_accuracy_{}"),
+        low=0.0,
+        high=1.0,
+        reference=(0.5, "chance"),
+    ),
+    Chart(
+        "Discriminator's gap",
+        "the teacher's score less the policy's, mean over the step's pairs; scores have no unit",
+        _by_channel("d_gap_{}"),
+        reference=(0.0, "no difference"),
+    ),
+    Chart(
+        "Discriminator's loss",
+        "−log of the probability that a pair's teacher wins, summed over both channels, nats",
+        (("d_loss", "loss"),),
+        reference=(1.386, "cannot tell: 2 ln 2"),
+    ),
+)
+CHARTS: dict[str, tuple[Chart, ...]] = {
+    "base": _SUPERVISED,
+    "sft": _SUPERVISED,
+    "distill": _SUPERVISED,
+    "warmup": _SCORES,
+    "align": (
+        Chart(
+            "Drift",
+            "Wasserstein distance of the numbers of caption items (perception) and of reasoning steps (reasoning), "
+            "policy against its teachers on the step's prompts; in items and steps",
+            _by_channel("drift_{}"),
+            low=0.0,
+        ),
+        *_SCORES,
+        Chart(
+            "Scores",
+            "of the policy's responses by the discriminator, mean over the step's valid ones",
+            _by_channel("score_{}"),
+            optional=True,
+        ),
+        Chart(
+            "Valid responses",
+            "the share with caption, thinking and answer as the grammar asks",
+            (("valid", "valid"),),
+            low=0.0,
+            high=1.0,
+        ),
+        _ENTROPY,
+        _LENGTH,
+        _POLICY_LOSS,
+        _NORM,
+        _ENGINE,
+    ),
+    "rlvr": (
+        Chart(
+            "Reward",
+            "mean over the step's responses: 0.8 for a right answer, 0.2 for the format, less what overlong ones cost",
+            (("reward", "reward"),),
+        ),
+        Chart(
+            "Accuracy and format",
+            "shares of the step's sampled responses",
+            (("accuracy", "right answer"), ("format", "format")),
+            low=0.0,
+            high=1.0,
+        ),
+        _LENGTH,
+        _ENTROPY,
+        Chart(
+            "Informative groups",
+            "the share of problems whose responses are not all rewarded alike: only they teach",
+            (("informative", "share"),),
+            low=0.0,
+            high=1.0,
+        ),
+        _POLICY_LOSS,
+        _NORM,
+        _ENGINE,
+    ),
+}
+# counts of optimiser steps that were not taken, and whose
+SKIPPED = {"skipped": "", "d_skipped": " of the discriminator"}
+NAMES = {
+    "base": "Base: a policy of the embedded world",
+    "sft": "SFT: fine-tuning on the public demonstrations",
+    "distill": "Distillation: fine-tuning on the curated demonstrations",
+    "warmup": "Warm-up: the discriminator learns to tell policy and teacher apart",
+    "align": "Alignment: policy against discriminator",
+    "rlvr": "RLVR: reinforcement learning from verified rewards",
+}
+
+
+def stage_charts(record: RunRecord, stage: str) -> str:
+    """Returns the figures of a stage."""
+    rows = _with_length(record, stage)
+    figures, absent = [], []
+    for chart in (*CHARTS.get(stage, ()), *_expert_chart(record, stage)):
+        found = _figure(chart, rows)
+        if found:
+            figures.append(found)
+        elif not chart.optional:
+            absent.append(chart.title)
+    if loads := _expert_loads(rows):
+        figures.append(loads)
+    said = f'<p class="note">Not measured in this stage: {escape(", ".join(absent))}.</p>' if absent else ""
+    lines = f'<p class="note">{told}</p>' if (told := told_lines(len(rows))) else ""
+    return f'{lines}<div class="figures">{"".join(figures)}</div>{said}{_all_metrics(rows)}'
+
+
+def troubles(rows: Sequence[Row]) -> list[tuple[int, str]]:
+    """Returns the steps at which something was not finite or no step was taken, and what."""
+    found = []
+    for row in rows:
+        said = [f"{name} not finite" for name in row.get("non_finite", [])]
+        for key, who in SKIPPED.items():
+            if count := number(row.get(key)):
+                said.append(f"{count:.0f} optimiser step{'s' if count > 1 else ''}{who} not taken")
+        if said:
+            found.append((int(row["step"]), ", ".join(said)))
+    return found
+
+
+def _figure(chart: Chart, rows: Sequence[Row]) -> str:
+    keys = [(key, label) for key, label in chart.keys if any(key in row for row in rows)]
+    series = [Series(label, [(row["step"], number(row.get(key))) for row in rows]) for key, label in keys]
+    if not any(value is not None for one in series for _, value in one.points):
+        return ""
+    named = {key for key, _ in keys}
+    marks = [(row["step"], f"{name} not finite") for row in rows for name in row.get("non_finite", []) if name in named]
+    drawn = line_chart(
+        series,
+        title=f"{chart.title} over the steps",
+        low=chart.low,
+        high=chart.high,
+        log=chart.log,
+        reference=chart.reference,
+        marks=marks,
+    )
+    return figure(chart.title, chart.meaning, drawn, legend([_told(one) for one in series]))
+
+
+def figure(title: str, meaning: str, drawn: str, below: str) -> str:
+    """Returns a chart with its title and what it means."""
+    said = f"<strong>{escape(title)}</strong> <span>{escape(meaning)}</span>"
+    return f"<figure><figcaption>{said}</figcaption>{drawn}{below}</figure>"
+
+
+def _told(series: Series) -> str:
+    values = [value for _, value in series.points if value is not None]
+    last = values[-min(5, len(values)) :]
+    return (
+        f"{series.label}: first {values[0]:.3g}, last {len(last)} mean {sum(last) / len(last):.3g}"
+        if values
+        else (f"{series.label}: never finite")
+    )
+
+
+def _with_length(record: RunRecord, stage: str) -> list[Row]:
+    """Returns a stage's records, with the mean length where it follows from the number of tokens."""
+    rows = record.steps[stage]
+    prompts, group = (record.setting(f"rollout.{stage}.{key}") for key in ("prompts", "group"))
+    if stage != "align" or not prompts or not group:
+        return rows
+    return [{"length": row["tokens"] / (prompts * group), **row} if number(row.get("tokens")) else row for row in rows]
+
+
+def _expert_chart(record: RunRecord, stage: str) -> list[Chart]:
+    if stage not in ("warmup", "align") or record.setting("discriminator.dense"):
+        return []
+    experts = record.setting("discriminator.experts")
+    return [
+        Chart(
+            "Expert load by token kind",
+            "the share of a kind's choices that its most chosen expert has, over the discriminator's layers",
+            tuple((f"d_top_expert_{channel}", f"{channel} tokens") for channel in CHANNELS),
+            reference=(1 / experts, f"balanced: 1/{experts}") if experts else None,
+        )
+    ]
+
+
+def _expert_loads(rows: Sequence[Row]) -> str:
+    """Returns the load of every expert by kind at the stage's end, where the stage measured it."""
+    last = [row["d_expert_load"] for row in rows if isinstance(row.get("d_expert_load"), dict)][-5:]
+    if not last:
+        return ""
+    series = []
+    # the channels first, in the colours that they have elsewhere
+    kinds = sorted(last[-1], key=lambda kind: CHANNELS.index(kind) if kind in CHANNELS else len(CHANNELS))
+    for kind in kinds:
+        each = [row[kind] for row in last]
+        columns = [mean([number(share) for share in shares]) for shares in zip(*each)]
+        series.append(Series(f"{kind} tokens", list(enumerate(columns))))
+    names = [f"expert {e + 1}" for e in range(len(series[0].points))]
+    drawn = column_chart(names, series, title="Load of each expert by token kind", below="")
+    meaning = f"the share of a kind's choices that each expert has, mean of the last {len(last)} steps"
+    return figure("Load of each expert", meaning, drawn, legend([one.label for one in series], shape="column"))
+
+
+def _all_metrics(rows: Sequence[Row]) -> str:
+    """Returns a table, folded, of every number that the stage logged."""
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("stage", "step", "non_finite")))
+    lines = []
+    for name in names:
+        values = [found for row in rows if (found := number(row.get(name))) is not None]
+        if not values:
+            continue
+        cells = (values[0], min(values), sum(values) / len(values), max(values), values[-1])
+        lines.append(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{value:.4g}</td>' for value in cells)}</tr>")
+    head = "<tr><th>metric</th><th>first</th><th>least</th><th>mean</th><th>greatest</th><th>last</th></tr>"
+    said = f"all {len(lines)} numbers that metrics.jsonl has of this stage's {len(rows)} steps"
+    table = f'<div class="wide numbers"><table>{head}{"".join(lines)}</table></div>'
+    return f"<details><summary>{said}</summary>{table}</details>"
