@@ -15,6 +15,8 @@ from prism.discriminator.score import GroupScores
 from prism_kernels import check
 
 NAME = "channel_report"
+# scores closer than this, relative to their size, differ by rounding: by where in a batch they were computed
+TIE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,15 @@ def channel_report(scores: GroupScores, right: Mapping[str, Tensor] | None = Non
     for channel in CHANNELS:
         student = getattr(scores, channel)
         teacher = getattr(scores, f"teacher_{channel}")[scores.group]
-        difference = (teacher - student).double()
-        difference = difference[~difference.isnan()]
+        known = ~(teacher.isnan() | student.isnan())
+        teacher, compared_with = teacher[known].double(), student[known].double()
+        difference = teacher - compared_with
         labels = (right or {}).get(channel)
         auc, compared = (math.nan, 0) if labels is None else within_group_auc(student, labels, scores.group)
         pairs = len(difference)
         reports[channel] = ChannelReport(
             pairs,
-            float(_won(difference).mean()) if pairs else math.nan,
+            float(_won(teacher, compared_with).mean()) if pairs else math.nan,
             float(difference.mean()) if pairs else math.nan,
             compared,
             auc,
@@ -76,10 +79,12 @@ def within_group_auc(score: Tensor, right: Tensor, group: Tensor) -> tuple[float
     for members in group.unique():
         above, below = score[winners[group[winners] == members]], score[losers[group[losers] == members]]
         if len(above) and len(below):
-            won += float(_won(above[:, None] - below).sum())
+            won += float(_won(above[:, None], below).sum())
             pairs += len(above) * len(below)
     return (won / pairs if pairs else math.nan), pairs
 
 
-def _won(difference: Tensor) -> Tensor:
-    return (difference.sign() + 1) / 2
+def _won(a: Tensor, b: Tensor) -> Tensor:
+    """Returns 1 where a is the higher, 0 where b is, a half where they are equal up to rounding."""
+    size = torch.maximum(a.abs(), b.abs()).clamp(min=1.0)
+    return ((a > b + TIE * size).double() - (b > a + TIE * size).double() + 1) / 2

@@ -231,6 +231,12 @@ def test_within_group_auc_counts_pairs_of_a_group_and_ties_as_halves():
     assert none == 0 and math.isnan(nothing)
 
 
+def test_scores_that_differ_by_rounding_are_ties():
+    score = torch.tensor([3.0, 3.0 + 3e-7, -2.0, -2.0 + 1e-3])
+    right = torch.tensor([True, False, False, True])
+    assert within_group_auc(score, right, torch.tensor([0, 0, 1, 1])) == (0.75, 2)
+
+
 def test_report_leaves_out_what_has_no_score():
     nan = torch.nan
     scores = GroupScores(
