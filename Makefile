@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers bench gpu lint wheel clean
+.PHONY: help demo test test-peers bench bench-kept gpu lint wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,12 +55,15 @@ test-peers: $(PEERS)/install.stamp $(TRL)/install.stamp ## against TRL's and ver
 	$(PEERS)/bin/python -m pytest tests/peers/test_verl.py tests/peers/test_verl_patch.py
 	$(TRL)/bin/python -m pytest tests/peers/test_trl.py tests/peers/test_trl_patch.py tests/peers/test_openrlhf_patch.py
 
-# malloc keeps what is freed: else every contender's time is that of fresh memory's page faults
-KEEP_MEMORY := GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
-
 bench: $(PEERS)/install.stamp ## time and memory against plain PyTorch and published peers: JSON, plot, README's table
-	$(KEEP_MEMORY) $(PEERS)/bin/python -m pytest bench -W ignore --benchmark-columns=median,rounds
+	$(PEERS)/bin/python -m pytest bench -W ignore --benchmark-columns=median,rounds
 	$(PEERS)/bin/python -m bench.plot
+	$(PEERS)/bin/python -m bench.readme
+
+# malloc keeps what is freed: no time goes into the first touch of fresh memory
+bench-kept: export GLIBC_TUNABLES := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+bench-kept: $(PEERS)/install.stamp ## the log-probability ops once more, with a malloc that keeps freed memory
+	$(PEERS)/bin/python -m pytest bench/test_linear_logprob.py bench/test_token_logprob.py -W ignore
 	$(PEERS)/bin/python -m bench.readme
 
 # no environment and no installation: a GPU machine often has its own torch, and no network

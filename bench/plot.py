@@ -71,7 +71,7 @@ def caption(content: dict[str, Any]) -> str:
 def origin(content: dict[str, Any]) -> str:
     """Returns the machine, the versions and the date."""
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items() if name != "numpy")
-    kept = "; malloc keeps freed memory" if content["keeps_memory"] else ""
+    kept = "; malloc keeps freed memory" if content.get("keeps_memory") else ""
     return f"{content['machine']}; {versions}; {content['date']}{kept}."
 
 

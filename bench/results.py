@@ -36,7 +36,8 @@ def machine(device: str) -> str:
     if device == "cuda":
         name = torch.cuda.get_device_name().lower().removeprefix("nvidia ")
         return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-    return f"cpu-{torch.get_num_threads()}core-{torch.backends.cpu.get_cpu_capability().lower().replace(' ', '')}"
+    width = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
+    return f"{'kept-memory-' if keeps_memory() else ''}cpu-{torch.get_num_threads()}core-{width}"
 
 
 def versions() -> dict[str, str]:
@@ -53,9 +54,9 @@ def versions() -> dict[str, str]:
 
 
 def keeps_memory() -> bool:
-    """Returns whether malloc was told to keep what is freed, as the Makefile does on the CPU.
+    """Returns whether malloc was told to keep what is freed, as `make bench-kept` does.
 
-    Otherwise each large tensor is fresh memory, whose first touch costs all contenders more than their own work.
+    By default each large tensor is fresh memory, whose first touch can cost more than the work on it.
     """
     return "glibc.malloc.mmap_max=0" in os.environ.get("GLIBC_TUNABLES", "")
 
