@@ -84,8 +84,8 @@ def kept_memory(content: dict[str, Any] | None) -> Iterator[str]:
     rows = [r for r in content["rows"] if (r["case"], r["pass"]) == (case["name"], TRAIN) and r.get("ratio")]
     ratios = ", ".join(f"{row['contender']} {row['ratio']:.2f}" for row in rows)
     yield (
-        "Much of these times is the first touch of fresh memory, of which the peers take more. With a malloc that keeps "
-        f"what is freed (`make bench-kept`) the multiples are: {ratios}. <sub>{origin(content)}</sub>"
+        "Much of these times is the first touch of fresh memory, of which the peers take more. With a malloc that "
+        f"keeps what is freed (`make bench-kept`) the multiples are: {ratios}. <sub>{origin(content)}</sub>"
     )
     yield ""
 
