@@ -19,7 +19,7 @@ from prism.stages.reinforce import Experience, policy_update
 from prism.stages.rollouts import Answered
 from prism_kernels import group_advantage, prism_advantage
 from prism_kernels.packing import Kind
-from prism_kernels.segments import find_segments, token_bytes
+from prism_kernels.segments import find_segments
 from prism_kernels.shaping import token_advantage
 
 
@@ -80,7 +80,7 @@ def align_step(
         discriminator_step(discriminator, prepared, steppers[1].optimiser, step_settings(config))
     scores = result.scores
     advantage = advantages(scores, answered, config)
-    credit = _token_credit(scores, answered, encoder, config) if config.algorithm.align.token_credit else advantage
+    credit = _token_credit(scores, answered, encoder, advantage) if config.algorithm.align.token_credit else advantage
     logged = policy_update(
         policy,
         Experience(answered.prompts, answered.rollouts, credit),
@@ -104,13 +104,11 @@ def advantages(scores: GroupScores, answered: Answered, config: Config) -> Tenso
     return prism_advantage(*columns, answered.group, format_ok=valid, **config.algorithm.align.advantage_options())
 
 
-def _token_credit(scores: GroupScores, answered: Answered, encoder: PromptEncoder, config: Config) -> list[Tensor]:
+def _token_credit(scores: GroupScores, answered: Answered, encoder: PromptEncoder, mixed: Tensor) -> list[Tensor]:
     """Returns for each response one advantage a token: perception's in the caption, reasoning's behind it.
 
-    Tags and invalid responses have the mixture of both.
+    Tags and invalid responses have `mixed`, that of both.
     """
-    options = config.algorithm.align
-    mixed = advantages(scores, answered, config)
     valid = torch.tensor([reason is None for reason in scores.reason])
     channels = torch.stack(
         [
@@ -120,7 +118,7 @@ def _token_credit(scores: GroupScores, answered: Answered, encoder: PromptEncode
     )
     bounds = torch.cat((torch.zeros(1, dtype=torch.int64), answered.lengths.cumsum(0)))
     tokens = torch.tensor([token for rollout in answered.rollouts for token in rollout.token_ids])
-    found = find_segments(tokens, bounds, token_bytes(encoder.tokenizer))
+    found = find_segments(tokens, bounds, encoder.token_bytes)
     channel = torch.full_like(tokens, -1)
     for s in (found.reason == 0).nonzero()[:, 0].tolist():
         for k, row in ((0, 0), (1, 1), (2, 1)):
@@ -128,7 +126,6 @@ def _token_credit(scores: GroupScores, answered: Answered, encoder: PromptEncode
     credit = token_advantage(channels, channel, bounds.to(torch.int32))
     spread = mixed.repeat_interleave(answered.lengths)
     whole = torch.where(channel >= 0, credit.to(spread.dtype), spread)
-    assert options.token_credit
     return list(whole.split(answered.lengths.tolist()))
 
 

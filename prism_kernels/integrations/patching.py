@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType, TracebackType
@@ -21,12 +22,12 @@ class Replacement(NamedTuple):
     value: Any
 
 
-class Undoable:
+class Undoable(ABC):
     """What `undo` takes back; as a context manager it is taken back at the end."""
 
+    @abstractmethod
     def undo(self) -> None:
         """Takes it back; a second call does nothing."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
