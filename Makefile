@@ -3,9 +3,10 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DEMO ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers bench bench-kept gpu lint wheel clean
+.PHONY: help demo demo-op reproduce test test-peers bench bench-kept gpu lint wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,8 +24,17 @@ $(VENV)/install.stamp: $(VENV)/torch.stamp $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,train]"
 	touch $@
 
-demo: $(VENV)/install.stamp ## the log-probability op against plain PyTorch: time, memory, a plot
+# two threads on any machine: sums in another order would give other figures
+demo: export OMP_NUM_THREADS := 2
+demo: $(VENV)/install.stamp ## SFT, warm-up, alignment, RLVR in minutes: figures by stage and a report; goes on if ended
+	$(BIN)/python -m prism run --config configs/tiny.toml --run.folder $(DEMO)
+	$(BIN)/python -m prism report --run $(DEMO)
+
+demo-op: $(VENV)/install.stamp ## the log-probability op against plain PyTorch: time, memory, a plot
 	$(BIN)/python -m bench.demo
+
+reproduce: $(VENV)/install.stamp ## what alignment adds: each arm over three seeds, figures, plots, a page; goes on if ended
+	$(BIN)/python -m bench.reproduce
 
 test: $(VENV)/install.stamp ## installs, then runs every test
 	$(BIN)/python -m pytest
@@ -53,7 +63,8 @@ $(TRL)/install.stamp: pyproject.toml tests/peers/trl.txt | $(PEERS)/install.stam
 
 test-peers: $(PEERS)/install.stamp $(TRL)/install.stamp ## against TRL's and verl's own functions, each in its environment
 	$(PEERS)/bin/python -m pytest tests/peers/test_verl.py tests/peers/test_verl_patch.py
-	$(TRL)/bin/python -m pytest tests/peers/test_trl.py tests/peers/test_trl_patch.py tests/peers/test_openrlhf_patch.py
+	$(TRL)/bin/python -m pytest tests/peers/test_trl.py tests/peers/test_trl_patch.py tests/peers/test_trl_step.py \
+		tests/peers/test_openrlhf_patch.py
 
 bench: $(PEERS)/install.stamp ## time and memory against plain PyTorch and published peers: JSON, plot, README's table
 	$(PEERS)/bin/python -m pytest bench -W ignore --benchmark-columns=median,rounds

@@ -1,4 +1,4 @@
-"""`make demo`: plain PyTorch against `linear_logprob`: the same numbers, their error, time and peak memory.
+"""`make demo-op`: plain PyTorch against `linear_logprob`: the same numbers, their error, time and peak memory.
 
 It needs torch and matplotlib, takes under two minutes on two cores, and writes out/demo.png.
 """

@@ -1,10 +1,12 @@
-"""What a policy does on held-out problems: accuracy, format, length, and in the embedded world its errors, exactly."""
+"""What a policy does on held-out problems: accuracy, format, length, drift; in the embedded world errors, exactly."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
 from prism.data.shapes import judge
+from prism.drift import drift
 from prism.models.prompts import PromptEncoder
 from prism.problems import Problem
 from prism.rewards import score_batch
@@ -14,7 +16,7 @@ from prism.rollout.sampling import Sampling
 
 @dataclass(frozen=True)
 class Report:
-    """Shares over the samples. The errors are those of the embedded world, NaN elsewhere.
+    """Shares over the samples. The errors are those of the embedded world, NaN elsewhere; drift needs teachers.
 
     An answer that follows from a wrong caption is an error of perception alone; a response without a valid form counts
     as wrong in everything.
@@ -26,6 +28,9 @@ class Report:
     length: float
     perception_error: float
     reasoning_error: float
+    # Wasserstein distances to the teachers in the numbers of caption items and of reasoning steps
+    drift_perception: float
+    drift_reasoning: float
 
     @property
     def standard_error(self) -> float:
@@ -33,13 +38,14 @@ class Report:
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.samples)
 
     def as_json(self) -> dict[str, float]:
-        """Returns the figures with the accuracy's standard error."""
-        return {**asdict(self), "accuracy_se": self.standard_error}
+        """Returns the figures that are known, with the accuracy's standard error."""
+        found = {**asdict(self), "accuracy_se": self.standard_error}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def evaluate(
     engine: Engine,
-    problems: Sequence[Problem],
+    problems: Iterable[Problem],
     encoder: PromptEncoder,
     *,
     max_new_tokens: int,
@@ -51,7 +57,7 @@ def evaluate(
 
     Args:
         engine: of the policy.
-        problems: each with its answer.
+        problems: each with its answer; their images are in memory for a batch alone.
         encoder: of the policy.
         max_new_tokens: the longest response.
         temperature: 0 is greedy.
@@ -59,19 +65,22 @@ def evaluate(
         batch: problems at a time.
     """
     texts: list[str] = []
+    seen: list[Problem] = []
     tokens = 0
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    for start in range(0, len(problems), batch):
-        part = problems[start : start + batch]
-        keys = range(start, start + len(part))
+    source = iter(problems)
+    while part := list(islice(source, batch)):
+        keys = range(len(seen), len(seen) + len(part))
+        seen += [replace(problem, images=(), encoding=None) for problem in part]
         rollouts = engine.generate([problem.encoded(encoder) for problem in part], sampling, keys=keys)
         texts += encoder.tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
         tokens += sum(len(r.token_ids) for r in rollouts)
     verdicts = score_batch(
-        texts, [problem.answer or "" for problem in problems], [problem.equivalent_answers for problem in problems]
+        texts, [problem.answer or "" for problem in seen], [problem.equivalent_answers for problem in seen]
     )
-    count = len(problems)
-    perception, reasoning = _errors(problems, texts)
+    count = len(seen)
+    perception, reasoning = _errors(seen, texts)
+    drifted = drift(texts, [problem.teacher for problem in seen])
     return Report(
         samples=count,
         accuracy=sum(verdict.accuracy for verdict in verdicts) / count,
@@ -79,6 +88,8 @@ def evaluate(
         length=tokens / count,
         perception_error=perception,
         reasoning_error=reasoning,
+        drift_perception=drifted["drift_perception"],
+        drift_reasoning=drifted["drift_reasoning"],
     )
 
 

@@ -2,11 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from prism.config.sections import Adam
 from prism.schedule import learning_rate
@@ -24,27 +26,101 @@ class Stepped(NamedTuple):
     skipped: str | None
 
 
+class MasterAdamW(AdamW):
+    """AdamW on fp32 copies of parameters that have fewer bits; they take the copies' values, rounded, at each step.
+
+    bf16 numbers lie 1/256 apart: a step of 1e-6 on them would be rounded away, each time anew. The copies are a part
+    of the state. A step leaves those parameters without gradients.
+
+    Args:
+        parameters: what is trained; those in fp32 are stepped on themselves.
+        settings: of AdamW.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], **settings: Any) -> None:
+        self.trained = list(parameters)
+        self.held = [p if _is_wide(p) else p.detach().float() for p in self.trained]
+        super().__init__(self.held, **settings)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients."""
+        super().zero_grad(set_to_none)
+        for parameter, _ in self._copied():
+            parameter.grad = None
+
+    # torch's own has overloads for a closure, which nothing here has
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Takes a step."""
+        for parameter, copy in self._copied():
+            # one after the other: no two gradients of all parameters at a time
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        super().step()
+        for parameter, copy in self._copied():
+            copy.grad = None
+            parameter.copy_(copy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state, with the copies."""
+        return {**super().state_dict(), "copies": [copy for _, copy in self._copied()]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a state."""
+        super().load_state_dict(state_dict)
+        for (_, copy), saved in zip(self._copied(), state_dict["copies"], strict=True):
+            copy.copy_(saved)
+
+    def _copied(self) -> list[tuple[nn.Parameter, Tensor]]:
+        return [(parameter, copy) for parameter, copy in zip(self.trained, self.held) if copy is not parameter]
+
+
+def _is_wide(parameter: Tensor) -> bool:
+    return parameter.dtype in (torch.float32, torch.float64)
+
+
+def make_optimiser(parameters: list[nn.Parameter], settings: Adam) -> Optimizer:
+    """Returns the optimiser that the settings name."""
+    options: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.name == "adamw":
+        return (AdamW if all(map(_is_wide, parameters)) else MasterAdamW)(parameters, **options)
+    from torchao import optim  # type: ignore[import-not-found, unused-ignore]
+
+    # without copies: an update is not lost but for chance, and kept by chance
+    build = optim.AdamW8bit if settings.name == "adamw8bit" else optim._AdamW
+    return build(parameters, bf16_stochastic_round=True, **options)
+
+
 class Stepper:
-    """AdamW over the parameters that a model trains, and its learning rate.
+    """The optimiser of the parameters that a model trains, and its learning rate.
 
     Args:
         model: what is trained.
         settings: of the optimiser.
         steps: of the stage.
+        inspection: the folder that gets the batches of steps that were not taken, `step-000012.pt` that of the stage's
+            twelfth, to be read by `torch.load`; None: they are not saved.
     """
 
     # in a row
     MOST_SKIPPED = 10
 
-    def __init__(self, model: nn.Module, settings: Adam, steps: int) -> None:
+    def __init__(self, model: nn.Module, settings: Adam, steps: int, *, inspection: Path | None = None) -> None:
         self.settings = settings
+        self.inspection = inspection
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-        )
+        self.optimiser = make_optimiser(self.parameters, settings)
         warmup = settings.warmup_steps(steps)
         self.schedule = learning_rate(self.optimiser, settings.schedule, warmup_steps=warmup, steps=steps)
         self.skipped_in_a_row = 0
+        # of the optimiser, in a step of the stage
+        self.tries = 0
 
     @property
     def lr(self) -> float:
@@ -55,8 +131,13 @@ class Stepper:
         """Drops the gradients."""
         self.optimiser.zero_grad(set_to_none=True)
 
-    def end(self, losses: Iterable[Tensor]) -> Stepped:
-        """Takes the step, unless a loss or the gradient is not finite; raises after too many such steps in a row."""
+    def end(self, losses: Iterable[Tensor], batch: Mapping[str, Any] | None = None) -> Stepped:
+        """Takes the step, unless a loss or the gradient is not finite; raises after too many such steps in a row.
+
+        Args:
+            losses: of the step's packs.
+            batch: see `count`.
+        """
         lr, norm = self.lr, math.nan
         skipped = None if all(math.isfinite(float(loss)) for loss in losses) else "the loss is not finite"
         if skipped is None:
@@ -64,15 +145,38 @@ class Stepper:
             skipped = None if math.isfinite(norm) else "the gradient is not finite"
         if skipped is None:
             self.optimiser.step()
-            self.skipped_in_a_row = 0
-        else:
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row >= self.MOST_SKIPPED:
-                raise NotFiniteError(f"{self.skipped_in_a_row} steps in a row were not taken: {skipped}")
+        self.count(skipped, batch)
         return Stepped(norm, lr, skipped)
+
+    def count(self, skipped: str | None, batch: Mapping[str, Any] | None = None) -> None:
+        """Takes note of a step that was taken or not; raises after too many in a row that were not.
+
+        Args:
+            skipped: what was not finite; None: the step was taken.
+            batch: tensors and plain Python values, saved where the step was not taken.
+        """
+        self.tries += 1
+        if skipped is None:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        kept = self._save(skipped, batch)
+        if self.skipped_in_a_row >= self.MOST_SKIPPED:
+            where = "" if kept is None else f"; their batches are in {kept.parent}"
+            raise NotFiniteError(f"{self.skipped_in_a_row} steps in a row were not taken: {skipped}{where}")
+
+    def _save(self, reason: str, batch: Mapping[str, Any] | None) -> Path | None:
+        if self.inspection is None or batch is None:
+            return None
+        self.inspection.mkdir(parents=True, exist_ok=True)
+        again = f"-{self.tries}" if self.tries > 1 else ""
+        path = self.inspection / f"step-{self.schedule.last_epoch + 1:06d}{again}.pt"
+        torch.save({**batch, "skipped": reason, "lr": self.lr}, path)
+        return path
 
     def next_rate(self) -> None:
         """Goes on to the learning rate of the stage's next step."""
+        self.tries = 0
         with warnings.catch_warnings():
             # torch warns where no step of the optimiser came before, which is so where the first was not taken
             warnings.simplefilter("ignore", UserWarning)

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from math import floor
 
 from PIL import Image
 
 from prism.data import shapes
-from prism.models.prompts import EncodedPrompt, Message, PromptEncoder
+from prism.data.judging import ASKED, judged
+from prism.models.prompts import PLACEHOLDER, EncodedPrompt, Message, PromptEncoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +21,16 @@ class Problem:
     answer: str | None = None
     equivalent_answers: tuple[str, ...] = ()
     teacher: str | None = None
+    # a response that is compared with the teacher's; None: the policy gives one
+    student: str | None = None
+    # what `encoded` gives, where it is known already
+    encoding: EncodedPrompt | None = None
     # of the embedded world, in which errors can be counted exactly
     shape: shapes.Sample | None = None
 
     def encoded(self, encoder: PromptEncoder) -> EncodedPrompt:
         """Returns the prompt as the models read it."""
-        return encoder.encode(self.prompt, self.images, name=self.name)
+        return self.encoding or encoder.encode(self.prompt, self.images, name=self.name)
 
 
 class ShapesProblems:
@@ -35,22 +40,24 @@ class ShapesProblems:
         world: the world.
         split: see `prism.data.shapes.SPLITS`.
         count: how many there are.
+        judged: the share of them that ask whether a description or an answer is right.
     """
 
-    def __init__(self, world: shapes.ShapesWorld, split: str, count: int) -> None:
-        self.world, self.split, self.count = world, split, count
+    def __init__(self, world: shapes.ShapesWorld, split: str, count: int, judged: float = 0.0) -> None:
+        self.world, self.split, self.count, self.judged = world, split, count, judged
 
     def __len__(self) -> int:
         return self.count
 
-    @cached_property
-    def _samples(self) -> list[shapes.Sample]:
-        # an image is 27 kB: the largest split takes 450 MB of memory drawn whole, the others a tenth of that
-        return list(self.world.samples(self.split, self.count))
-
     def take(self, indices: Sequence[int]) -> list[Problem]:
         """Returns the problems at these indices."""
-        return [problem_of(self._samples[index]) for index in indices]
+        # drawn afresh: half a millisecond each, and a split held whole would take hundreds of megabytes
+        return [self._problem(next(self.world.samples(self.split, 1, start=int(index)))) for index in indices]
+
+    def _problem(self, sample: shapes.Sample) -> Problem:
+        # spread evenly, whatever the share
+        judged = floor((sample.index + 1) * self.judged) > floor(sample.index * self.judged)
+        return judged_problem(sample) if judged else problem_of(sample)
 
 
 def problem_of(sample: shapes.Sample) -> Problem:
@@ -63,3 +70,14 @@ def problem_of(sample: shapes.Sample) -> Problem:
         teacher=sample.response.text,
         shape=sample,
     )
+
+
+def judged_problem(sample: shapes.Sample) -> Problem:
+    """Returns the question whether a part of a response to a sample is right, and the verdict."""
+    part, verdict = judged(sample)
+    prompt = (
+        {"role": "user", "content": f"{PLACEHOLDER}{sample.question.text}"},
+        {"role": "assistant", "content": part},
+        {"role": "user", "content": ASKED},
+    )
+    return Problem(sample.id, prompt, (Image.fromarray(sample.image),), teacher=verdict)

@@ -13,33 +13,35 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
+from transformers.utils import logging as transformers_logging
 
 import prism_kernels
 from prism import checkpoint
-from prism.config import STAGES, Config, ConfigError
-from prism.data.shapes import Carelessness, ShapesWorld
-from prism.discriminator.metrics import channel_report
-from prism.discriminator.score import Sample, score_groups
-from prism.evaluation import evaluate
+from prism.assessment import assess_discriminator, assess_policy, told
+from prism.config import Config
+from prism.config.sections import Adam
+from prism.discriminator.checkpoint import save_discriminator
+from prism.discriminator.model import Discriminator
+from prism.discriminator.score import Sample
 from prism.log import RunLog
 from prism.models.building import build_discriminator, build_policy
 from prism.models.tiny import save_processor
 from prism.optimisation import Stepper, freeze_vision
+from prism.peak import begin_peak, peak_bytes
 from prism.policy import Policy
-from prism.problems import Problem, ShapesProblems
+from prism.problem_sources import problems_of, step_random
+from prism.problems import Problem
 from prism.report import write_report
+from prism.resuming import check_settings
 from prism.rollout.engine import Engine
-from prism.stages.align import align_step, score_limits
+from prism.stages.align import align_step
 from prism.stages.rlvr import Rewarded, informative, joined, reward, rlvr_step, select
 from prism.stages.rollouts import answer
 from prism.stages.supervised import supervised_step
 from prism.stages.warmup import warmup_step
 
 Metrics = dict[str, Any]
-# which split of the embedded world a stage takes its problems from
-SPLITS = {"base": "base", "sft": "sft", "rlvr": "rl"} | dict.fromkeys(("distill", "warmup", "align"), "alignment")
 # of each stage, what the console shows
 SHOWN = {
     "base": ("loss", "grad_norm"),
@@ -63,48 +65,40 @@ class Run:
     """
 
     def __init__(self, config: Config) -> None:
-        if config.data.source != "shapes":
-            raise ConfigError("data.source: expected 'shapes', the stages do not read files yet, got 'files'")
+        check_settings(config)
+        # the console is the log's; downloads keep their bars
+        transformers_logging.set_tqdm_hook(lambda make, given, options: make(*given, **{**options, "disable": True}))
         self.config = config
         self.folder = Path(config.run.folder)
         self.policy, self.encoder = build_policy(config)
-        self.discriminator = build_discriminator(config, self.policy.model)
+        # a run without these stages does not load a second model
+        plays = {"warmup", "align"}.intersection(config.run.stages)
+        self._discriminator = build_discriminator(config, self.policy.model) if plays else None
         path = None if config.rollout.engine == "auto" else config.rollout.engine
         tokens = config.rollout.cache_tokens
         self.engine = Engine(self.policy.model, self.encoder.tokenizer, path=path, cache_tokens=tokens)
-        found = config.data.shapes
-        self.world = ShapesWorld(found.seed, Carelessness(**found.carelessness.model_dump()))
-        self.problems: dict[str, ShapesProblems] = {}
+        self.problems = problems_of(config, self.encoder)
         self.log = RunLog(self.folder / "metrics.jsonl", console=config.log.console)
         self.evaluations: dict[str, Metrics] = {}
         self.reference: Policy | None = None
         self._stop = False
 
-    # --- what a step draws: by the seed, the stage and the step alone, so that a resumed run draws the same
+    @property
+    def discriminator(self) -> Discriminator:
+        """The scorer of a run that has a stage with one."""
+        if self._discriminator is None:
+            raise RuntimeError("discriminator: expected warmup or align among run.stages, without which there is none")
+        return self._discriminator
 
-    def split(self, name: str) -> ShapesProblems:
-        """Returns a split of the embedded world."""
-        if name not in self.problems:
-            self.problems[name] = ShapesProblems(self.world, name, getattr(self.config.data.shapes, name))
-        return self.problems[name]
-
-    def random(self, stage: str, step: int) -> np.random.Generator:
-        """Returns the random numbers of a step."""
-        return np.random.default_rng([self.config.run.seed, STAGES.index(stage), step])
+    # --- what a step draws
 
     def draw(self, stage: str, step: int, count: int) -> list[Problem]:
-        """Returns problems of a step, each at most once where there are enough."""
-        split = self.split(SPLITS[stage])
-        rng = self.random(stage, step)
-        curated = self.config.data.shapes.sft_curated if stage == "sft" else 0
-        total = len(split) + curated
-        chosen = rng.choice(total, count, replace=count > total)
-        found = split.take([int(i) for i in chosen if i < len(split)])
-        return found + self.split("alignment").take([int(i) - len(split) for i in chosen if i >= len(split)])
+        """Returns problems of a step."""
+        return next(self.problems.batches(stage, step, count))
 
     def seed(self, stage: str, step: int) -> int:
         """Returns the seed of a step's sampling."""
-        return int(self.random(stage, step).integers(2**62))
+        return int(step_random(self.config.run.seed, stage, step).integers(2**62))
 
     # --- the steps of the stages
 
@@ -116,15 +110,22 @@ class Run:
         )
 
     def warmup(self, stage: str, step: int, steppers: list[Stepper]) -> Metrics:
-        """Trains the discriminator on the policy's responses against their teachers'."""
+        """Trains the discriminator on given responses, or else the policy's, against their teachers'."""
         settings = self.config.rollout.align.model_copy(update={"group": 1})
         batch = self.config.optimiser.warmup.batch
         assert batch is not None, "checked with the settings"
         problems = self.draw(stage, step, batch)
-        found = answer(self.engine, problems, self.encoder, settings, self.seed(stage, step))
+        given = [problem.student for problem in problems if problem.student is not None]
+        if len(given) == len(problems):
+            prompts = [problem.encoded(self.encoder) for problem in problems]
+        else:
+            found = answer(self.engine, problems, self.encoder, settings, self.seed(stage, step))
+            prompts, given = found.prompts, found.texts
+        # without images a prompt is encoded afresh
+        sees = self.discriminator.images
         samples = [
-            Sample(prompt, found.of(place), teacher=problem.teacher, name=problem.name)
-            for place, (problem, prompt) in enumerate(zip(found.problems, found.prompts))
+            Sample(prompt if sees else problem.prompt, [student], teacher=problem.teacher, name=problem.name)
+            for problem, prompt, student in zip(problems, prompts, given)
         ]
         return warmup_step(self.discriminator, samples, self.encoder, steppers[0], self.config)
 
@@ -158,12 +159,10 @@ class Run:
         """Returns a step's rewarded responses, and how many tries dynamic sampling took."""
         settings, rule = self.config.rollout.rlvr, self.config.algorithm.rlvr.dynamic_sampling
         tries = 1 if rule is None else rule.tries
-        problems = self.draw(stage, step, self.config.dynamic_prompts * tries)
         seed = self.seed(stage, step)
         parts: list[Rewarded] = []
-        for index in range(tries):
-            part = problems[index * self.config.dynamic_prompts : (index + 1) * self.config.dynamic_prompts]
-            found = reward(answer(self.engine, part, self.encoder, settings, seed + index), self.config)
+        for index, batch in enumerate(self.problems.batches(stage, step, self.config.dynamic_prompts, tries)):
+            found = reward(answer(self.engine, batch, self.encoder, settings, seed + index), self.config)
             if rule is None:
                 return found, 1
             parts.append(informative(found, settings.prompts))
@@ -197,6 +196,9 @@ class Run:
         done, position = self._restore()
         with _on_interrupt(self._ask_to_stop):
             if not self.evaluations:
+                for split in ("validation", "test"):
+                    if not self.problems.held_out(split):
+                        self.log.note(f"data.files.{split} names no files: nothing is measured on it")
                 self.assess("start")
             for stage in self.config.run.stages:
                 if stage in done:
@@ -224,10 +226,12 @@ class Run:
         with self.log.stage(stage, settings.steps, first):
             for step in range(first, settings.steps):
                 begin = time.perf_counter()
-                metrics = step_of(stage, step, steppers)
+                begin_peak(self.policy.device)
+                metrics = {**step_of(stage, step, steppers), **self.problems.figures(stage)}
                 for stepper in steppers:
                     stepper.next_rate()
-                self.log.step(step + 1, {**metrics, "seconds": time.perf_counter() - begin}, SHOWN[stage])
+                spent = {"seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes(self.policy.device)}
+                self.log.step(step + 1, {**metrics, **spent}, SHOWN[stage])
                 last = step + 1 == settings.steps
                 if often and (step + 1) % often == 0 and not last:
                     self.assess(f"{stage} {step + 1}")
@@ -236,57 +240,48 @@ class Run:
                 if self._stop:
                     raise InterruptedRunError
         self.reference = None
-        if stage == "base":
+        if stage == "base" and self._discriminator is not None:
             self.discriminator.load_state_dict(build_discriminator(self.config, self.policy.model).state_dict())
         self.assess(stage)
 
     def assess(self, after: str) -> None:
-        """Evaluates the policy, and after the warm-up the discriminator, on held-out problems."""
-        settings = self.config.evaluation
-        last = after == self.config.run.stages[-1]
-        split = "test" if last else "validation"
-        count = self.config.data.shapes.test if last else settings.samples
-        problems = self.split(split).take(range(count))
-        report = evaluate(
-            self.engine,
-            problems,
-            self.encoder,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-        )
-        found: Metrics = {"split": split, **report.as_json()}
-        if after in ("warmup", "align"):
-            found |= self._held_out_pairs()
-        self.evaluations[after] = {name: _jsonable(value) for name, value in found.items()}
-        self.log.note(
-            f"after {after}: accuracy {report.accuracy:.3f} ± {report.standard_error:.3f}, perception error "
-            f"{report.perception_error:.3f}, reasoning error {report.reasoning_error:.3f}, format {report.format:.3f} "
-            f"({report.samples} of {split})"
-        )
+        """Evaluates the policy on held-out problems, and after the warm-up the discriminator.
 
-    def _held_out_pairs(self) -> Metrics:
-        """Returns how well the discriminator tells held-out pairs apart, by channel."""
-        settings = self.config.rollout.align
-        problems = self.split("validation").take(range(min(128, len(self.split("validation")))))
-        found = answer(self.engine, problems, self.encoder, settings.model_copy(update={"group": 2}), 0)
-        samples = [
-            Sample(prompt, found.of(place), teacher=problem.teacher, name=problem.name)
-            for place, (problem, prompt) in enumerate(zip(found.problems, found.prompts))
-        ]
-        with torch.no_grad():
-            scores = score_groups(self.discriminator, samples, self.encoder, score_limits(self.config))
-        result: Metrics = {}
-        for channel, report in channel_report(scores).items():
-            result |= {f"pair_accuracy_{channel}": report.accuracy, f"pair_gap_{channel}": report.gap}
-        return result
+        Before and after the last stage it also takes the test split, so that what the stage did is read from there.
+        """
+        before = next(reversed(self.evaluations.values()), None)
+        if before is not None and after.startswith("warmup"):
+            # the policy is the one of before
+            found: Metrics = {key: value for key, value in before.items() if key not in ("test", "discriminator")}
+        else:
+            found = self._assess_policy("validation", self.config.evaluation.samples)
+        if after in ["start", *self.config.run.stages][-2:] and self.problems.held_out("test"):
+            found["test"] = self._assess_policy("test")
+        if after in ("warmup", "align"):
+            taught = [problem for problem in self.problems.held_out("validation", 64) if problem.teacher is not None]
+            if taught:
+                found["discriminator"] = assess_discriminator(
+                    self.discriminator, self.engine, taught, self.encoder, self.config
+                )
+        self.evaluations[after] = found
+        self.log.note(f"after {after}: {told(found)}")
+
+    def _assess_policy(self, split: str, count: int | None = None) -> Metrics:
+        problems = self.problems.held_out(split, count)
+        if not problems:
+            return {"split": split, "samples": 0}
+        return assess_policy(self.engine, problems, self.encoder, self.config, split)
 
     def finish(self) -> None:
-        """Writes the policy as a transformers folder, and the evaluations."""
+        """Writes policy and discriminator as folders that the next stage takes, and the evaluations."""
         folder = self.folder / "policy"
         self.policy.model.save_pretrained(folder)
         save_processor(folder, self.encoder.tokenizer, self.encoder.image_processor)
+        left = f"the policy is in {folder}"
+        if self._discriminator is not None:
+            left += f", the discriminator in {save_discriminator(self._discriminator, self.folder / 'discriminator')}"
         (self.folder / "evaluations.json").write_text(json.dumps(self.evaluations, indent=2) + "\n")
-        self.log.note(f"the policy is in {folder}, the figures in {self.folder / 'evaluations.json'}")
+        self.log.note(f"{left}, the figures in {self.folder / 'evaluations.json'}")
         self.log.close()
         self.log.note(f"the report is {write_report(self.folder)}")
 
@@ -298,17 +293,24 @@ class Run:
 
     def _models(self) -> dict[str, torch.nn.Module]:
         held = {} if self.reference is None else {"reference": self.reference.model}
-        return {"policy": self.policy.model, "discriminator": self.discriminator, **held}
+        scorer = {} if self._discriminator is None else {"discriminator": self._discriminator}
+        return {"policy": self.policy.model, **scorer, **held}
 
     def _steppers(self, stage: str) -> list[Stepper]:
         """Returns the optimisers of a stage, that of what it is named after first."""
-        settings = getattr(self.config.optimiser, stage)
-        if stage == "warmup":
-            return [Stepper(self.discriminator, settings, settings.steps)]
-        freeze_vision(self.policy, settings.freeze_vision)
-        found = [Stepper(self.policy, settings, settings.steps)]
-        if stage == "align":
-            found.append(Stepper(self.discriminator, self.config.optimiser.discriminator, settings.steps))
+        optimisers = self.config.optimiser
+        settings = getattr(optimisers, stage)
+        trained: list[tuple[torch.nn.Module, Adam]] = []
+        if stage != "warmup":
+            trained.append((self.policy, settings))
+        if stage in ("warmup", "align"):
+            trained.append((self.discriminator, settings if stage == "warmup" else optimisers.discriminator))
+        found = []
+        for model, own in trained:
+            freeze_vision(model, own.freeze_vision)
+            # the batches of steps that are not taken
+            folder = self.folder / "not_finite" / f"{stage}-{'policy' if model is self.policy else 'discriminator'}"
+            found.append(Stepper(model, own, settings.steps, inspection=folder))
         return found
 
     def _training(self, steppers: list[Stepper]) -> dict[str, checkpoint.Stateful]:
@@ -324,6 +326,7 @@ class Run:
             "done": done,
             "stage": stage,
             "step": step,
+            "data": {} if stage is None else self.problems.position(stage),
             "evaluations": self.evaluations,
             "log": self.log.state_dict(),
         }
@@ -346,6 +349,8 @@ class Run:
         )
         assert found is not None
         self.evaluations = dict(found.extra["evaluations"])
+        if stage is not None:
+            self.problems.go_to(stage, found.extra["data"])
         self.log.load_state_dict(found.extra["log"])
         where = f"step {found.extra['step']} of {stage}" if stage else f"the end of {found.extra['done'][-1]}"
         self.log.note(f"going on from {where} ({found.path})")

@@ -55,6 +55,10 @@ class TokenBytes(NamedTuple):
     offsets: Ints
 
 
+# a vocabulary of the 256 bytes: finds segments in texts whose tokens do not matter
+SINGLE_BYTES = TokenBytes(np.arange(256, dtype=np.uint8), np.arange(257, dtype=np.int64))
+
+
 class Segments(NamedTuple):
     """The tokens [start, end) of each segment's text, without its tags, as indices into the packed batch."""
 

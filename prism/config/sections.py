@@ -1,5 +1,6 @@
 """The tables of the file, but for the algorithms: what may be set, with defaults."""
 
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -79,21 +80,21 @@ class Model(Section):
 
 
 class Carelessness(Section):
-    """Error rates of the public teacher: see `prism.data.shapes.Carelessness`."""
+    """How often the public teacher errs: see `prism.data.shapes.Carelessness`."""
 
-    colour: Share = 0.11
-    dropped: Share = 0.08
-    invented: Share = 0.02
-    kind: Share = 0.03
-    place: Share = 0.02
+    colour: Share = 0.60
+    dropped: Share = 0.60
+    invented: Share = 0.01
+    kind: Share = 0.02
+    place: Share = 0.01
     reasoning: Share = 0.20
-    careful_style: Share = 0.60
+    careful_style: Share = 0.50
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        total = self.colour + self.dropped + self.invented + self.kind + self.place
-        if total > 1:
-            raise ValueError(f"colour: expected the rates of perception errors to sum to <= 1, got {total:g}")
+        slips = self.invented + self.kind + self.place
+        if slips > 1:
+            raise ValueError(f"invented: expected invented, kind and place to sum to <= 1, got {slips:g}")
         return self
 
 
@@ -103,6 +104,7 @@ class Shapes(Section):
     Args:
         seed: of the world.
         base: plain texts, for `base`.
+        judged: the share of the base's samples that ask whether a description or an answer is right.
         sft: responses of the public teacher.
         sft_curated: how many of alignment's demonstrations are mixed into SFT.
         alignment: demonstrations of the curated teacher, for distill, warmup and align.
@@ -113,7 +115,8 @@ class Shapes(Section):
     """
 
     seed: Natural = 0
-    base: Positive = 16384
+    base: Positive = 131072
+    judged: Share = 0.5
     sft: Positive = 8192
     sft_curated: Natural = 400
     alignment: Positive = 400
@@ -251,7 +254,8 @@ class Adam(Section):
     """AdamW, and how its learning rate goes.
 
     Args:
-        name: of the optimiser.
+        name: `adamw` holds fp32 copies of weights that have fewer bits, which would lose small updates. Without copies
+            (torchao): `adamw_bf16` rounds updates up or down by chance, `adamw8bit` has moments of 8 bits as well.
         lr: the highest.
         schedule: after the warm-up; `linear` and `cosine` end at 0.
         warmup: below 1 the share of the steps with a rising rate, else their number.
@@ -262,7 +266,7 @@ class Adam(Section):
         freeze_vision: whether vision tower and projector stay as they are.
     """
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "adamw_bf16"] = "adamw"
     lr: Annotated[float, Field(ge=0)]
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Annotated[float, Field(ge=0)] = 0.0
@@ -280,6 +284,8 @@ class Adam(Section):
     def _check(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {list(self.betas)}")
+        if self.name != "adamw" and find_spec("torchao") is None:
+            raise ValueError(f"name: expected 'adamw' without torchao (pip install torchao), got {self.name!r}")
         return self
 
 
@@ -359,13 +365,15 @@ class Evaluation(Section):
     """Held-out samples, before the first stage and after each.
 
     Args:
-        samples: how many, of validation; the last evaluation takes all of test.
+        samples: how many, of validation; before and after the last stage all of test as well.
         every: steps, also within a stage; 0: never.
         max_new_tokens: the longest response.
         temperature: 0 is greedy.
+        sampled: whether a response at temperature 1 is judged as well.
     """
 
     samples: Positive = 512
     every: Natural = 0
     max_new_tokens: Positive = 160
     temperature: Annotated[float, Field(ge=0)] = 0.0
+    sampled: bool = True

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -70,20 +70,26 @@ class RowStream:
         files: JSONL and parquet files, or folders of them.
         schema: `chat` (SFT), `warmup` or `problem` (alignment, RLVR).
         options: see there.
+        take: what is given of a valid row, which it may refuse by a `RowError`; None: the row.
     """
 
     def __init__(
-        self, files: Sequence[str | Path] | str | Path, schema: str, options: LoadOptions | None = None
+        self,
+        files: Sequence[str | Path] | str | Path,
+        schema: str,
+        options: LoadOptions | None = None,
+        *,
+        take: Callable[[Any], Any] | None = None,
     ) -> None:
         if schema not in READERS:
             raise ValueError(f"RowStream: expected schema to be one of {', '.join(map(repr, READERS))}, got {schema!r}")
         self.files = data_files(files)
         self.options = options or LoadOptions()
-        self.schema = schema
-        # of the current epoch
+        self.schema, self.take = schema, take
+        # of the current epoch; `different`: how many rows were skipped since the first one, each counted once
         self.read = self.skipped = 0
         self.causes: Counter[str] = Counter()
-        self._epoch = self._logged = 0
+        self.epoch = self.different = 0
         # of the log: what a run before this one wrote is dropped when the first row is read
         self._log_is_ours = False
         self._last = ""
@@ -111,14 +117,14 @@ class RowStream:
         """Returns the position behind the row given last: numbers and names that JSON can write."""
         return {
             "of": self._identity(),
-            "epoch": self._epoch,
+            "epoch": self.epoch,
             "block": self._number,
             "place": list(self._start),
             "next": self._next,
             "read": self.read,
             "skipped": self.skipped,
             "causes": dict(self.causes),
-            "logged": self._logged,
+            "different": self.different,
             "last": self._last,
         }
 
@@ -130,7 +136,7 @@ class RowStream:
                 raise DataError(
                     f"load_state_dict: expected the same {key} as when it was saved, {value}, got {ours[key]}"
                 )
-        self._epoch, self._logged, self._last = state["epoch"], state["logged"], state["last"]
+        self.epoch, self.different, self._last = state["epoch"], state["different"], state["last"]
         self._begin_epoch()
         self.read, self.skipped, self.causes = state["read"], state["skipped"], Counter(state["causes"])
         if state["block"] >= 0:
@@ -151,7 +157,7 @@ class RowStream:
         self.causes = Counter()
         self._order = list(range(len(self.files)))
         if self.options.buffer:
-            _shuffle(self._order, f"{self.options.seed}/{self._epoch}/files")
+            _shuffle(self._order, f"{self.options.seed}/{self.epoch}/files")
         self._number, self._start, self._end = -1, Place(), Place()
         self._rows = self._rows_from(self._end)
         self._block: list[tuple[Path, Raw]] = []
@@ -176,7 +182,7 @@ class RowStream:
             if len(self._block) >= max(self.options.buffer, 1):
                 break
         if self.options.buffer:
-            _shuffle(self._block, f"{self.options.seed}/{self._epoch}/{self._number}")
+            _shuffle(self._block, f"{self.options.seed}/{self.epoch}/{self._number}")
         return bool(self._block)
 
     def _next_block(self) -> None:
@@ -184,9 +190,9 @@ class RowStream:
         if self._fill():
             return
         self._check_share(at_end=True)
-        if self.options.epochs is not None and self._epoch + 1 >= self.options.epochs:
+        if self.options.epochs is not None and self.epoch + 1 >= self.options.epochs:
             raise StopIteration
-        self._epoch += 1
+        self.epoch += 1
         self._begin_epoch()
         self._fill()
 
@@ -194,7 +200,8 @@ class RowStream:
         """Returns the row, or None where it is skipped."""
         root = self.options.image_root or path.parent
         try:
-            return READERS[self.schema](parse(raw.content), f"{path.stem}-{raw.row}", root, self.options.limits)
+            row = READERS[self.schema](parse(raw.content), f"{path.stem}-{raw.row}", root, self.options.limits)
+            return row if self.take is None else self.take(row)
         except RowError as error:
             if self.options.on_error == "raise":
                 raise DataError(error.at(path, raw.row)) from None
@@ -206,13 +213,15 @@ class RowStream:
     def _log(self, path: Path, row: int, error: RowError) -> None:
         self._last = error.at(path, row)
         # the same rows are skipped in every epoch
-        if self.options.skipped is None or self._epoch:
+        if self.epoch:
+            return
+        self.different += 1
+        if self.options.skipped is None:
             return
         entry = {"file": str(path), "row": row, "field": error.field, "cause": error.cause, "reason": error.problem}
         self.options.skipped.parent.mkdir(parents=True, exist_ok=True)
         with self.options.skipped.open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
-        self._logged += 1
 
     def _cut_log(self) -> None:
         """Drops from the log what was written behind this position: by a run that was interrupted, or an older one."""
@@ -221,8 +230,8 @@ class RowStream:
         if path is None or not path.exists():
             return
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if len(lines) > self._logged:
-            path.write_text("".join(lines[: self._logged]), encoding="utf-8")
+        if len(lines) > self.different:
+            path.write_text("".join(lines[: self.different]), encoding="utf-8")
 
     def _check_share(self, at_end: bool) -> None:
         if at_end and self.read == self.skipped:
@@ -255,8 +264,21 @@ class DryRun:
     first: Mapping[str, str]
 
 
-def dry_run(files: Sequence[str | Path] | str | Path, schema: str, options: LoadOptions | None = None) -> DryRun:
-    """Returns how many rows the files have and how many would be rejected, by cause, having read all of them once."""
+def dry_run(
+    files: Sequence[str | Path] | str | Path,
+    schema: str,
+    options: LoadOptions | None = None,
+    *,
+    take: Callable[[Any], Any] | None = None,
+) -> DryRun:
+    """Returns how many rows the files have and how many would be rejected, by cause, having read all of them once.
+
+    Args:
+        files: see `RowStream`.
+        schema: see `RowStream`.
+        options: see `RowStream`; order and logs do not matter here.
+        take: see `RowStream`.
+    """
     options = options or LoadOptions()
     if schema not in READERS:
         raise ValueError(f"dry_run: expected schema to be one of {', '.join(map(repr, READERS))}, got {schema!r}")
@@ -267,7 +289,9 @@ def dry_run(files: Sequence[str | Path] | str | Path, schema: str, options: Load
         for raw in read_rows(path):
             rows += 1
             try:
-                READERS[schema](parse(raw.content), "", options.image_root or path.parent, options.limits)
+                row = READERS[schema](parse(raw.content), "", options.image_root or path.parent, options.limits)
+                if take is not None:
+                    take(row)
             except RowError as error:
                 rejected[error.cause] += 1
                 first.setdefault(error.cause, error.at(path, raw.row))

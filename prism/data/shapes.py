@@ -54,7 +54,7 @@ __all__ = [
 
 # of each split: its share of the scenes in percent, whose responses it has, and how many samples by default
 SPLITS = {
-    "base": (30, "base", 16384),
+    "base": (30, "base", 131072),
     "sft": (25, "public", 8192),
     "alignment": (15, "curated", 400),
     "rl": (15, "curated", 2048),
@@ -116,6 +116,17 @@ class ShapesWorld:
     def respond(self, teacher: str, sample: Sample, draw: int = 0) -> Response:
         """Returns a teacher's response to a sample; another number of the draw gives another phrasing, other errors."""
         return self._respond(teacher, sample.split, sample.index, sample.scene, sample.question, draw)
+
+    def texts(self, count: int) -> Iterator[str]:
+        """Yields what is said about the first samples of the base's split: questions, and all responses in three parts.
+
+        A tokenizer that learns from them knows this world's words and tags; no image is drawn.
+        """
+        for index in range(count):
+            scene, question = self._asked("base", index)
+            yield question.text
+            for teacher in TEACHERS:
+                yield self._respond(teacher, "base", index, scene, question).sections.text
 
     def _asked(self, split: str, index: int) -> tuple[Scene, Question]:
         rng = Random(f"{self.seed}/{split}/{index}")

@@ -8,54 +8,51 @@ from dataclasses import dataclass, fields
 from random import Random
 
 from prism.data.questions import EQUAL, NONE, Question, answers, compared, infer, matching, name, worths
-from prism.data.scenes import GRID, KINDS, PLACES, Item, Scene, pick
+from prism.data.scenes import GRID, KINDS, MOST_ITEMS, PLACES, Item, Scene, pick
 from prism.data.sections import Sections
 
 TEACHERS = ("base", "public", "curated")
-# what careless eyes take each for; the second of a pair of colours is taken for the first before the reverse
+# what careless eyes take each for
 COLOUR_PAIRS = (("red", "orange"), ("green", "teal"), ("blue", "purple"))
 KIND_PAIRS = (("circle", "triangle"), ("square", "diamond"))
 CONFUSED = {a: b for one, other in (*COLOUR_PAIRS, *KIND_PAIRS) for a, b in ((one, other), (other, one))}
-HARD = tuple(hard for _, hard in COLOUR_PAIRS)
+MISSEEN = "purple"
 REMARK = "white background"
 
 
 @dataclass(frozen=True)
 class Carelessness:
-    """The shares of the public teacher's responses with each error; a response has at most one of perception.
+    """How often the public teacher errs; a response has at most one error of perception.
+
+    The first two are habits: what is seen so more often than not, who learns from it sees so always. The others are
+    slips, which happen anywhere.
 
     Args:
-        colour: an item of a confusable colour, preferably a hard one, is called by the other.
-        dropped: the last item is left out; a single one is called by another colour instead.
-        invented: the last item is there a second time, in the next free cell.
-        kind: the first item is called by the confusable kind.
-        place: the last item is in the next free cell.
-        reasoning: the last step is wrong.
+        colour: of the scenes with something purple: it is called blue.
+        dropped: of the other scenes of five items, and of those whose purple was seen: the last item is left out.
+        invented: of the scenes without either: the last item is there a second time, in the next free cell.
+        kind: of the same: the first item is called by the confusable kind.
+        place: of the same: the last item is in the next free cell.
+        reasoning: of all: the last step is wrong.
         careful_style: texts in the curated teacher's style. With none the style alone tells the two apart.
     """
 
-    colour: float = 0.11
-    dropped: float = 0.08
-    invented: float = 0.02
-    kind: float = 0.03
-    place: float = 0.02
+    colour: float = 0.60
+    dropped: float = 0.60
+    invented: float = 0.01
+    kind: float = 0.02
+    place: float = 0.01
     reasoning: float = 0.20
-    careful_style: float = 0.60
+    careful_style: float = 0.50
 
     def __post_init__(self) -> None:
         for field in fields(self):
             rate = getattr(self, field.name)
             if not 0 <= rate <= 1:
                 raise ValueError(f"Carelessness: expected {field.name} in [0, 1], got {rate}")
-        if self.perception > 1:
-            raise ValueError(
-                f"Carelessness: expected the rates of perception errors to sum to <= 1, got {self.perception}"
-            )
-
-    @property
-    def perception(self) -> float:
-        """The share of responses with an error of perception."""
-        return self.colour + self.dropped + self.invented + self.kind + self.place
+        slips = self.invented + self.kind + self.place
+        if slips > 1:
+            raise ValueError(f"Carelessness: expected invented, kind and place to sum to <= 1, got {slips}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,9 @@ class Response:
 
     @property
     def text(self) -> str:
-        """The response in the three-part form."""
+        """The response in the three-part form; the base, which does not know it, writes one part below the other."""
+        if self.teacher == "base":
+            return "\n".join((self.sections.caption, self.sections.think, self.sections.answer))
         return self.sections.text
 
 
@@ -82,46 +81,54 @@ def respond(
         raise ValueError(f"respond: expected teacher to be one of {', '.join(map(repr, TEACHERS))}, got {teacher!r}")
     if teacher != "public":
         (answer,) = infer(question, scene.items)
-        return Response(_write(teacher, rng, scene.items, question, answer), teacher, teacher)
+        return Response(write(teacher, rng, scene.items, question, answer), teacher, teacher)
     rates = carelessness or Carelessness()
     seen, mistake = _look_carelessly(rng, scene.items, rates)
     right = infer(question, seen)
     wrong = rng.random() < rates.reasoning
-    answer = _wrong_answer(rng, question, right) if wrong else min(right)
+    answer = wrong_answer(rng, question, right) if wrong else min(right)
     style = "curated" if rng.random() < rates.careful_style else "public"
-    return Response(_write(style, rng, seen, question, answer), teacher, style, mistake, wrong)
+    return Response(write(style, rng, seen, question, answer), teacher, style, mistake, wrong)
 
 
 def _look_carelessly(rng: Random, items: tuple[Item, ...], rates: Carelessness) -> tuple[tuple[Item, ...], str | None]:
     """Returns what the careless teacher sees, and the kind of its mistake, if it makes one."""
-    chance, mistake = rng.random(), None
-    for kind in ("colour", "dropped", "invented", "kind", "place"):
+    if any(item.colour == MISSEEN for item in items) and rng.random() < rates.colour:
+        return mistaken("colour", rng, items), "colour"
+    if len(items) == MOST_ITEMS and rng.random() < rates.dropped:
+        return mistaken("dropped", rng, items), "dropped"
+    chance = rng.random()
+    for kind in ("invented", "kind", "place"):
         chance -= getattr(rates, kind)
         if chance < 0:
-            mistake = kind
-            break
-    if mistake is None:
-        return items, None
+            return mistaken(kind, rng, items), kind
+    return items, None
+
+
+def mistaken(mistake: str, rng: Random, items: tuple[Item, ...]) -> tuple[Item, ...]:
+    """Returns what is seen instead of the items; of a single one, one that is dropped is called by another colour.
+
+    A colour is mistaken for all items of it: of those that are misseen, or else of one that is there.
+    """
     if mistake == "dropped" and len(items) == 1:
         mistake = "colour"
-    last = items[-1]
-    free = [cell for cell in range(GRID * GRID) if cell not in {item.cell for item in items}]
-    moved = Item(min((cell for cell in free if cell > last.cell), default=free[0]), last.colour, last.kind)
+    first, last = items[0], items[-1]
     if mistake == "colour":
-        found = pick(rng, [item for item in items if item.colour in HARD] or items)
-        seen = [Item(i.cell, CONFUSED[i.colour], i.kind) if i == found else i for i in items]
+        there = [item.colour for item in items]
+        colour = MISSEEN if MISSEEN in there else pick(rng, there)
+        seen = [Item(i.cell, CONFUSED[colour] if i.colour == colour else i.colour, i.kind) for i in items]
     elif mistake == "dropped":
         seen = [*items[:-1]]
-    elif mistake == "invented":
-        seen = [*items, moved]
     elif mistake == "kind":
-        seen = [Item(items[0].cell, items[0].colour, CONFUSED[items[0].kind]), *items[1:]]
+        seen = [Item(first.cell, first.colour, CONFUSED[first.kind]), *items[1:]]
     else:
-        seen = [*items[:-1], moved]
-    return tuple(sorted(seen)), mistake
+        free = [cell for cell in range(GRID * GRID) if cell not in {item.cell for item in items}]
+        moved = Item(min((cell for cell in free if cell > last.cell), default=free[0]), last.colour, last.kind)
+        seen = [*items, moved] if mistake == "invented" else [*items[:-1], moved]
+    return tuple(sorted(seen))
 
 
-def _wrong_answer(rng: Random, question: Question, right: frozenset[str]) -> str:
+def wrong_answer(rng: Random, question: Question, right: frozenset[str]) -> str:
     """Returns an answer that does not follow: one too many or too few, a confusable colour, a mirrored place."""
     known = min(right)
     if question.kind in ("count", "sum"):
@@ -137,7 +144,7 @@ def _wrong_answer(rng: Random, question: Question, right: frozenset[str]) -> str
     return likely if likely in options else pick(rng, options)
 
 
-def _write(style: str, rng: Random, items: tuple[Item, ...], question: Question, answer: str) -> Sections:
+def write(style: str, rng: Random, items: tuple[Item, ...], question: Question, answer: str) -> Sections:
     """Returns the response to what is seen, in a style."""
     evidence, conclusion = _evidence(question, items), _conclusion(question, items, answer)
     if style == "base":

@@ -5,13 +5,15 @@ S texts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import NamedTuple
+
+import numpy as np
 
 from prism.models.prompts import PromptEncoder
 from prism_kernels import check
 from prism_kernels.packing import Kind
-from prism_kernels.segments import TAGS, Reason, find_segments
+from prism_kernels.segments import SINGLE_BYTES, TAGS, Reason, find_segments
 
 NAME = "score_groups"
 # what a branch is scored on, in the order of a response's branches
@@ -78,8 +80,7 @@ class TextBranches:
         # as the tokens will spell them, so that text and tokens have the same tags
         normalizer = self.encoder.tokenizer.backend_tokenizer.normalizer
         texts = [normalizer.normalize_str(text) for text in texts] if normalizer else texts
-        token_ids = self._ids(texts)
-        reasons = self._reasons(token_ids, names)
+        reasons = self._reasons(texts, names)
         valid = [s for s, reason in enumerate(reasons) if reason is None]
         # valid by the grammar: each tag is there once, and in order
         parts = [[_between(texts[s], tag) for tag in TAGS] for s in valid]
@@ -95,13 +96,15 @@ class TextBranches:
             )
         return branches
 
-    def _reasons(self, token_ids: Sequence[Sequence[int]], names: Sequence[str]) -> list[str | None]:
+    def _reasons(self, texts: Sequence[str], names: Sequence[str]) -> list[str | None]:
         """Returns why each text is invalid, or None."""
-        bounds = [0, *accumulate(map(len, token_ids))]
-        found = find_segments(list(chain.from_iterable(token_ids)), bounds, self.encoder.token_bytes)
+        # in bytes: where a vocabulary has a token for ">B", "<answer>B" is an answer all the same
+        spelt = [text.encode() for text in texts]
+        bounds = [0, *accumulate(map(len, spelt))]
+        found = find_segments(np.frombuffer(b"".join(spelt), dtype=np.uint8), bounds, SINGLE_BYTES)
         reasons: list[str | None] = []
         limit = self.limits.response_tokens
-        for ids, name, reason in zip(token_ids, names, found.reason.tolist()):
+        for ids, name, reason in zip(self._ids(texts), names, found.reason.tolist()):
             if len(ids) > limit:
                 if self.limits.too_long == "raise":
                     check.fail(NAME, f"at most {limit} tokens in {name}", len(ids))

@@ -140,19 +140,32 @@ def _fill(backbone: Backbone, biases: Mapping[str, Tensor]) -> None:
 
 def read_tensors(folder: str | Path) -> dict[str, Tensor]:
     """Returns all tensors of a folder's safetensors, one file or shards."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        if not (folder / file).exists():
-            check.fail(NAME, f"{file} in {folder}", "none", FileNotFoundError)
-        with safe_open(folder / file, framework="pt") as shard:
+    for file in _shards(folder):
+        with safe_open(file, framework="pt") as shard:
             tensors |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
     return tensors
+
+
+def has_value_head(folder: str | Path) -> bool:
+    """Returns whether a folder holds a discriminator, and not a model to make one of; no weights are read."""
+    if (Path(folder) / "value_head.pt").exists():
+        return True
+    for file in _shards(folder):
+        with safe_open(file, framework="pt") as shard:
+            if any(name.startswith("v_head.") for name in shard.keys()):  # noqa: SIM118
+                return True
+    return False
+
+
+def _shards(folder: str | Path) -> list[Path]:
+    """Returns the safetensors of a folder, all of them there."""
+    index = Path(folder) / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    for name in sorted(names):
+        if not (Path(folder) / name).exists():
+            check.fail(NAME, f"{name} in {folder}", "none", FileNotFoundError)
+    return [Path(folder) / name for name in sorted(names)]
 
 
 def value_weight(tensors: Mapping[str, Tensor], folder: str | Path) -> Tensor:

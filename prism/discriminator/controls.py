@@ -4,10 +4,11 @@ A discriminator that wins pairs by what no policy can change, such as the identi
 Each control scores the same pairs on a reduced view; what is left above one half is what the view alone gives away.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from prism.discriminator.branches import ScoreLimits, Segment
 from prism.discriminator.metrics import ChannelReport, channel_report
@@ -69,7 +70,9 @@ def shortcut_controls(
     encoder: PromptEncoder,
     limits: ScoreLimits | None = None,
     *,
+    views: Mapping[str, View] = VIEWS,
     style_equal: Sequence[Sample] = (),
+    right: Mapping[str, Tensor] | None = None,
 ) -> dict[str, dict[str, ChannelReport]]:
     """Returns the report of each channel for the pairs as they are, and under each control.
 
@@ -78,17 +81,21 @@ def shortcut_controls(
         samples: each with a teacher.
         encoder: see `score_groups`.
         limits: see `score_groups`.
+        views: what is shown of each segment, by name.
         style_equal: pairs whose texts differ in content alone, if there are such: here it should stay above chance.
+        right: of the samples' responses, see `channel_report`; for the pairs as they are.
     """
     if not any(sample.teacher is not None for sample in samples):
         check.fail(NAME, "samples with a teacher to compare with", "none")
 
-    def report(chosen: Sequence[Sample], view: View | None = None) -> dict[str, ChannelReport]:
+    def report(
+        chosen: Sequence[Sample], view: View | None = None, right: Mapping[str, Tensor] | None = None
+    ) -> dict[str, ChannelReport]:
         prepared = prepare_groups(chosen, encoder, limits, images=model.images, view=view)
-        return channel_report(score_prepared(model, prepared))
+        return channel_report(score_prepared(model, prepared), right)
 
-    found = {"as it is": report(samples)}
-    found |= {name: report(samples, view) for name, view in VIEWS.items()}
+    found = {"as it is": report(samples, right=right)}
+    found |= {name: report(samples, view) for name, view in views.items()}
     if model.images and (swapped := swap_images(samples)):
         found["swapped images"] = report(swapped)
     if style_equal:

@@ -54,7 +54,7 @@ def channel_report(scores: GroupScores, right: Mapping[str, Tensor] | None = Non
         pairs = len(difference)
         reports[channel] = ChannelReport(
             pairs,
-            float(_won(teacher, compared_with).mean()) if pairs else math.nan,
+            float(wins(teacher, compared_with).mean()) if pairs else math.nan,
             float(difference.mean()) if pairs else math.nan,
             compared,
             auc,
@@ -79,12 +79,12 @@ def within_group_auc(score: Tensor, right: Tensor, group: Tensor) -> tuple[float
     for members in group.unique():
         above, below = score[winners[group[winners] == members]], score[losers[group[losers] == members]]
         if len(above) and len(below):
-            won += float(_won(above[:, None], below).sum())
+            won += float(wins(above[:, None], below).sum())
             pairs += len(above) * len(below)
     return (won / pairs if pairs else math.nan), pairs
 
 
-def _won(a: Tensor, b: Tensor) -> Tensor:
+def wins(a: Tensor, b: Tensor) -> Tensor:
     """Returns 1 where a is the higher, 0 where b is, a half where they are equal up to rounding."""
     size = torch.maximum(a.abs(), b.abs()).clamp(min=1.0)
     return ((a > b + TIE * size).double() - (b > a + TIE * size).double() + 1) / 2

@@ -22,6 +22,7 @@ from prism_kernels.integrations.transformers.moe_block import MoeBlock, collect_
 from prism_kernels.ops.moe_route.routing import Routing
 
 NAME = "discriminator_step"
+NO_PAIR = "no valid pair"
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,10 @@ def discriminator_step(
 ) -> StepResult:
     """Runs forward and backward pack by pack and takes one step; returns the scores and what was measured.
 
-    The pair loss is the mean over all valid pairs of both channels' losses, whatever the packs; where no pair is valid
-    no step is taken, and neither where the loss or the gradient is not finite. The load-balance loss is that of each
-    pack, weighted by its tokens.
+    The pair loss is the mean over all valid pairs of both channels' losses, and the z loss that over all tokens,
+    whatever the packs; where no pair is valid no step is taken, and neither where a score, the loss or the gradient is
+    not finite. The load-balance loss is that of each pack, weighted by its tokens: a product of two means over tokens,
+    which of all packs together would need the experts' counts before the first backward pass, and so another forward.
 
     Args:
         model: the discriminator.
@@ -100,6 +102,7 @@ def discriminator_step(
     valid = prepared.pairs.to(device)
     total = int(prepared.pairs.sum()) if pairs is None else pairs
     tokens = sum(len(part.pack.input_ids) for part in prepared.packs)
+    scored = sum(len(part.slots) for part in prepared.packs)
     optimiser.zero_grad(set_to_none=True)
     parts: list[GroupScores] = []
     losses = _Losses(*(torch.zeros((), device=device) for _ in _Losses._fields))
@@ -109,8 +112,8 @@ def discriminator_step(
         with torch.set_grad_enabled(total > 0):
             scores, routings = _scores(model, prepared, index)
             pair, found = pairwise_losses(scores, valid, total or 1, settings)
-            share = len(part.pack.input_ids) / tokens
-            aux, z = (share * x for x in _balance(routings, device))
+            aux = len(part.pack.input_ids) / tokens * _balance_loss(routings, device)
+            z = _z_loss(routings, device, {len(part.pack.input_ids): tokens, len(part.slots): scored})
             loss = pair + settings.aux_coef * aux + settings.z_coef * z
         if total:
             loss.backward()
@@ -120,8 +123,11 @@ def discriminator_step(
             here = torch.stack([r.counts for r in routings])
             counts = here if counts is None else counts + here
         parts.append(_detached(scores))
-    norm, skipped = _take_step(model, optimiser, settings, losses, total)
-    return StepResult(_merged(model, prepared, parts), *losses, metrics, counts, norm, skipped)
+    scores = _merged(model, prepared, parts)
+    columns = (scores.perception, scores.reasoning, scores.teacher_perception, scores.teacher_reasoning)
+    finite = sum(int(column.isfinite().sum()) for column in columns) == scored
+    norm, skipped = _take_step(model, optimiser, settings, losses, total, finite)
+    return StepResult(scores, *losses, metrics, counts, norm, skipped)
 
 
 def pairwise_losses(
@@ -160,20 +166,33 @@ def _scores(model: Discriminator, prepared: PreparedGroups, index: int) -> tuple
         return score_prepared(model, prepared, [index]), routings
 
 
-def _balance(routings: Sequence[Routing], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the mean over the layers of the load-balance and of the z loss; 0 without experts."""
-    aux = [r.aux_loss for r in routings if r.aux_loss is not None]
-    z = [r.z_loss for r in routings if r.z_loss is not None]
-    if not aux:
-        return torch.zeros((), device=device), torch.zeros((), device=device)
-    return torch.stack(aux).mean(), torch.stack(z).mean()
+def _balance_loss(routings: Sequence[Routing], device: torch.device) -> Tensor:
+    """Returns the mean over the layers of the load-balance loss; 0 without experts."""
+    losses = [r.aux_loss for r in routings if r.aux_loss is not None]
+    return torch.stack(losses).mean() if losses else torch.zeros((), device=device)
+
+
+def _z_loss(routings: Sequence[Routing], device: torch.device, totals: dict[int, int]) -> Tensor:
+    """Returns a pack's share of the mean over the layers of the z loss; 0 without experts.
+
+    Args:
+        routings: of the layers.
+        device: of the result.
+        totals: of each number of tokens that a layer of this pack may have, how many it has in all packs: the top
+            layer computes the scored ones alone.
+    """
+    losses = [len(r.index) / totals[len(r.index)] * r.z_loss for r in routings if r.z_loss is not None]
+    return torch.stack(losses).mean() if losses else torch.zeros((), device=device)
 
 
 def _take_step(
-    model: Discriminator, optimiser: Optimizer, settings: StepSettings, losses: _Losses, pairs: int
+    model: Discriminator, optimiser: Optimizer, settings: StepSettings, losses: _Losses, pairs: int, finite: bool
 ) -> tuple[float, str | None]:
+    if not finite:
+        optimiser.zero_grad(set_to_none=True)
+        return math.nan, "a score is not finite"
     if not pairs:
-        return math.nan, "no valid pair"
+        return math.nan, NO_PAIR
     if not math.isfinite(float(sum(losses))):
         optimiser.zero_grad(set_to_none=True)
         return math.nan, f"the loss is not finite: {', '.join(f'{n} {float(v)}' for n, v in losses._asdict().items())}"

@@ -1,12 +1,12 @@
 """A byte-level BPE with Qwen's special tokens, pre-tokenisation and chat template, trained offline in a second."""
 
 import json
-import random
 from collections.abc import Iterable, Iterator
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
+from prism.data.shapes import ShapesWorld
 from prism_kernels import check
 
 # in the order of Qwen's vocabulary; those without <| are ordinary text to a decoder
@@ -58,7 +58,7 @@ def train_tokenizer(texts: Iterable[str] | None = None, vocab_size: int = 1024) 
     """Returns a tokenizer of at most `vocab_size` entries, the same for the same texts.
 
     Args:
-        texts: what the merges are learned from; None: sentences about coloured shapes on a grid.
+        texts: what the merges are learned from; None: what is said in the embedded world, so that a word is a token.
         vocab_size: all entries together: the 256 bytes, the merges, and the special tokens, which come last.
     """
     added = len(SPECIAL_TOKENS) + len(TEXT_TOKENS)
@@ -74,7 +74,7 @@ def train_tokenizer(texts: Iterable[str] | None = None, vocab_size: int = 1024) 
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    learner.train_from_iterator(texts if texts is not None else shape_sentences(), trainer)
+    learner.train_from_iterator(world_texts() if texts is None else texts, trainer)
     vocabulary = dict(sorted(learner.get_vocab().items(), key=lambda entry: entry[1]))
     for token in SPECIAL_TOKENS:
         vocabulary[token] = len(vocabulary)
@@ -91,24 +91,12 @@ def train_tokenizer(texts: Iterable[str] | None = None, vocab_size: int = 1024) 
     return tokenizer
 
 
-def shape_sentences(count: int = 2000, seed: int = 0) -> Iterator[str]:
-    """Yields responses in the three-part format, of colours, shapes, places and small sums."""
-    chance = random.Random(seed)
-    colours = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
-    shapes = ("circle", "square", "triangle", "star", "cross", "diamond")
-    places = ("row 1", "row 2", "row 3", "row 4", "column 1", "column 2", "column 3", "column 4")
-    for _ in range(count):
-        objects = [
-            f"a {chance.choice(colours)} {chance.choice(shapes)} in {chance.choice(places)}, {chance.choice(places)}"
-            for _ in range(chance.randint(1, 5))
-        ]
-        first, second = chance.randint(0, 9), chance.randint(0, 9)
-        listing = "\n".join(f"- There is {item}." for item in objects)
-        yield (
-            f"<caption>\n{listing}\n</caption>\n<think>\nStep 1: How many shapes are there? I count {first} left "
-            f"and {second} right.\nStep 2: {first} + {second} = {first + second}, so the answer is "
-            f"{first + second}.\n</think>\n<answer>{first + second}</answer>"
-        )
+def world_texts(count: int = 500) -> Iterator[str]:
+    """Yields texts of the embedded world, and the names of a chat's roles."""
+    for text in ShapesWorld().texts(count):
+        yield text
+        yield "user\n"
+        yield "assistant\n"
 
 
 def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from prism.report.console import summary
 from prism.report.page import page
-from prism.report.reading import read_run
+from prism.report.reading import RunRecord, read_run
 
 NAME = "report.html"
 
@@ -14,15 +15,22 @@ def write_report(folder: str | Path) -> Path:
     Args:
         folder: of a run; what the run has not reached is left out, and the report says so.
     """
-    record = read_run(folder)
+    return _write(read_run(folder))
+
+
+def report(run: str) -> int:
+    """Writes the report of a run's folder, tells what each stage did, names the file; returns the exit status."""
+    record = read_run(run)
+    path = _write(record)
+    if told := summary(record.evaluations):
+        print(f"{told}\n")
+    print(f"the report: {path}")
+    return 0
+
+
+def _write(record: RunRecord) -> Path:
     path = record.folder / NAME
     # aside and renamed: a reader never sees half a file
     aside = path.with_suffix(".html.part")
     aside.write_text(page(record), encoding="utf-8")
     return aside.replace(path)
-
-
-def report(run: str) -> int:
-    """Writes the report of a run's folder, names the file, and returns the exit status."""
-    print(write_report(run))
-    return 0

@@ -3,12 +3,15 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
 
-from prism.data.sections import caption_items, reasoning_steps, split_response
-from prism.report.charts import Series, column_chart, legend
+from prism.data.sections import split_response
+from prism.drift import COUNTS, wasserstein
+from prism.report.charts import Series, column_chart, dot_chart, legend
+from prism.report.improvements import CHANNELS
 from prism.report.reading import RunRecord, mean, number, read_rows
-from prism.report.stages import CHANNELS, figure
+from prism.report.tables import figure, table
 from prism.report.world import World
 
 # recorded steps at either end that are put together
@@ -18,11 +21,11 @@ _MOST = 12
 
 
 def drift_section(record: RunRecord, world: World) -> str:
-    """Returns the drift as it was logged, and as the recorded responses show it."""
+    """Returns the drift on held-out problems, as alignment logged it, and as the recorded responses show it."""
     rows = record.steps.get("align", [])
     if not rows:
-        return "<p>Not measured: the run has not come to alignment.</p>"
-    parts = [_logged(record)]
+        return f"{_held_out(record)}<p>Not measured: the run has not come to alignment.</p>"
+    parts = [_held_out(record), "<h3>While aligning</h3>", _logged(record)]
     files = record.rollouts.get("align", [])
     if len(files) < 2:
         parts.append(
@@ -38,15 +41,36 @@ def drift_section(record: RunRecord, world: World) -> str:
     return "".join([*parts, "</div>"])
 
 
-def distance(a: Counter[int], b: Counter[int]) -> float:
-    """Returns the Wasserstein distance of two empirical distributions of whole numbers; NaN if one is empty."""
-    if not (a and b):
-        return math.nan
-    below, total = [0.0, 0.0], 0.0
-    for value in range(min(min(a), min(b)), max(max(a), max(b))):
-        below = [share + counts[value] / counts.total() for share, counts in zip(below, (a, b))]
-        total += abs(below[0] - below[1])
-    return total
+def _held_out(record: RunRecord) -> str:
+    keys = [f"drift_{channel}" for channel in CHANNELS]
+    lines = []
+    for after, one in record.evaluations.items():
+        for how, part in (("greedy", one), ("temperature 1", one.get("sampled", {}))):
+            if any(key in part for key in keys):
+                values = (number(part.get(key)) for key in keys)
+                lines.append([escape(after), how, *("not measured" if v is None else f"{v:.3f}" for v in values)])
+    if not lines:
+        return "<p>Not measured on held-out problems.</p>"
+    warm = any("sampled" in one for one in record.evaluations.values())
+    series = [
+        Series(
+            channel,
+            [
+                (place, number((one.get("sampled", {}) if warm else one).get(f"drift_{channel}")))
+                for place, one in enumerate(record.evaluations.values())
+            ],
+        )
+        for channel in CHANNELS
+    ]
+    drawn = dot_chart(list(record.evaluations), series, title="Drift after each stage")
+    meaning = f"distance to the curated teacher in items and steps, {'temperature 1' if warm else 'greedy'}"
+    return (
+        f'<div class="figures">{figure("Drift", meaning, drawn, legend(CHANNELS, "dot"))}</div>'
+        f"{table(('after', 'responses', 'perception, caption items', 'reasoning, steps'), lines, 'numbers')}"
+        "<p class=\"note\">Wasserstein distance between the policy's valid responses and the curated teacher's, on the "
+        "same held-out problems of validation: how much the number of caption items, or of reasoning steps, would "
+        "have to change a response. A greedy policy has few forms, and may be near its teachers by chance.</p>"
+    )
 
 
 def _logged(record: RunRecord) -> str:
@@ -93,14 +117,8 @@ def _numbers(files: Iterable[Path], world: World) -> list[tuple[Counter[int], Co
             asked[row.get("problem")] = row
         teachers += [split_response(sample.response.text) for row in asked.values() if (sample := world.problem(row))]
     return [
-        (
-            Counter(caption_items(one.caption) for one in policy if one),
-            Counter(caption_items(one.caption) for one in teachers if one),
-        ),
-        (
-            Counter(reasoning_steps(one.think) for one in policy if one),
-            Counter(reasoning_steps(one.think) for one in teachers if one),
-        ),
+        (Counter(map(COUNTS[channel], filter(None, policy))), Counter(map(COUNTS[channel], filter(None, teachers))))
+        for channel in CHANNELS
     ]
 
 
@@ -134,7 +152,7 @@ def _distribution(
     if not teachers:
         said = "the teachers' responses are not among the recorded ones, and the distances are not measured here"
     else:
-        before, after = (distance(own, theirs) for own, theirs in ends)
+        before, after = (wasserstein([*own.elements()], [*theirs.elements()]) for own, theirs in ends)
         said = f"distance to the teachers of the same prompts {_told(before)} at first, {_told(after)} at last"
     meaning = f"shares of the valid responses with so many ({channel}), {steps} put together; {said}"
     return figure(title, meaning, drawn, legend([one.label for one in series], shape="column"))

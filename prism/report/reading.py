@@ -115,6 +115,17 @@ def mean(values: list[float | None]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
+def evaluated(one: Row) -> list[tuple[bool, Row]]:
+    """Returns what a stage's evaluation holds, whether sampled at temperature 1, and of which split: each a table."""
+    found = []
+    for split in (one, one.get("test")):
+        if split is not None:
+            found.append((False, split))
+            if "sampled" in split:
+                found.append((True, {**split["sampled"], "split": split.get("split")}))
+    return found
+
+
 def _evaluations(folder: Path) -> dict[str, Row]:
     # a run writes the file when it ends; until then its last checkpoint has them
     found = _table(folder / "evaluations.json") if (folder / "evaluations.json").is_file() else {}

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from html import escape
 
 from prism.report.charts import Series, column_chart, legend, line_chart, told_lines
+from prism.report.improvements import CHANNELS
 from prism.report.reading import Row, RunRecord, mean, number
-
-CHANNELS = ("perception", "reasoning")
+from prism.report.tables import figure
 
 
 @dataclass(frozen=True)
@@ -194,12 +194,6 @@ def _figure(chart: Chart, rows: Sequence[Row]) -> str:
         marks=marks,
     )
     return figure(chart.title, chart.meaning, drawn, legend([_told(one) for one in series]))
-
-
-def figure(title: str, meaning: str, drawn: str, below: str) -> str:
-    """Returns a chart with its title and what it means."""
-    said = f"<strong>{escape(title)}</strong> <span>{escape(meaning)}</span>"
-    return f"<figure><figcaption>{said}</figcaption>{drawn}{below}</figure>"
 
 
 def _told(series: Series) -> str:

@@ -17,6 +17,7 @@ a{color:var(--c0)}
 code{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:.85em}
 .note,.missing{color:var(--dim);font-size:.85rem}
 .warn{border-left:4px solid var(--warn);background:var(--soft);padding:.5rem .8rem}
+.no{color:var(--warn)}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;margin:.4rem 0}
 th,td{text-align:left;vertical-align:top;padding:.25rem .8rem .25rem 0;border-bottom:1px solid var(--line)}

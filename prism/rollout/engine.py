@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prism.models.prompts import EncodedPrompt
 from prism.rollout.lean import LeanBatch, why_not_lean
-from prism.rollout.sampling import Sampling, choose, uniforms
+from prism.rollout.sampling import Choice, Sampling, choose, uniforms
 from prism.rollout.stock import StockBatch, rope_deltas_kept
 from prism_kernels import check
 
@@ -228,34 +228,41 @@ def _decode(
 ) -> _Decoded:
     """Returns the responses of a batch; streams: (R, max_new_tokens) uniform numbers."""
     total, steps = streams.shape
-    device = streams.device
     logits = batch.logits.repeat_interleave(sampling.n, 0)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    token = torch.zeros(total, steps, dtype=torch.int64, device=device)
-    log_prob, model_log_prob = (torch.zeros(total, steps, dtype=wide, device=device) for _ in range(2))
-    length = torch.full((total,), steps, device=device)
-    stopped = torch.zeros(total, dtype=torch.bool, device=device)
-    # (A,): the rollout in each row of the batch
-    rows = torch.arange(total, device=device)
-    used = 0
+    # (A,): the rollout in each row of the batch, and whether it still runs
+    rows = torch.arange(total, device=streams.device)
+    runs = torch.ones_like(rows, dtype=torch.bool)
+    # of each step
+    choices: list[Choice] = []
+    owners: list[Tensor] = []
     while True:
-        choice = choose(logits, streams[rows, used], sampling, banned)
-        token[rows, used], log_prob[rows, used], model_log_prob[rows, used] = choice
-        used += 1
-        ended = torch.isin(choice.token, stop) & ~stopped[rows]
-        length[rows[ended]] = used
-        stopped[rows[ended]] = True
-        running = (~stopped[rows]).nonzero()[:, 0]
-        if used == steps or len(running) == 0:
+        choice = choose(logits, streams[rows, len(choices)], sampling, banned)
+        choices.append(choice)
+        owners.append(rows)
+        runs = runs & ~torch.isin(choice.token, stop)
+        running = runs.nonzero()[:, 0]
+        if len(choices) == steps or len(running) == 0:
             break
         following = choice.token
         if len(running) <= (1 - IDLE_SHARE) * len(rows):
             order = _refilled(running)
             batch.keep(order)
-            rows, following = rows[order], following[order]
+            rows, following, runs = rows[order], following[order], runs[order]
         logits = batch.step(following)
-    token, log_prob, model_log_prob = (x[:, :used].cpu() for x in (token, log_prob, model_log_prob))
-    return _Decoded(token, log_prob, model_log_prob, length.cpu(), stopped.cpu())
+    return _decoded(choices, torch.cat(owners), total, stop)
+
+
+def _decoded(choices: Sequence[Choice], owner: Tensor, total: int, stop: Tensor) -> _Decoded:
+    """Returns the responses of all steps' choices; owner: the rollout of each choice, step by step."""
+    used, counts = len(choices), torch.tensor([len(choice.token) for choice in choices])
+    place = owner.cpu(), torch.arange(used).repeat_interleave(counts)
+    columns = (torch.cat(column).cpu() for column in zip(*choices))
+    token, log_prob, model_log_prob = (column.new_zeros(total, used).index_put_(place, column) for column in columns)
+    # the first stop token of a rollout ends it, whatever its row went on with, or was filled with after it left
+    ends = torch.isin(token, stop.cpu())
+    stopped = ends.any(1)
+    length = torch.where(stopped, ends.int().argmax(1) + 1, used)
+    return _Decoded(token, log_prob, model_log_prob, length, stopped)
 
 
 def _refilled(running: Tensor) -> Tensor:

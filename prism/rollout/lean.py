@@ -7,7 +7,7 @@ begin later, and what is before them is masked. So each step writes one column.
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,10 +42,25 @@ def why_not_lean(model: PreTrainedModel) -> str | None:
     return None
 
 
+class _Layer(NamedTuple):
+    """The modules of a layer, looked up once: a module finds its parts slowly."""
+
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    mlp: Any
+    # the norms before attention and MLP
+    norms: tuple[Any, Any]
+    # (H + K, d): the weights of the heads' norms, and what both add to the mean square
+    head_weight: Tensor
+    epsilon: float
+
+
 class LeanBatch:
     """Prompts and their growing responses: a cache of keys and values that one step extends by a token a row.
 
-    The model's modules are called as they are, so each call sees the weights of that moment.
+    The model's modules are called as they are, with its weights of that moment; they are to stay until the last step.
 
     Args:
         model: one that `why_not_lean` has nothing against.
@@ -58,6 +73,7 @@ class LeanBatch:
         self.model, self.text, self.copies = model, model.model.language_model, copies
         config = self.text.config
         self.heads, self.kept, self.width = config.num_attention_heads, config.num_key_value_heads, self._width(config)
+        self.layers = [self._found(layer) for layer in self.text.layers]
         lengths = [len(prompt.input_ids) for prompt in prompts]
         # the next column, and where the prompts end and the longest response may
         self.rows, self.column, self.prompt = len(prompts) * copies, max(lengths), max(lengths)
@@ -87,8 +103,8 @@ class LeanBatch:
         cos, sin = (table.index_select(0, self.position)[:, None] for table in (self.cos, self.sin))
         mask = None if self.mask is None else self.mask[:, :, :, : self.column + 1]
         hidden = self.text.embed_tokens(token)
-        for index, layer in enumerate(self.text.layers):
-            hidden = self._layer(index, layer, hidden, cos, sin, lambda *qkv: self._attend_cache(mask, *qkv))
+        for index in range(len(self.layers)):
+            hidden = self._layer(index, hidden, cos, sin, lambda *qkv: self._attend_cache(mask, *qkv))
         self.column += 1
         self.position += 1
         return self.model.lm_head(_normalised(self.text.norm, hidden))
@@ -143,8 +159,8 @@ class LeanBatch:
         hidden, places, deepstack = self._embed(prompts, pack)
         cos, sin = (x[0][:, None] for x in self.text.rotary_emb(hidden, pack.position[:, None]))
         sin = _signed(sin)
-        for index, layer in enumerate(self.text.layers):
-            hidden = self._layer(index, layer, hidden, cos, sin, attend)
+        for index in range(len(self.layers)):
+            hidden = self._layer(index, hidden, cos, sin, attend)
             if index < len(deepstack):
                 hidden = hidden.index_add(0, places, deepstack[index].to(hidden.dtype))
         return hidden.index_select(0, (ends - 1).to(device))
@@ -159,19 +175,25 @@ class LeanBatch:
         features = encode_images(self.model.model.visual, pixels.to(hidden.device), grids.to(hidden.device))
         return hidden.index_copy(0, places, features.merged.to(hidden.dtype)), places, features.deepstack
 
-    def _layer(self, index: int, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def _found(self, layer: Any) -> _Layer:
+        part = layer.self_attn
+        heads = part.q_norm.weight.expand(self.heads, -1), part.k_norm.weight.expand(self.kept, -1)
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        projections = part.q_proj, part.k_proj, part.v_proj, part.o_proj
+        return _Layer(*projections, layer.mlp, norms, torch.cat(heads), part.q_norm.variance_epsilon)
+
+    def _layer(self, index: int, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Returns the layer's output for rows (T, D)."""
-        attention = layer.self_attn
-        x = _normalised(layer.input_layernorm, hidden)
-        q, k, v = (
-            project(x).view(len(x), -1, self.width)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        both = torch.cat((_normalised(attention.q_norm, q), _normalised(attention.k_norm, k)), 1)
+        layer = self.layers[index]
+        x = _normalised(layer.norms[0], hidden)
+        both = torch.cat((layer.q_proj(x), layer.k_proj(x)), 1).view(len(x), -1, self.width)
+        # the heads of queries and keys at once, each with its own weight
+        both = rms_norm(both, (self.width,), None, layer.epsilon) * layer.head_weight
         q, k = _rotate(both, cos, sin).split((self.heads, self.kept), 1)
-        hidden = hidden + attention.o_proj(attend(index, q, k, v).flatten(1))
+        v = layer.v_proj(x).view(len(x), -1, self.width)
+        hidden = hidden + layer.o_proj(attend(index, q, k, v).flatten(1))
         # a Mixture-of-Experts block wants a batch
-        return hidden + layer.mlp(_normalised(layer.post_attention_layernorm, hidden)[None])[0]
+        return hidden + layer.mlp(_normalised(layer.norms[1], hidden)[None])[0]
 
     def _attend_cache(self, mask: Tensor | None, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.keys[index][: self.rows], self.values[index][: self.rows]

@@ -85,7 +85,8 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Tensor) 
     if sampling.temperature != 1:
         wide = wide / sampling.temperature
     log_probs, ids = _candidates(wide.index_fill(-1, banned, -torch.inf).log_softmax(-1), sampling)
-    cumulative = (log_probs.exp().double() * UNIT).long().cumsum(-1)
+    # a power of two: exact in any float dtype
+    cumulative = (log_probs.exp() * UNIT).long().cumsum(-1)
     # below the total, however it is rounded: a float64 under 1 is at most 1 - 2^-53
     target = (uniform * cumulative[:, -1]).long()
     # the first place whose sum is past the target: never one that adds nothing. the clamp serves NaN alone

@@ -3,6 +3,7 @@
 P prompts, S responses, T their tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from prism.batches import ResponsePack, pack_responses
 from prism.config.algorithms import PolicyLoss
 from prism.config.sections import Memory
+from prism.inspection import of_responses
 from prism.models.prompts import EncodedPrompt, PromptEncoder
 from prism.optimisation import Stepped, Stepper
 from prism.policy import Policy
@@ -38,6 +40,16 @@ class Experience:
         """Returns the advantages of a response's tokens."""
         value = self.advantage[response]
         return value if value.dim() else value.expand(len(self.rollouts[response].token_ids))
+
+    def inspected(self, chosen: Sequence[int]) -> dict[str, Any]:
+        """Returns some responses with all that a step takes of them."""
+        rollouts = [self.rollouts[s] for s in chosen]
+        return {
+            **of_responses(self.prompts, [r.token_ids for r in rollouts], [r.prompt for r in rollouts]),
+            "log_probs": [r.log_probs for r in rollouts],
+            "model_log_probs": [r.model_log_probs for r in rollouts],
+            "advantage": [self.of_tokens(s) for s in chosen],
+        }
 
 
 def policy_update(
@@ -79,7 +91,7 @@ def policy_update(
     if len(parts) > 1:
         old = [[_logp(policy, part, temperature) for part in group] for group in packs]
     metrics: PolicyMetrics | None = None
-    total, gap, steps = 0.0, 0.0, []
+    total, gaps, steps = 0.0, [], []
     for index, group in enumerate(packs):
         stepper.begin()
         losses = []
@@ -91,11 +103,17 @@ def policy_update(
                 policy, part, experience, before, held, {**options, "denominator": denominator}, temperature, memory
             )
             losses.append(value)
-            gap = max(gap, difference)
+            gaps.append(difference)
             metrics = found if metrics is None else metrics + found
-        steps.append(stepper.end(losses))
+        steps.append(stepper.end(losses, experience.inspected(parts[index])))
         total += float(sum(losses))
-    return _logged(total / max(1, len(parts)), metrics, gap, steps)
+    return {
+        "loss": total / max(1, len(parts)),
+        **_figures(metrics, loss),
+        # not Python's, which passes over NaN
+        "engine_gap": float(torch.tensor(gaps).max()),
+        **_of_steps(steps),
+    }
 
 
 def _packs(experience: Experience, chosen: Sequence[int], encoder: PromptEncoder, budget: int) -> list[ResponsePack]:
@@ -156,17 +174,20 @@ def _backward(
     return loss.detach().cpu(), metrics, float((modelled - reference).abs().max())
 
 
-def _logged(loss: float, metrics: PolicyMetrics | None, gap: float, steps: Sequence[Stepped]) -> dict[str, float]:
-    found = {} if metrics is None else {name: value for name, value in metrics.means().items() if name in _METRICS}
-    skipped = sum(one.skipped is not None for one in steps)
+def _figures(metrics: PolicyMetrics | None, loss: PolicyLoss) -> dict[str, float]:
+    """Returns the means over the tokens of all optimiser steps, of what the loss has."""
+    names = ["entropy", "clipped_low", "clipped_high", "clipped_dual", "approx_kl", "ratio_max", "tokens"]
+    names += ["ref_kl"] if loss.kl_coef else []
+    names += ["correction_raw", "correction_used", "correction_clipped", "ess"] if loss.correction else []
+    means = {} if metrics is None else metrics.means()
+    return {name: means[name] for name in names if name in means}
+
+
+def _of_steps(steps: Sequence[Stepped]) -> dict[str, float]:
+    """Returns the mean gradient norm of the optimiser steps that were taken, and how many were not."""
+    norms = [one.grad_norm for one in steps if one.skipped is None]
     return {
-        "loss": loss,
-        **found,
-        "engine_gap": gap,
         "lr": steps[-1].lr,
-        "grad_norm": steps[-1].grad_norm,
-        "skipped": skipped,
+        "grad_norm": sum(norms) / len(norms) if norms else math.nan,
+        "skipped": len(steps) - len(norms),
     }
-
-
-_METRICS = ("entropy", "clipped_low", "clipped_high", "clipped_dual", "approx_kl", "ratio_max", "tokens")

@@ -4,6 +4,7 @@ import torch
 
 from prism.batches import pack_responses, response_ids
 from prism.config.sections import Memory
+from prism.inspection import of_responses
 from prism.models.prompts import PromptEncoder
 from prism.optimisation import Stepper
 from prism.policy import Policy
@@ -28,7 +29,7 @@ def supervised_step(
         loss = -out.logp.sum() / tokens
         loss.backward()
         total += loss.detach().cpu()
-    stepped = stepper.end([total])
+    stepped = stepper.end([total], of_responses(prompts, responses, range(len(problems))))
     return {
         "loss": float(total),
         "tokens": tokens,

@@ -109,6 +109,28 @@ def test_a_dry_run_reads_the_data_and_counts_rejections(table, capsys, tmp_path)
     assert cli.main(["trains", "--dry-run", *flags, "--data.max_skipped", "0.6"]) == 0
 
 
+def test_a_dry_run_rejects_what_a_stage_would(table, capsys, tmp_path):
+    pytest.importorskip("transformers")
+    from prism.data.export import write_problems
+    from prism.data.shapes import ShapesWorld
+
+    write_problems(tmp_path / "align.jsonl", ShapesWorld().samples("alignment", 3))
+    rows = [json.loads(line) for line in (tmp_path / "align.jsonl").read_text().splitlines()]
+    for name in ("teacher_response", "teacher_caption"):
+        del rows[0][name]
+    (tmp_path / "align.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data.source", "files", "--data.files.align", str(tmp_path / "align.jsonl"), "--run.stages", "align"]
+    assert cli.main(["trains", "--dry-run", *flags]) == 1
+    out = capsys.readouterr().out
+    assert "# data.files.align: 2 of 3 rows can be used" in out and "align needs the teacher's response" in out
+    # a prompt's length is that of the chat with its image
+    assert cli.main(["trains", "--dry-run", *flags, "--data.prompt_tokens", "12"]) == 1
+    assert "expected at most data.prompt_tokens = 12 tokens" in capsys.readouterr().out
+    # no tokenizer is here, and none is fetched
+    assert cli.main(["trains", "--dry-run", *flags, "--model.policy", "no/such", "--data.max_skipped", "1"]) == 0
+    assert "lengths are not checked: there is no tokenizer of 'no/such'" in capsys.readouterr().out
+
+
 def test_keys_are_listed(table, capsys):
     assert cli.main(["trains", "--settings"]) == 0
     assert "algorithm.rlvr.overlong.buffer" in capsys.readouterr().out.splitlines()
@@ -146,6 +168,74 @@ def test_help_and_bad_settings_answer_within_a_second():
     assert told.returncode == 2 and "rollout.align.group: expected at least 2" in told.stderr
     assert told.stdout == "False\n"
     assert seconds < 1
+
+
+def test_every_command_refuses_what_is_not_there_within_a_second():
+    cases = {
+        "sft --rollout.align.group x": "rollout.align.group: expected",
+        "upcycle --discriminator.dense": "discriminator.dense: expected false",
+        "warmup --model.policy no/such/folder": "model.policy: expected a folder with a config.json",
+        "align --rollout.align.group 1": "rollout.align.group: expected at least 2",
+        "rlvr --run.stages sft": "run.stages: expected none, `prism rlvr` is one stage",
+        "eval --model . --data x": "--model: expected a folder with a config.json",
+        "eval --model org/name --data shapes:tst": "--data: expected shapes: with one of test",
+        "eval --model org/name --data none.jsonl": "there is no 'none.jsonl'",
+        "export --run none --to x": "expected the folder of a run, there is no 'none'",
+    }
+    code = "import sys; from prism import cli; from time import perf_counter as now\nfor case in sys.argv[1:]:\n"
+    code += " start = now(); status = cli.main(case.split()); print(status, now() - start, 'torch' in sys.modules)\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *cases]
+    told = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
+    answers, errors = told.stdout.splitlines(), told.stderr.splitlines()
+    assert len(answers) == len(errors) == len(cases)
+    for (case, expected), answer, error in zip(cases.items(), answers, errors):
+        status, seconds, torch = answer.split()
+        assert (status, torch) == ("2", "False") and float(seconds) < 1, (case, answer)
+        assert error.startswith(f"prism {case.split()[0]}: ") and expected in error
+
+
+def test_what_ends_a_run_is_told_without_a_traceback(table, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    from prism.checkpoint import CheckpointError
+    from prism.optimisation import NotFiniteError
+
+    for error, status in ((CheckpointError("all 2 are damaged"), 2), (NotFiniteError("10 steps in a row"), 1)):
+
+        def ends(config, error=error):
+            raise error
+
+        monkeypatch.setattr(sys.modules[__name__], "trains", ends)
+        assert cli.main(["trains"]) == status
+        assert capsys.readouterr().err == f"prism trains: {error}\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_stops_is_no_error(unbuffered):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "prism", "run", "--settings"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment, cwd=ROOT) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=30) == 141
+
+
+def test_a_pipe_that_is_not_the_output_is_an_error(table, monkeypatch):
+    def lost(config):
+        raise BrokenPipeError("a worker's")
+
+    monkeypatch.setattr(sys.modules[__name__], "trains", lost)
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        cli.main(["trains"])
+
+
+def test_numbers_of_flags_are_checked(capsys):
+    for flag, value in (("--samples", "0"), ("--temperature", "-1"), ("--seed", "x"), ("--max_new_tokens", "1.5")):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["eval", "--model", "m", "--data", "d", flag, value])
+        assert end.value.code == 2
+        assert f"argument {flag}: expected a" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_command_says_what_to_install():

@@ -316,7 +316,7 @@ BAD = {
         '[data.files]\nsft = ["no.jsonl"]',
         r"data.files.sft: expected none with data.source = 'shapes'",
     ),
-    "rates past one": ("[data.shapes.carelessness]\ncolour = 0.9", r"data.shapes.carelessness.colour: .* got 1.05"),
+    "rates past one": ("[data.shapes.carelessness]\nkind = 0.99", r"data.shapes.carelessness.invented: .* got 1.01"),
     "more samples than there are": (
         "[evaluation]\nsamples = 600",
         r"evaluation.samples: expected at most .*512, got 600",

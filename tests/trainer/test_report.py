@@ -4,17 +4,14 @@ from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
+from report_cases import STAGES, build, lines, steps_of
 
-from prism.config import load_config
 from prism.data.errors import DataError
 from prism.data.shapes import ShapesWorld
 from prism.report import report, write_report
 from prism.report.charts import Axis, Series, line_chart
-from prism.report.drift import distance
 from prism.report.samples import segments
 
-STAGES = ["sft", "warmup", "align", "rlvr"]
-HOSTILE = "<caption>\n- <script>alert(1)</script>\n</caption>\n<think>\n1. a\n</think>\n<answer>\"'&</answer>"
 VOID = {"meta", "img", "line", "path", "rect", "circle"}
 
 
@@ -49,68 +46,6 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def steps_of(stage, count):
-    for step in range(1, count + 1):
-        row = {"stage": stage, "step": step, "loss": 2.0 / step, "grad_norm": 1.0, "tokens": 400, "seconds": 0.5}
-        if stage in ("warmup", "align"):
-            for channel in ("perception", "reasoning"):
-                row |= {f"d_accuracy_{channel}": 0.75, f"d_gap_{channel}": 0.5, f"d_top_expert_{channel}": 0.3}
-            row |= {"d_loss": 1.2, "skipped": 0}
-        if stage == "align":
-            row |= {"valid": 0.9, "entropy": 0.2, "engine_gap": 1e-5}
-            row |= {"drift_perception": 1.0 - 0.05 * step, "drift_reasoning": 0.4}
-        if stage == "rlvr":
-            row |= {"reward": 0.4, "accuracy": 0.25, "format": 1.0, "length": 50.0, "entropy": 0.2, "informative": 0.5}
-            row |= {"engine_gap": 1e-5, "skipped": 0}
-        yield row
-
-
-def rollouts_of(stage, step):
-    found = []
-    for sample in ShapesWorld().samples({"align": "alignment", "rlvr": "rl"}[stage], 2, start=step):
-        for place in range(3):
-            text = (sample.response.text, "only words", HOSTILE)[place]
-            scores = {"reward": (1.0, 0.0, 0.2)[place], "reason": ("right", "missing_tag", "wrong")[place]}
-            if stage == "align":
-                scores = {"perception": (1.5, None, -2.25)[place], "reasoning": (0.5, None, -1.0)[place]}
-                scores["reason"] = (None, "missing tag", None)[place]
-            row = {"problem": sample.id, "question": sample.question.text, "answer": sample.answer, "response": text}
-            found.append({**row, "finish": "stop", **scores, "advantage": (0.75, -1.5, -0.75)[place]})
-    return found
-
-
-def evaluation(accuracy, **more):
-    shares = {"accuracy": accuracy, "format": 0.9, "perception_error": 0.2, "reasoning_error": None}
-    return {"split": "validation", "samples": 100, "length": 71.5, **shares, **more}
-
-
-def lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def build(folder, stages=tuple(STAGES), count=6, finished=True):
-    """A run's folder in which some stages were reached."""
-    changes = {"run.folder": str(folder), "run.seed": 7, "run.stages": STAGES}
-    config = load_config(None, {**changes, **{f"optimiser.{stage}.steps": 6 for stage in STAGES}})
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(config.model_dump_json())
-    lines(folder / "metrics.jsonl", [row for stage in stages for row in steps_of(stage, count)])
-    for stage in {"align", "rlvr"} & set(stages):
-        for step in range(1, count + 1):
-            lines(folder / "rollouts" / f"{stage}-{step:06d}.jsonl", rollouts_of(stage, step))
-    pairs = {f"pair_{kind}_{c}": 0.8125 for kind in ("accuracy", "gap") for c in ("perception", "reasoning")}
-    found = {"start": evaluation(0.125)} | {s: evaluation(0.5, **(pairs if s == "warmup" else {})) for s in stages}
-    if finished:
-        (folder / "evaluations.json").write_text(json.dumps(found))
-    else:
-        del found[stages[-1]]
-        state = folder / "checkpoints" / "step-00000006" / "state.json"
-        state.parent.mkdir(parents=True)
-        state.write_text(json.dumps({"extra": {"evaluations": found}}))
-    return folder
-
-
 def read(folder):
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
@@ -122,7 +57,7 @@ def whole(tmp_path_factory):
 
 def test_a_finished_run_has_all_sections(whole):
     sections = [attributes["id"] for attributes in whole.all("section") if "id" in attributes]
-    assert sections == ["stages", "drift", *STAGES, "time", "troubles", "samples", "settings"]
+    assert sections == ["stages", "discriminator", "drift", *STAGES, "time", "troubles", "samples", "settings"]
     assert "Finished: sft, warmup, align, rlvr." in whole.text
     # settings that differ, with their defaults
     assert re.search(r"run\.seed70", whole.text)
@@ -131,8 +66,34 @@ def test_a_finished_run_has_all_sections(whole):
 
 def test_figures_after_each_stage(whole):
     # sqrt(0.5 * 0.5 / 100)
-    assert "rlvr100 of validation0.500 ± 0.0500.900 ± 0.0300.200 ± 0.040not measured71.5" in whole.text
-    assert "warmup0.8120.8120.8120.812" in whole.text
+    assert "rlvrgreedy100 of validation0.500 ± 0.0500.900 ± 0.0300.200 ± 0.040not measured71.5" in whole.text
+    assert "rlvrtemperature 1100 of validation0.250 ± 0.0430.900 ± 0.030" in whole.text
+    assert "rlvrgreedy200 of test0.750 ± 0.031" in whole.text
+    assert "rlvrtemperature 1100 of test0.375 ± 0.048" in whole.text
+    charts = [a["aria-label"] for a in whole.all("svg") if "errors after each stage" in a.get("aria-label", "")]
+    assert len(charts) == 2
+
+
+def test_what_each_stage_is_for(whole):
+    assert "sftaccuracy risesyes0.125 → 0.500, +0.375 ± 0.071 of 100 problems" in whole.text
+    assert "warmuppair accuracy on held-out pairs is at least 0.8, reasoningyes0.875" in whole.text
+    assert "aligndrift falls, perceptionno1.250 → 1.250" in whole.text
+
+
+def test_the_discriminator_and_its_controls(whole):
+    for stage in ("warmup", "align"):
+        assert f"{stage}the policy's responses, as they are0.8121.5000.6250.8751.250not measured" in whole.text
+        assert f"{stage}the same on other problems' images0.5310.500not measurednot measured" in whole.text
+        assert f"{stage}the curated teacher's texts with one thing wrong0.7500.750not measured0.938" in whole.text
+    titles = [attributes.get("aria-label") for attributes in whole.all("svg")]
+    assert {f"Pairs won by what is shown, {channel}" for channel in ("perception", "reasoning")} <= set(titles)
+    assert "after warmup (perception): colour 0.500, place 1.000" in whole.text
+
+
+def test_drift_on_held_out_problems(whole):
+    titles = [attributes.get("aria-label") for attributes in whole.all("svg")]
+    assert "Drift after each stage" in titles
+    assert "aligngreedy0.7500.500" in whole.text and "aligntemperature 11.2500.500" in whole.text
 
 
 def test_every_stage_has_its_charts(whole):
@@ -207,7 +168,7 @@ def test_an_unfinished_run(tmp_path, reached):
     for stage in STAGES:
         assert f"{stage}: {2 if stage in stages else 0} of 6 steps" in page.text
     # what is known of the stages before comes from the checkpoint
-    assert "start100 of validation0.125" in page.text
+    assert "startgreedy100 of validation0.125" in page.text
     assert ("Not measured: the run has not come to alignment." in page.text) == (reached < 3)
     assert ("Not measured: the run has not come to the end of the warm-up." in page.text) == (reached < 3)
 
@@ -332,13 +293,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     newer = folder / "checkpoints" / "step-00000009" / "state.json"
     newer.parent.mkdir()
     newer.write_text("{")
-    assert "start100 of validation0.125" in read(folder).text
+    assert "startgreedy100 of validation0.125" in read(folder).text
 
 
 def test_the_command_names_its_file(tmp_path, capsys):
     folder = build(tmp_path / "run", stages=["sft"])
     assert report(str(folder)) == 0
-    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    told = capsys.readouterr().out
+    assert told.endswith(f"the report: {folder / 'report.html'}\n")
+    assert "yes  sft: accuracy rises (0.125 → 0.500, +0.375 ± 0.071 of 100 problems)" in told
 
 
 def test_segments_mark_what_breaks_the_grammar():
@@ -351,13 +314,6 @@ def test_segments_mark_what_breaks_the_grammar():
         "seg think",
     ]
     assert "answer, not closed" in marked.text and "</think>" in marked.text
-
-
-def test_distance_is_wasserstein():
-    assert distance(Counter([1, 1]), Counter([1, 1])) == 0
-    assert distance(Counter([0, 4]), Counter([1, 3])) == pytest.approx(1.0)
-    assert distance(Counter([2]), Counter([5, 7])) == pytest.approx(4.0)
-    assert distance(Counter(), Counter([1])) != distance(Counter(), Counter([1]))
 
 
 def test_axes_have_round_ticks():

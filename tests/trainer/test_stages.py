@@ -1,4 +1,6 @@
 import copy
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,6 @@ from prism.optimisation import NotFiniteError, Stepper
 from prism.policy import Policy
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
-from prism.stages.align import wasserstein
 from prism.stages.reinforce import Experience, policy_update
 
 ENCODER = PromptEncoder(TOKENIZER, tiny_image_processor(SIZE))
@@ -52,6 +53,36 @@ def test_packs_do_not_change_the_step(played, name):
     for key in wanted:
         torch.testing.assert_close(got[key], wanted[key], rtol=1e-4, atol=1e-6 * one["grad_norm"])
     assert one["tokens"] == sum(len(r.token_ids) for r in experience.rollouts)
+
+
+def test_what_is_logged_of_several_optimiser_steps_is_of_all_their_tokens(played):
+    policy, experience = played
+    algorithm = RlvrAlgorithm(correction="token_tis")
+    longest = max(len(p.input_ids) for p in experience.prompts) + 9
+    # one response of another engine, which is far off in one token
+    rollouts = list(experience.rollouts)
+    off = rollouts[7].model_log_probs.clone()
+    off[2] += 3.0
+    rollouts[7] = replace(rollouts[7], model_log_probs=off)
+    experience = replace(experience, rollouts=rollouts)
+    one, _ = update(policy, experience, Memory(pack_tokens=4096), algorithm)
+    parts, _ = update(policy, experience, Memory(pack_tokens=longest), algorithm, batch=4)
+    # the learning rate is 0: all steps see the policy that sampled
+    for name in ("entropy", "approx_kl", "correction_raw", "correction_used", "ess", "tokens"):
+        assert parts[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    assert one["tokens"] == sum(len(r.token_ids) for r in rollouts) and one["entropy"] > 1
+    # of all packs and steps the largest
+    assert parts["engine_gap"] == pytest.approx(3.0, abs=1e-3) == one["engine_gap"]
+    norms = []
+    for start in (0, 4, 8):
+        chosen = Experience(experience.prompts, rollouts[start : start + 4], experience.advantage[start : start + 4])
+        norms.append(update(policy, chosen, Memory(pack_tokens=4096), algorithm)[0]["grad_norm"])
+    assert parts["grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4)
+    # not a number is told, not passed over
+    rollouts[7] = replace(rollouts[7], model_log_probs=off.fill_(torch.nan))
+    assert math.isnan(
+        update(policy, replace(experience, rollouts=rollouts), Memory(pack_tokens=longest), algorithm)[0]["engine_gap"]
+    )
 
 
 def test_a_step_per_token_spreads_the_same_advantages(played):
@@ -137,13 +168,3 @@ def test_steps_that_are_not_finite_are_not_taken_and_end_the_run_in_the_end():
     assert torch.equal(model.weight, before)
     with pytest.raises(NotFiniteError, match="10 steps in a row"):
         stepper.end([torch.tensor(torch.nan)])
-
-
-def test_wasserstein_on_the_line():
-    a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 4.0, 5.0])
-    assert wasserstein(a, a) == 0
-    assert wasserstein(torch.tensor([1.0]), torch.tensor([3.5])) == pytest.approx(2.5)
-    # by quantiles, on a grid that both sizes divide
-    x, y = a.repeat_interleave(4), b.repeat_interleave(3)
-    assert wasserstein(a, b) == pytest.approx(float((x - y).abs().mean()))
-    assert wasserstein(a, torch.tensor([])) != wasserstein(a, torch.tensor([]))

@@ -1,0 +1,400 @@
+"""A whole RLVR step beside one of TRL's GRPOTrainer: sampling, rewards, loss, backward, AdamW; time and peak memory.
+
+`python -m bench.end_to_end.trl_step`, in the environment of TRL (`make test-peers` makes it: .venv-trl). Both sides
+begin with the same random weights of the embedded default's policy and take the same prompts and images of its world,
+step by step, with the same rewards, as their users would call them: `GRPOTrainer.train` on the model as transformers
+has it, and `answer`, `reward`, `rlvr_step`. Every completion has the full length, since neither side may sample what
+would end it. Two processes take steps in turns; two others, one after the other, tell the peak of their resident set.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
+
+from bench import results
+from bench.timing import PeakMemory
+from prism.config import Config, load_config
+from prism.data.shapes import Carelessness, ShapesWorld
+from prism.models.prompts import EncodedPrompt, PromptEncoder
+from prism.models.tiny import tiny_image_processor, tiny_policy
+from prism.optimisation import Stepper
+from prism.policy import Policy
+from prism.problems import Problem, ShapesProblems
+from prism.rewards import score_batch
+from prism.rollout.engine import Engine, Rollout
+from prism.rollout.sampling import Sampling
+from prism.stages.rlvr import reward, rlvr_step
+from prism.stages.rollouts import answer
+
+PUBLISHED, OURS = "TRL", "ours"
+FASTER, MEMORY_LIMIT = 2.5, 1.0
+# of the first step's entropies: both sides sample the same policy on the same prompts
+ENTROPY_TOLERANCE = 0.1
+# steps of the processes that tell their memory: the moments of AdamW are there from the second on
+MEMORY_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The completions of a step, and how fast the policy learns from them."""
+
+    prompts: int = 4
+    group: int = 8
+    tokens: int = 64
+    lr: float = 5e-5
+
+
+# what a step says of itself, beside its time: the same names on both sides
+Said = dict[str, float]
+
+
+def problems(shape: Shape, steps: int) -> list[Problem]:
+    """Returns the problems of all steps, each step's after those of the one before."""
+    count = shape.prompts * steps
+    return ShapesProblems(ShapesWorld(0, Carelessness()), "rl", count).take(range(count))
+
+
+def start() -> tuple[Qwen3VLForConditionalGeneration, Qwen2Tokenizer]:
+    """Returns the random policy that both sides begin with, and its tokenizer."""
+    model, tokenizer = tiny_policy()
+    # wider than at initialisation, so that the logits differ
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.nn.init.normal_(model.lm_head.weight, std=0.3)
+    return model, tokenizer
+
+
+def variety(texts: Sequence[str]) -> list[float]:
+    """Returns a small reward for distinct characters: nothing is answered at random, and a group must differ."""
+    return [0.01 * len(set(text)) for text in texts]
+
+
+class FullLength(Engine):
+    """Whose responses never stop: tokens that would end them are banned like the other special ones."""
+
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, *, keys: Sequence[int] | None = None
+    ) -> list[Rollout]:
+        return super().generate(prompts, replace(sampling, stop_token_ids=()), keys=keys)
+
+
+def settings(shape: Shape, steps: int) -> Config:
+    """Returns the embedded default with the sizes of the step, and TRL's weight decay."""
+    sizes = {"prompts": shape.prompts, "group": shape.group, "max_new_tokens": shape.tokens}
+    optimiser = {"lr": shape.lr, "steps": steps, "weight_decay": 0.0}
+    given = {f"rollout.rlvr.{key}": value for key, value in sizes.items()}
+    given |= {f"optimiser.rlvr.{key}": value for key, value in optimiser.items()}
+    return load_config(None, given | {"run.device": "cpu"})
+
+
+def our_steps(shape: Shape, steps: int) -> Iterator[Callable[[], Said]]:
+    """Yields our steps."""
+    config = settings(shape, steps)
+    model, tokenizer = start()
+    encoder = PromptEncoder(tokenizer, tiny_image_processor())
+    policy, engine = Policy(model), FullLength(model, tokenizer)
+    stepper = Stepper(policy, config.optimiser.rlvr, steps)
+    data = problems(shape, steps)
+    policy.train()
+
+    def step(index: int) -> Said:
+        own = data[index * shape.prompts : (index + 1) * shape.prompts]
+        found = answer(engine, own, encoder, config.rollout.rlvr, seed=index)
+        rewarded = reward(found, config)
+        rewarded = rewarded._replace(reward=rewarded.reward + torch.tensor(variety(found.texts)))
+        logged, _ = rlvr_step(policy, rewarded, encoder, stepper, config)
+        stepper.next_rate()
+        read = sum(len(found.prompts[rollout.prompt].input_ids) for rollout in found.rollouts)
+        return {
+            "loss": logged["loss"],
+            "grad_norm": logged["grad_norm"],
+            "entropy": logged["entropy"],
+            "shortest": float(found.lengths.min()),
+            "tokens": float(read + found.lengths.sum()),
+        }
+
+    for index in range(steps):
+        yield lambda index=index: step(index)
+
+
+def make_trainer(shape: Shape, steps: int, folder: str, **options: Any) -> Any:
+    """Returns TRL's trainer with the same policy, prompts, rewards and settings.
+
+    Args:
+        shape: of the step.
+        steps: how many.
+        folder: for what the trainer writes.
+        options: of the trainer, beside its own.
+    """
+    from datasets import Dataset
+    from transformers import ProcessorMixin
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Processor(Qwen3VLProcessor):
+        """For images alone: the part for videos needs torchvision."""
+
+        def __init__(self, image_processor: Any, tokenizer: Any) -> None:
+            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+            names = [self.image_token, self.video_token]
+            self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(names)
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=tokenizer.chat_template)
+
+    model, tokenizer = start()
+    # as TRL itself loads it: it takes the processor's image places as they are padded there
+    tokenizer.padding_side = "left"
+    args = GRPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=shape.prompts * shape.group,
+        num_generations=shape.group,
+        max_completion_length=shape.tokens,
+        # all that ends a completion, as well as vision tokens
+        generation_kwargs={"suppress_tokens": sorted(Engine(model, tokenizer).banned_token_ids(()))},
+        temperature=1.0,
+        beta=0.0,
+        # a mean over all tokens of the step
+        loss_type="dapo",
+        epsilon=0.2,
+        epsilon_high=0.2,
+        max_steps=steps,
+        learning_rate=shape.lr,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        shuffle_dataset=False,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        # which would save memory for time, and ours does not
+        gradient_checkpointing=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        log_level="error",
+    )
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": problem.prompt}]}],
+            "images": list(problem.images),
+            "gold": problem.answer,
+        }
+        for problem in problems(shape, steps)
+    ]
+
+    def worth(completions: list[Any], gold: list[str], **_: Any) -> list[float]:
+        texts = [completion[0]["content"] for completion in completions]
+        return [v.score + more for v, more in zip(score_batch(texts, gold), variety(texts))]
+
+    processor = Processor(tiny_image_processor(), tokenizer)
+    return GRPOTrainer(model, worth, args, train_dataset=Dataset.from_list(rows), processing_class=processor, **options)
+
+
+class Turn:
+    """What a child process says of its steps, each of which it takes when told.
+
+    Args:
+        memory: whether the peak of the resident set is wanted.
+    """
+
+    def __init__(self, memory: bool) -> None:
+        self.memory, self.read = memory, 0.0
+        # what libraries print must not be taken for an answer
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def begin(self) -> None:
+        """Waits until the parent wants a step."""
+        if not sys.stdin.readline():
+            raise SystemExit("the parent is gone")
+        self.peak = PeakMemory("cpu")
+        if self.memory:
+            self.peak.__enter__()
+        self.start = time.perf_counter()
+
+    def end(self) -> None:
+        """Takes the time."""
+        self.found = {"seconds": time.perf_counter() - self.start}
+        if self.memory:
+            self.peak.__exit__()
+            self.found |= {"peak_extra_bytes": self.peak.bytes, "peak_bytes": self.peak.peak}
+
+    def say(self, said: Said) -> None:
+        """Answers the parent."""
+        self.answers.write(json.dumps(self.found | said) + "\n")
+        self.answers.flush()
+
+
+def child(side: str, shape: Shape, steps: int, memory: bool) -> None:
+    """Trains, a step for each line that comes."""
+    turn = Turn(memory)
+    if side == OURS:
+        for step in our_steps(shape, steps):
+            turn.begin()
+            said = step()
+            turn.end()
+            turn.say(said)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make_trainer(shape, steps, folder, callbacks=[callback(turn)]).train()
+
+
+def callback(turn: Turn) -> Any:
+    """Returns what makes TRL's trainer take turns."""
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            turn.begin()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            turn.end()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            if "grad_norm" not in logs:
+                return
+            said = {key: logs[key] for key in ("loss", "grad_norm", "entropy")}
+            said |= {"shortest": logs["completions/min_length"], "tokens": logs["num_tokens"] - turn.read}
+            turn.read = logs["num_tokens"]
+            turn.say(said)
+
+    return Turns()
+
+
+class Side:
+    """A child process with one trainer, which takes a step when told."""
+
+    def __init__(self, side: str, shape: Shape, steps: int, memory: bool = False) -> None:
+        spec = json.dumps({"side": side, "shape": asdict(shape), "steps": steps, "memory": memory})
+        environment = results.memory_environment() if memory else dict(os.environ)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.end_to_end.trl_step", "--child", spec],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
+
+    def step(self) -> Said:
+        """Returns what a step took, and what it says of itself."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the trainer's process ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.kill()
+        self.process.communicate()
+
+
+def take_turns(shape: Shape, steps: int) -> dict[str, list[Said]]:
+    """Returns the steps of both sides, each side beginning every other one."""
+    sides = {name: Side(name, shape, steps) for name in (PUBLISHED, OURS)}
+    taken: dict[str, list[Said]] = {name: [] for name in sides}
+    try:
+        for count in range(steps):
+            order = list(sides.items())
+            for name, side in order if count % 2 == 0 else reversed(order):
+                taken[name].append(side.step())
+    finally:
+        for side in sides.values():
+            side.close()
+    return taken
+
+
+def peak(name: str, shape: Shape) -> Said:
+    """Returns the memory of a side's last step."""
+    side = Side(name, shape, MEMORY_STEPS, memory=True)
+    try:
+        return [side.step() for _ in range(MEMORY_STEPS)][-1]
+    finally:
+        side.close()
+
+
+def agree(shape: Shape, taken: dict[str, list[Said]]) -> None:
+    """Refuses times of steps that did not do the same work."""
+    for name, found in taken.items():
+        for said in found:
+            if said["shortest"] != shape.tokens:
+                raise RuntimeError(f"{name}: expected completions of {shape.tokens} tokens, got {said['shortest']:g}")
+            if not said["grad_norm"] > 0:
+                raise RuntimeError(f"{name}: expected a gradient, got one of norm {said['grad_norm']}")
+    for theirs, ours in zip(taken[PUBLISHED], taken[OURS]):
+        if theirs["tokens"] != ours["tokens"]:
+            raise RuntimeError(f"the sides read other prompts: {theirs['tokens']:g} and {ours['tokens']:g} tokens")
+    first = [taken[name][0]["entropy"] for name in (PUBLISHED, OURS)]
+    if abs(first[0] - first[1]) > ENTROPY_TOLERANCE * first[0]:
+        raise RuntimeError(f"the sides sampled other policies: entropies {first[0]} and {first[1]}")
+
+
+def measure(shape: Shape, rounds: int) -> dict[str, Any]:
+    """Returns the content of the result file."""
+    taken = take_turns(shape, rounds + 1)
+    agree(shape, taken)
+    rows = []
+    for name, found in taken.items():
+        # the first step warms up
+        samples = [said["seconds"] for said in found[1:]]
+        row = {"contender": name, "median_s": statistics.median(samples), "samples_s": samples}
+        memory = peak(name, shape)
+        rows.append(row | {key: memory[key] for key in ("peak_bytes", "peak_extra_bytes")})
+    theirs, ours = rows
+    bars = [
+        results.bar("times faster than TRL's step", ">=", FASTER, theirs["median_s"] / ours["median_s"]),
+        results.bar("peak memory over TRL's", "<=", MEMORY_LIMIT, ours["peak_bytes"] / theirs["peak_bytes"]),
+        results.bar(
+            "peak of the step's own memory over TRL's",
+            "<=",
+            MEMORY_LIMIT,
+            ours["peak_extra_bytes"] / theirs["peak_extra_bytes"],
+        ),
+    ]
+    label = f"{shape.prompts} x {shape.group} completions of {shape.tokens} tokens, a tiny Qwen3-VL with images, fp32"
+    return {**results.header("trl_step", "cpu"), "label": label, "shape": asdict(shape), "rows": rows, "bars": bars}
+
+
+def table(content: dict[str, Any]) -> str:
+    """Returns a plain text table."""
+    lines = [f"an RLVR step, {content['label']}"]
+    for row in content["rows"]:
+        whole, extra = row["peak_bytes"] / results.MIB, row["peak_extra_bytes"] / results.MIB
+        lines.append(
+            f"  {row['contender']:<6} {row['median_s']:8.3f} s {whole:9.0f} MiB, of which the step {extra:.0f}"
+        )
+    return "\n".join([*lines, *results.bar_lines(content["bars"])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in asdict(Shape()).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--rounds", type=int, default=20, help="3 for a quick look")
+    parser.add_argument("--out", help="folder of the JSON instead of bench/results/<machine>")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    given = vars(parser.parse_args())
+    spec, rounds, out = given.pop("child"), given.pop("rounds"), given.pop("out")
+    if spec is not None:
+        child(**spec | {"shape": Shape(**spec["shape"])})
+        return
+    content = measure(Shape(**given), rounds)
+    folder = results.RESULTS / results.machine("cpu") if out is None else Path(out)
+    results.write(folder / f"{content['op']}.json", content)
+    print(table(content))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The experiment on the embedded world: what alignment adds, and when distillation does as well."""

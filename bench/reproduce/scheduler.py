@@ -1,0 +1,168 @@
+"""Runs arms side by side, each in a process of its own, and goes on where an earlier command was ended."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from bench.reproduce.jobs import Experiment, Job, JobError
+from prism.config import ConfigError
+
+CONSOLE = "console.log"
+# lines of a failed arm's console that are shown
+_SHOWN = 12
+Tell = Callable[[str], None]
+
+
+class Running:
+    """A process of an arm.
+
+    Args:
+        job: the arm.
+        settings: its file of settings.
+        alone: whether it has the machine for itself, and may use all of its cores.
+        lock: a file that is held open for as long as it runs.
+    """
+
+    def __init__(self, job: Job, settings: Path, alone: bool, lock: int) -> None:
+        self.job, self.folder, self.begun = job, settings.parent, time.monotonic()
+        threads = {} if alone else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        with (self.folder / CONSOLE).open("ab") as console:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "prism", "run", "--config", str(settings)],
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **threads},
+                pass_fds=(lock,),
+                # a Ctrl-C reaches it once, from here
+                process_group=0,
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self.begun
+
+    def problem(self) -> str | None:
+        """Returns why a process that has ended did not do what it should; None: it did."""
+        if self.process.returncode == 0:
+            return None
+        lines = (self.folder / CONSOLE).read_text(errors="replace").splitlines()
+        return "\n".join([f"exit status {self.process.returncode}; {self.folder / CONSOLE} ends:", *lines[-_SHOWN:]])
+
+
+def run_all(
+    experiment: Experiment, jobs: Sequence[Job], *, at_once: int, tell: Tell, figures: Callable[[Job], str]
+) -> bool:
+    """Runs the jobs that are not finished; returns whether all are now. Raises KeyboardInterrupt when told to end.
+
+    Args:
+        experiment: the experiment.
+        jobs: each behind those that it needs.
+        at_once: how many processes.
+        tell: gets a line for each job.
+        figures: returns those of a finished job, for its line.
+    """
+    total, done, failed = len(jobs), set[Job](), set[Job]()
+    width = max(len(job.arm.name) for job in jobs)
+    running: list[Running] = []
+
+    def end(job: Job, told: str, kind: set[Job]) -> None:
+        kind.add(job)
+        tell(f"{len(done | failed):>{len(str(total))}}/{total}  seed {job.seed}  {job.arm.name:<{width}}  {told}")
+
+    with _held(experiment.out, tell) as lock, _terminated():
+        for seed in dict.fromkeys(job.seed for job in jobs):
+            experiment.write_base(seed)
+        for job in jobs:
+            # those behind an unfinished arm will be looked at when it is their turn
+            if experiment.finished(job) and all(one in done for one in _needs(experiment, job)):
+                experiment.settle(job)
+                if experiment.finished(job):
+                    end(job, f"finished before  {figures(job)}", done)
+        try:
+            while len(done | failed) < total:
+                for job in jobs:
+                    if job in done | failed | {one.job for one in running}:
+                        continue
+                    needs = set(_needs(experiment, job))
+                    if needs & failed:
+                        end(job, "not run, it needs one that failed", failed)
+                    elif needs <= done and len(running) < at_once:
+                        try:
+                            settings = experiment.prepare(job)
+                        except (ConfigError, JobError) as error:
+                            end(job, f"failed: {error}", failed)
+                            continue
+                        if experiment.finished(job):
+                            end(job, f"finished before  {figures(job)}", done)
+                            continue
+                        running.append(Running(job, settings, at_once == 1, lock))
+                for one in [one for one in running if one.process.poll() is not None]:
+                    running.remove(one)
+                    if problem := one.problem():
+                        end(one.job, f"failed: {problem}", failed)
+                    else:
+                        end(one.job, f"{one.seconds:>5.0f} s  {figures(one.job)}", done)
+                time.sleep(0.1)
+        except BaseException:
+            _end(running)
+            raise
+    return not failed
+
+
+def _needs(experiment: Experiment, job: Job) -> list[Job]:
+    return [Job(job.seed, experiment.arms[name]) for name in job.arm.after]
+
+
+def _end(running: list[Running]) -> None:
+    """Lets what runs end behind a checkpoint, and on a second Ctrl-C at once."""
+    for one in running:
+        one.process.send_signal(signal.SIGINT)
+    try:
+        for one in running:
+            one.process.wait()
+    except KeyboardInterrupt:
+        for one in running:
+            one.process.kill()
+            one.process.wait()
+
+
+@contextmanager
+def _held(out: Path, tell: Tell) -> Iterator[int]:
+    """Holds a folder: two processes in an arm's folder would damage it.
+
+    The arms hold it too, so that those which a killed command left running are waited for.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell(f"waiting for arms that another command runs, or left running, in {out}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Takes a request to end like Ctrl-C."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,180 @@
+"""A run's policy for others: a Hugging Face folder with a model card: `prism export`."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors.torch import load_model
+
+from prism import checkpoint
+from prism.config import Config, to_toml
+from prism.data.errors import DataError
+from prism.models.building import plain_policy
+from prism.models.tiny import save_processor
+from prism.report.reading import Row, RunRecord
+
+CARD = "README.md"
+STAGES = {
+    "base": "pretraining of the embedded world's base",
+    "sft": "supervised fine-tuning on demonstrations",
+    "distill": "fine-tuning on the demonstrations of alignment",
+    "warmup": "warm-up of the discriminator; the policy stays as it is",
+    "align": "adversarial alignment with the demonstrations, by a discriminator of perception and of reasoning",
+    "rlvr": "reinforcement learning with verified rewards",
+}
+# of evaluations, what the card shows where it is known
+FIGURES = ("samples", "accuracy", "format", "length", "perception_error", "reasoning_error")
+
+
+def write_export(record: RunRecord, to: Path) -> Path:
+    """Returns the folder that it wrote: the policy of a finished run, else that of the newest checkpoint.
+
+    Args:
+        record: of the run.
+        to: the folder, which does not exist yet.
+    """
+    aside = to.with_name(f".aside-{to.name}")
+    if aside.exists():
+        # of an export that was killed
+        shutil.rmtree(aside)
+    finished = (record.folder / "evaluations.json").is_file()
+    state = "finished" if finished else _write_checkpoint(record, aside)
+    if finished:
+        _copy_policy(record.folder / "policy", aside)
+    (aside / CARD).write_text(card(record, state), encoding="utf-8")
+    aside.rename(to)
+    print(f"{to}: the policy of {record.folder}, {state}; fill in `license:` in {to / CARD} before it is published")
+    return to
+
+
+def card(record: RunRecord, state: str) -> str:
+    """Returns the model card of a run's policy.
+
+    Args:
+        record: of the run.
+        state: `finished`, or how far the run was.
+    """
+    base = record.setting("model.policy")
+    tiny = base == "tiny"
+    # a folder means nothing to others
+    hub = not tiny and not Path(base).exists()
+    head = ["library_name: transformers", "pipeline_tag: image-text-to-text", "tags:", "- prism"]
+    head += [f"base_model: {base}"] if hub else []
+    steps = [
+        f"| {stage} | {STAGES[stage]} | {len(record.steps.get(stage, ()))} of {record.planned(stage)} |"
+        for stage in record.stages
+    ]
+    purpose = (
+        "A tiny model of the embedded world of coloured shapes: it shows the method, and knows nothing else.\n\n"
+        if tiny
+        else ""
+    )
+    return f"""---
+{chr(10).join(head)}
+# license: to be filled in, see below
+---
+
+# {record.folder.name}
+
+A Qwen3-VL policy, trained by PRISM from `{base}`. The run is {state}.
+
+{purpose}Load it with `AutoModelForImageTextToText.from_pretrained` and `AutoProcessor.from_pretrained` of transformers.
+
+## Licence
+
+Not set. It depends on the licence of the model that training began with, and of the data: whoever publishes this model
+has to fill it in, here and as `license:` above.
+
+## Stages
+
+| stage | | steps |
+|---|---|---:|
+{chr(10).join(steps)}
+
+## Figures
+
+{_figures(record)}
+
+Nothing else was measured: how the model does on other data, and how it can be misused, is not known from this run.
+
+## Settings
+
+{_environment(record)}
+
+{_settings(record)}
+"""
+
+
+def _copy_policy(folder: Path, to: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise DataError(
+            f"{folder}: expected the policy that a finished run leaves, there is none; run the stages again"
+        )
+    shutil.copytree(folder, to)
+
+
+def _write_checkpoint(record: RunRecord, to: Path) -> str:
+    """Writes the policy of the newest whole checkpoint, and returns which it is."""
+    folder = record.folder / "checkpoints"
+    # nothing is renamed here: the run may still be going on
+    whole = next((path for path in checkpoint.checkpoints(folder) if checkpoint.damage(path) is None), None)
+    if whole is None:
+        raise DataError(f"{record.folder}: expected a finished run or a checkpoint in {folder}, got neither; run it on")
+    try:
+        config = Config.model_validate(record.settings)
+    except ValidationError as error:
+        raise DataError(f"{record.folder / 'config.json'}: expected settings that can be used here: {error}") from error
+    here = config.run.model_copy(update={"device": "cpu"})
+    model, encoder = plain_policy(config.model_copy(update={"run": here}))
+    load_model(model, str(whole / "policy.safetensors"))
+    model.save_pretrained(to)
+    save_processor(to, encoder.tokenizer, encoder.image_processor)
+    extra = json.loads((whole / "state.json").read_text())["extra"]
+    where = f"step {extra['step']} of {extra['stage']}" if extra["stage"] else f"the end of {extra['done'][-1]}"
+    return f"not finished: this is its checkpoint of {where}"
+
+
+def _figures(record: RunRecord) -> str:
+    rows: list[tuple[str, str, Row]] = []
+    for after, found in record.evaluations.items():
+        rows.append((after, str(found.get("split", "")), found))
+        rows += [(after, name, inner) for name, inner in found.items() if name == "test" and isinstance(inner, dict)]
+    names = [name for name in FIGURES if any(name in found for _, _, found in rows)]
+    if not names:
+        return "None: the run had nothing held out."
+    lines = [
+        f"| after | split | {' | '.join(name.replace('_', ' ') for name in names)} |",
+        f"|---|---|{'---:|' * len(names)}",
+    ]
+    for after, split, found in rows:
+        lines.append(f"| {after} | {split} | {' | '.join(_cell(found, name) for name in names)} |")
+    data = record.setting("data.source")
+    told = "problems of the embedded world" if data == "shapes" else "problems of the run's own files"
+    return f"On {told} that nothing was trained on, with standard errors where they are known.\n\n" + "\n".join(lines)
+
+
+def _cell(found: Row, name: str) -> str:
+    value: Any = found.get(name)
+    if not isinstance(value, (int, float)):
+        return ""
+    if isinstance(value, int):
+        return str(value)
+    error = found.get(f"{name}_se")
+    text = f"{value:.1f}" if name == "length" else f"{value:.3f}"
+    return f"{text} ± {error:.3f}" if isinstance(error, float) else text
+
+
+def _environment(record: RunRecord) -> str:
+    versions = (record.environment or {}).get("versions", {})
+    made = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return f"Made with {made}." if made else "With which versions it was made is not known."
+
+
+def _settings(record: RunRecord) -> str:
+    try:
+        return f"```toml\n{to_toml(Config.model_validate(record.settings)).strip()}\n```"
+    except ValidationError:
+        # of another version, or of files that are elsewhere: as the run wrote them
+        return f"```json\n{json.dumps(record.settings, indent=2)}\n```"

@@ -1,0 +1,94 @@
+"""Rows of data files as problems; what a stage cannot use of them is an error of the row."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from prism.batches import response_ids
+from prism.config.sections import Data
+from prism.data.errors import RowError
+from prism.data.rows import ChatRow, ProblemRow, WarmupRow
+from prism.data.schemas import PLACEHOLDER
+from prism.models.prompts import Message, PromptEncoder, chat_messages
+from prism.models.tokenizer import IMAGE_TOKEN, VIDEO_TOKEN
+from prism.problems import Problem
+
+# the uses of a row that need a teacher's response
+TAUGHT = ("distill", "warmup", "align")
+Read = tuple[Problem, Mapping[str, str]]
+
+
+def problem_reader(use: str, encoder: PromptEncoder, data: Data) -> Callable[[Any], Problem]:
+    """Returns what makes a problem of a row, or raises a `RowError`.
+
+    Args:
+        use: the stage, or the split that is held out.
+        encoder: of the policy.
+        data: the longest prompt and response.
+    """
+
+    def read(row: Any) -> Problem:
+        if isinstance(row, ProblemRow):
+            problem, responses = _problem(row, use)
+        else:
+            problem, responses = _chat(row) if isinstance(row, ChatRow) else _pair(row)
+        _check_text(problem)
+        # kept, so that images are cut into patches once
+        whole = replace(problem, encoding=problem.encoded(encoder))
+        _check_length("prompt", len(whole.encoded(encoder).input_ids), data.prompt_tokens, "prompt_tokens")
+        for field, ids in zip(responses, response_ids(list(responses.values()), encoder) if responses else ()):
+            _check_length(field, len(ids), data.response_tokens, "response_tokens")
+        return whole
+
+    return read
+
+
+def problem_of_row(row: ProblemRow) -> Problem:
+    """Returns a row of problems as one."""
+    return Problem(row.id, _prompt(row.prompt), row.images, row.ground_truth, row.equivalent_answers, row.teacher)
+
+
+def _problem(row: ProblemRow, use: str) -> Read:
+    if use not in TAUGHT:
+        return problem_of_row(row), {}
+    if row.teacher is None:
+        needed = f"expected it, or teacher_caption and teacher_cot: {use} needs the teacher's response"
+        raise RowError("missing field", "teacher_response", needed)
+    return problem_of_row(row), {"teacher_response": row.teacher}
+
+
+def _chat(row: ChatRow) -> Read:
+    *context, (_, response) = row.messages
+    field = f"messages.{len(context)}"
+    if PLACEHOLDER in response:
+        raise RowError("image count", field, "expected images before the last message, which is learnt, got one in it")
+    return Problem(row.id, _prompt(context), row.images, teacher=response), {field: response}
+
+
+def _pair(row: WarmupRow) -> Read:
+    if not row.teacher.answer:
+        needed = "expected <answer>…</answer> in both responses, with which reasoning is scored in alignment too"
+        raise RowError("response form", "teacher_cot", needed)
+    problem = Problem(row.id, row.question, row.images, teacher=row.teacher.text, student=row.student.text)
+    return problem, {"teacher_response": row.teacher.text, "student_response": row.student.text}
+
+
+def _prompt(turns: Sequence[tuple[str, str]]) -> str | tuple[Message, ...]:
+    """Returns a chat; a single turn of the user as its text."""
+    if [role for role, _ in turns] == ["user"]:
+        return turns[0][1]
+    return tuple({"role": role, "content": text} for role, text in turns)
+
+
+def _check_text(problem: Problem) -> None:
+    """Raises `RowError` where a text spells a token that stands for a part of an image."""
+    for message in chat_messages(problem.prompt, len(problem.images)):
+        for item in message["content"]:
+            for token in (IMAGE_TOKEN, VIDEO_TOKEN):
+                if token in item.get("text", ""):
+                    raise RowError("vision token", "prompt", f"expected {PLACEHOLDER} where an image goes, got {token}")
+
+
+def _check_length(field: str, tokens: int, limit: int, key: str) -> None:
+    if tokens > limit:
+        raise RowError("too long", field, f"expected at most data.{key} = {limit} tokens, got {tokens}")

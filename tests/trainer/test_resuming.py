@@ -1,0 +1,119 @@
+"""A run does not go on with other settings, unless they change nothing of what it has done; and what a step takes."""
+
+import mmap
+import os
+
+import pytest
+import torch
+
+from prism import checkpoint, cli, peak
+from prism.config import ConfigError, load_config
+from prism.resuming import check_settings
+
+
+def begun(folder, done=("sft",), stage="warmup", **changes):
+    """A folder as a run leaves it that was ended."""
+    (folder / "config.json").write_text(load_config(None, changes).model_dump_json())
+    extra = {"done": list(done), "stage": stage, "step": 2}
+    checkpoint.save(folder / "checkpoints", 2, {}, {}, extra)
+    return folder
+
+
+def now(folder, **changes):
+    return load_config(None, {"run.folder": str(folder), **changes})
+
+
+REFUSED = {
+    "run.seed": 1,
+    "data.shapes.rl": 100,
+    "data.prompt_tokens": 100,
+    "discriminator.soft_clip": "none",
+    "evaluation.samples": 8,
+    "optimiser.sft.lr": 1e-5,
+    "optimiser.warmup.steps": 99,
+    # warm-up answers alignment's prompts
+    "rollout.align.temperature": 0.5,
+    "run.stages": ["sft", "warmup"],
+    "model.tiny.layers": 2,
+}
+FREE = {
+    "log.console": "quiet",
+    "checkpoint.keep": 5,
+    "memory.pack_tokens": 4096,
+    "memory.activation_checkpointing": True,
+    "run.device": "cpu",
+    "rollout.cache_tokens": 50000,
+    "optimiser.rlvr.steps": 99,
+    "algorithm.rlvr.name": "dapo",
+    "rollout.rlvr.group": 4,
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_other_settings_are_refused_by_their_keys(tmp_path, key):
+    begun(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        check_settings(now(tmp_path, **{key: REFUSED[key]}))
+    first, *others, rule = str(error.value).splitlines()
+    assert first.startswith(f"{key}: expected ") and f"with which the run in '{tmp_path}' began" in first
+    assert others == [] and rule.startswith("take another run.folder, or the old values; what may differ: log, ")
+
+
+def test_what_changes_nothing_that_was_done_is_free(tmp_path):
+    begun(tmp_path)
+    check_settings(now(tmp_path, **FREE))
+    # while alignment has not begun, and nothing before reads its tables, they are free as well
+    (other := tmp_path / "other").mkdir()
+    begun(other, done=(), stage="sft")
+    check_settings(now(other, **{"optimiser.align.lr": 1e-6, "optimiser.discriminator.lr": 1e-6}))
+    with pytest.raises(ConfigError, match=r"optimiser.discriminator.lr: expected 0.0005, .* got 1e-06"):
+        check_settings(now(tmp_path, **{"optimiser.discriminator.lr": 1e-6}))
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    begun(tmp_path)
+    for path in checkpoint.checkpoints(tmp_path / "checkpoints"):
+        path.rename(tmp_path / "gone")
+    check_settings(now(tmp_path, **{"run.seed": 1}))
+
+
+def test_settings_that_an_older_version_did_not_know_had_their_defaults(tmp_path):
+    begun(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"kind_bias":false,', "", 1))
+    check_settings(now(tmp_path))
+    with pytest.raises(ConfigError, match=r"discriminator.kind_bias: expected false"):
+        check_settings(now(tmp_path, **{"discriminator.kind_bias": True}))
+
+
+def test_the_command_refuses_before_a_model_is_built(tmp_path, monkeypatch, capsys):
+    import prism.run
+
+    begun(tmp_path)
+    monkeypatch.setattr(prism.run, "build_policy", lambda config: pytest.fail("a model was built"))
+    assert cli.main(["run", "--run.folder", str(tmp_path), "--run.seed", "4"]) == 2
+    assert "prism run: run.seed: expected 0" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system forgets no peak")
+def test_peak_memory_is_that_since_it_began():
+    device = torch.device("cpu")
+    size = 64 * 2**20
+    peak.begin_peak(device)
+    before = peak.peak_bytes(device)
+    with mmap.mmap(-1, size) as held:
+        held.write(b"1" * size)
+        within = peak.peak_bytes(device)
+    assert within - before > 0.9 * size
+    peak.begin_peak(device)
+    after = peak.peak_bytes(device)
+    assert after < within - 0.9 * size
+
+
+def test_peak_memory_where_the_system_forgets_none(monkeypatch, tmp_path):
+    """As on macOS: the highest of the process's whole life."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(peak, "_PROCESS", tmp_path / "none")
+    first = peak.peak_bytes(device)
+    peak.begin_peak(device)
+    assert peak.peak_bytes(device) >= first > 2**20

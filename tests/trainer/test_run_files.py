@@ -1,0 +1,359 @@
+"""Runs on data files and on models of folders: every setting acts, and an interrupted run ends as a whole one."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from loader_cases import RESPONSE, chat, picture, problem, warmup, without, write_images, write_lines
+from test_run import SMALL, SPENT, metrics_stage, weights
+
+from prism import cli
+from prism.config import load_config
+from prism.data.errors import DataError
+from prism.data.export import write_problems, write_sft, write_warmup
+from prism.data.loader import dry_run
+from prism.data.shapes import ShapesWorld
+from prism.log import read_metrics
+from prism.models.prompts import PromptEncoder
+from prism.models.tiny import TinySize, save_tiny, tiny_discriminator_base, tiny_image_processor, tiny_policy
+from prism.models.tokenizer import train_tokenizer
+from prism.problem_rows import problem_reader
+from prism.problem_sources import problems_of
+from prism.run import InterruptedRunError, Run
+
+STAGES = ("sft", "warmup", "align", "rlvr")
+SIZE = TinySize(
+    hidden_size=32, intermediate_size=48, expert_intermediate_size=48, layers=2, heads=2, key_value_heads=1,
+    vision_hidden_size=32,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    # of words without tags, so that no token holds the end of a tag and a word
+    sections = [sample.response.sections for sample in ShapesWorld().samples("sft", 60)]
+    texts = ["user\n", "assistant\n", *(text for one in sections for text in (one.caption, one.think))]
+    return PromptEncoder(train_tokenizer(texts), tiny_image_processor(SIZE))
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory, encoder):
+    """Models and files as a user has them, with a bad row in SFT's and one without a teacher in alignment's."""
+    folder = tmp_path_factory.mktemp("given")
+    for name, build, seed in (("policy", tiny_policy, 3), ("discriminator", tiny_discriminator_base, 4)):
+        model, tokenizer = build(SIZE, tokenizer=encoder.tokenizer, seed=seed)
+        save_tiny(folder / name, model, tokenizer, encoder.image_processor)
+    world = ShapesWorld(7)
+    public, curated = list(world.samples("sft", 8)), list(world.samples("alignment", 8))
+    write_sft(folder / "sft.jsonl", public)
+    with (folder / "sft.jsonl").open("a") as file:
+        file.write(json.dumps(chat(images=["images/gone.png"])) + "\n")
+    # the students' sections are those of other problems
+    write_warmup(
+        folder / "warmup.parquet",
+        [(a, a.response.sections, b.response.sections) for a, b in zip(curated, public)],
+    )
+    write_problems(folder / "align.jsonl", curated)
+    with (folder / "align.jsonl").open("a") as file:
+        (folder / "images/good.png").write_bytes(picture())
+        file.write(json.dumps(without(problem(), "teacher_response")) + "\n")
+    write_problems(folder / "rlvr.parquet", world.samples("rl", 7))
+    write_problems(folder / "validation.parquet", world.samples("validation", 5))
+    write_problems(folder / "test.jsonl", world.samples("test", 3))
+    return folder
+
+
+def settings(given, folder, **changes):
+    files = {path.stem: [str(path)] for path in [*given.glob("*.jsonl"), *given.glob("*.parquet")]}
+    ours = {
+        "run.folder": str(folder),
+        "run.stages": list(STAGES),
+        "model.policy": str(given / "policy"),
+        "model.discriminator": str(given / "discriminator"),
+        "data.source": "files",
+        "data.buffer": 3,
+        "data.response_tokens": 256,
+        "data.max_skipped": 0.2,
+        **{f"data.files.{name}": paths for name, paths in files.items()},
+    }
+    return load_config(None, {**SMALL, **ours, **changes})
+
+
+def outcome(one):
+    """All that a run leaves but times and memory."""
+    lines = [{k: v for k, v in r.items() if k not in SPENT} for r in read_metrics(one.folder / "metrics.jsonl")]
+    skipped = {path.name: path.read_text() for path in one.folder.glob("skipped-*.jsonl")}
+    rollouts = {path.name: path.read_text() for path in (one.folder / "rollouts").iterdir()}
+    return lines, one.evaluations, skipped, rollouts
+
+
+@pytest.fixture(scope="module")
+def whole(given, tmp_path_factory):
+    one = Run(settings(given, tmp_path_factory.mktemp("whole")))
+    one.go()
+    return one
+
+
+def test_all_stages_run_on_files_and_count_what_they_skip(given, whole):
+    records = read_metrics(whole.folder / "metrics.jsonl")
+    last = {record["stage"]: record for record in records}
+    assert [record["stage"] for record in records] == [stage for stage in STAGES for _ in range(3)]
+    # 3 steps of 4 rows go once through SFT's 9, of which one is bad
+    assert [(r["epoch"], r["rows_skipped"]) for r in records if r["stage"] == "sft"][-1] == (2, 1)
+    (entry,) = [json.loads(line) for line in (whole.folder / "skipped-sft.jsonl").read_text().splitlines()]
+    assert entry == {
+        "file": str(given / "sft.jsonl"), "row": 9, "field": "images.0", "cause": "image not found",
+        "reason": f"expected an image at {given}/images/gone.png: No such file or directory",
+    }  # fmt: skip
+    assert last["align"]["rows_skipped"] <= 1 and last["rlvr"]["rows_skipped"] == 0
+    # the students of the file are scored: the policy, untrained, writes nothing that could be
+    for record in records:
+        if record["stage"] == "warmup":
+            assert record["d_grad_norm"] > 0 and record["skipped"] == 0 and record["d_accuracy_reasoning"] is not None
+    assert not list((whole.folder / "rollouts").glob("warmup-*"))
+    # problems are told by their question, and answers are those of the file
+    line = json.loads((whole.folder / "rollouts" / "rlvr-000001.jsonl").read_text().splitlines()[0])
+    assert line["question"].startswith("<image>") and line["answer"] and line["problem"].startswith("rl-7-")
+    assert all(record["peak_bytes"] > 2**20 for record in records)
+
+
+def test_evaluations_hold_what_is_known(whole):
+    text = (whole.folder / "evaluations.json").read_text()
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert [found[stage]["samples"] for stage in ("start", *STAGES)] == [4] * 5
+    assert found["rlvr"]["test"]["samples"] == found["align"]["test"]["samples"] == 3
+    assert "perception_error" not in text and "discriminator" in found["warmup"]
+
+
+@pytest.mark.parametrize("stage, step", [("sft", 2), ("warmup", 1), ("align", 2), ("rlvr", 1)])
+def test_an_interrupted_run_draws_the_same_rows(given, whole, tmp_path, stage, step):
+    first = Run(settings(given, tmp_path))
+    write = first.log.step
+
+    def stop_there(number, metrics, shown=None):
+        write(number, metrics, shown)
+        if (metrics_stage(first), number) == (stage, step):
+            first._ask_to_stop()
+
+    first.log.step = stop_there
+    with pytest.raises(InterruptedRunError):
+        first.go()
+    first.log.close()
+    again = Run(settings(given, tmp_path))
+    again.go()
+    ours, wanted = weights(again), weights(whole)
+    assert ours.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(ours[name], wanted[name])] == []
+    assert outcome(again) == outcome(whole)
+
+
+def test_the_console_is_the_logs_alone_and_says_once_what_is_not_measured(given, tmp_path, capfd):
+    changes = {"run.stages": ["sft"], "data.files.validation": [], "data.files.test": [], "log.console": "lines"}
+    one = Run(settings(given, tmp_path, **changes))
+    one.go()
+    told = capfd.readouterr()
+    assert told.err == ""
+    for split in ("validation", "test"):
+        assert told.out.count(f"data.files.{split} names no files: nothing is measured on it") == 1
+    assert "nan" not in told.out
+    assert one.evaluations == {name: {"split": "validation", "samples": 0} for name in ("start", "sft")}
+
+
+# --- each setting of the data
+
+
+def drawn(tmp_path, encoder, stage, rows, count, **changes):
+    """Problems of a stage, whose file has these rows."""
+    write_images(tmp_path)
+    name = "align" if stage == "distill" else stage
+    path = write_lines(tmp_path / f"{name}.jsonl", rows)
+    config = load_config(
+        None,
+        {
+            "run.folder": str(tmp_path / "run"),
+            "run.stages": [stage],
+            "data.source": "files",
+            f"data.files.{name}": [str(path)],
+            **changes,
+        },
+    )
+    return next(problems_of(config, encoder).batches(stage, 0, count))
+
+
+def test_rows_become_problems(tmp_path, encoder):
+    (one,) = drawn(tmp_path, encoder, "sft", [chat()], 1)
+    assert (one.prompt, one.teacher, one.student) == ("<image>How many?", RESPONSE, None)
+    assert one.encoded(encoder).input_ids == encoder.encode("<image>How many?", one.images).input_ids
+    turns = [("user", "Hello"), ("assistant", "Hi"), ("user", "<image>How many?"), ("assistant", "One.")]
+    (longer,) = drawn(tmp_path, encoder, "sft", [chat(messages=[dict(zip(("role", "content"), t)) for t in turns])], 1)
+    assert [message["content"] for message in longer.prompt] == ["Hello", "Hi", "<image>How many?"]
+    assert longer.teacher == "One."
+    (pair,) = drawn(tmp_path, encoder, "warmup", [warmup()], 1)
+    assert "- red circle south" in pair.student and "- red circle north" in pair.teacher and pair.prompt == "How many?"
+    for stage in ("align", "distill", "rlvr"):
+        (one,) = drawn(tmp_path, encoder, stage, [problem()], 1)
+        assert (one.name, one.answer, one.teacher, len(one.images)) == ("p0", "1", RESPONSE, 1)
+
+
+def test_warm_up_without_files_of_its_own_takes_alignments(tmp_path, encoder):
+    write_images(tmp_path)
+    path = write_lines(tmp_path / "align.jsonl", [problem()])
+    changes = {"run.folder": str(tmp_path), "data.source": "files", "run.stages": ["warmup"]}
+    config = load_config(None, {**changes, "data.files.align": [str(path)]})
+    (one,) = next(problems_of(config, encoder).batches("warmup", 0, 1))
+    assert one.student is None and one.teacher == RESPONSE
+
+
+def test_the_rows_of_the_documentation_can_be_used(tmp_path, encoder):
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    rows = [json.loads(text) for text in re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
+    assert len(rows) == 3
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/1.png").write_bytes(picture())
+    for stage, row in zip(("sft", "warmup", "align"), rows):
+        (one,) = drawn(tmp_path, encoder, stage, [row], 1)
+        assert "a red star" in one.teacher and len(one.images) == 1
+
+
+# stage, row, field, what else the message says
+UNUSABLE = [
+    ("align", without(problem(), "teacher_response"), "teacher_response", "align needs the teacher's response"),
+    ("distill", without(problem(), "teacher_response"), "teacher_response", "distill needs the teacher's response"),
+    ("rlvr", without(problem(), "reward_model"), "reward_model", "it is not there"),
+    ("rlvr", problem(reward_model={"ground_truth": " "}), "reward_model.ground_truth", "not empty"),
+    ("warmup", warmup(teacher_cot="So 1.", student_cot="So 2."), "teacher_cot", "expected <answer>"),
+    ("sft", chat(messages=[*chat()["messages"][:1], {"role": "assistant", "content": "no " * 400}]), "messages.1",
+     "expected at most data.response_tokens = 160 tokens"),
+    ("sft", chat(messages=[{"role": "user", "content": "what"}, {"role": "assistant", "content": "<image>"}]),
+     "messages.1", "expected images before the last message"),
+    ("rlvr", problem(prompt=[{"role": "user", "content": "<image>" + "why " * 200}]), "prompt",
+     "expected at most data.prompt_tokens = 128 tokens"),
+    # 288 x 288 pixels are 81 tokens of the image alone
+    ("rlvr", problem(images=["images/wide.png"]), "prompt", "expected at most data.prompt_tokens = 60 tokens, got"),
+    ("rlvr", problem(prompt=[{"role": "user", "content": "<image>a <|image_pad|>"}]), "prompt",
+     "expected <image> where an image goes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage, row, field, reason", UNUSABLE)
+def test_what_a_stage_cannot_use_is_skipped_or_an_error_by_name(tmp_path, encoder, stage, row, field, reason):
+    good = {"sft": chat, "warmup": warmup}.get(stage, problem)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/wide.png").write_bytes(picture(256, 256))
+    changes = {"data.max_skipped": 0.5} | ({"data.prompt_tokens": 60} if "= 60" in reason else {})
+    found = drawn(tmp_path, encoder, stage, [row, good(1)], 3, **changes)
+    assert len(found) == 3
+    (entry,) = (json.loads(line) for line in (tmp_path / f"run/skipped-{stage}.jsonl").read_text().splitlines())
+    assert (entry["row"], entry["field"]) == (1, field) and reason in entry["reason"]
+    name = f"{'align' if stage == 'distill' else stage}.jsonl"
+    with pytest.raises(DataError) as error:
+        drawn(tmp_path, encoder, stage, [row, good(1)], 3, **changes, **{"data.on_error": "raise"})
+    assert f"{name}, row 1: {field}: " in str(error.value) and reason in str(error.value)
+
+
+def test_a_dry_run_counts_what_a_run_would_skip(tmp_path, encoder):
+    write_images(tmp_path)
+    path = write_lines(tmp_path / "align.jsonl", [problem(), without(problem(), "teacher_response")])
+    take = problem_reader("align", encoder, load_config().data)
+    assert dry_run(path, "problem", take=take).rejected == {"missing field": 1}
+    assert dry_run(path, "problem", take=problem_reader("rlvr", encoder, load_config().data)).rejected == {}
+
+
+def test_held_out_rows_are_logged_as_the_evaluation_reads_them(tmp_path, encoder):
+    write_images(tmp_path)
+    path = write_lines(tmp_path / "v.jsonl", [problem(0), problem(1), problem(images=[]), problem(2)])
+    config = load_config(
+        None,
+        {"run.folder": str(tmp_path), "run.stages": ["sft"], "data.source": "files", "data.max_skipped": 0.3,
+         "data.files.sft": [str(path)], "data.files.validation": [str(path)], "evaluation.samples": 3},
+    )  # fmt: skip
+    source = problems_of(config, encoder)
+    for count, names in ((3, ["p0", "p1", "p2"]), (1, ["p0"]), (None, ["p0", "p1", "p2"])):
+        problems = source.held_out("validation", count)
+        # as often as one likes
+        assert [one.name for one in problems] == [one.name for one in problems] == names
+        (entry,) = (json.loads(line) for line in (tmp_path / "skipped-validation.jsonl").read_text().splitlines())
+        assert entry["row"] == 3
+    assert not source.held_out("test")
+
+
+def test_too_many_skipped_rows_stop_the_run(tmp_path, encoder):
+    rows = [chat(n) for n in range(30)] + [chat(images=[])] * 2
+    with pytest.raises(DataError, match=r"at most 5% of the rows to be skipped, got 2 of 32 \(image count 2\)"):
+        drawn(tmp_path, encoder, "sft", rows, 31)
+    assert len(drawn(tmp_path, encoder, "sft", rows[:-1], 31)) == 31
+
+
+def test_order_buffer_and_places_of_images_are_as_set(tmp_path, encoder):
+    rows = [chat(n) for n in range(20)]
+    first, again, other = (
+        [one.name for one in drawn(tmp_path, encoder, "sft", rows, 20, **{"run.seed": seed})] for seed in (1, 1, 2)
+    )
+    assert first == again != other and sorted(first) == sorted(other) == sorted(f"c{n}" for n in range(20))
+    assert [one.name for one in drawn(tmp_path, encoder, "sft", rows, 20, **{"data.buffer": 0})] == [
+        f"c{n}" for n in range(20)
+    ]
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "a.png").write_bytes(picture())
+    row = chat(images=["a.png"])
+    assert drawn(tmp_path, encoder, "sft", [row], 1, **{"data.image_root": str(elsewhere)})[0].images
+    with pytest.raises(DataError, match=r"got none of 1.*image at"):
+        drawn(tmp_path, encoder, "sft", [row], 1)
+    remote = chat(images=["http://127.0.0.1:9/a.png"])
+    for allowed, reason in ((False, "expected a local file"), (True, "refused")):
+        with pytest.raises(DataError, match=reason):
+            drawn(tmp_path, encoder, "sft", [remote], 1, **{"data.allow_remote_images": allowed})
+
+
+def test_tries_that_are_not_asked_for_use_no_rows(tmp_path, encoder):
+    write_images(tmp_path)
+    path = write_lines(tmp_path / "rlvr.jsonl", [problem(n) for n in range(10)])
+    config = load_config(
+        None,
+        {"run.folder": str(tmp_path), "run.stages": ["rlvr"], "data.source": "files", "data.buffer": 0,
+         "data.files.rlvr": [str(path)]},
+    )  # fmt: skip
+    source = problems_of(config, encoder)
+    batches = source.batches("rlvr", 0, 2, most=5)
+    assert [one.name for one in next(batches)] == ["p0", "p1"]
+    position = json.loads(json.dumps(source.position("rlvr")))
+    assert [one.name for one in next(source.batches("rlvr", 1, 3))] == ["p2", "p3", "p4"]
+    resumed = problems_of(config, encoder)
+    resumed.go_to("rlvr", position)
+    assert [one.name for one in next(resumed.batches("rlvr", 1, 3))] == ["p2", "p3", "p4"]
+    write_lines(path, [problem(n) for n in range(9)])
+    with pytest.raises(DataError, match=r"data.files.rlvr: .*expected the same files.*take another run.folder"):
+        problems_of(config, encoder).go_to("rlvr", position)
+
+
+def test_the_embedded_world_is_drawn_as_ever(encoder):
+    config = load_config(None, {"data.shapes.sft": 20, "data.shapes.sft_curated": 10, "run.seed": 5})
+    source = problems_of(config, encoder)
+    (batch,) = source.batches("sft", 3, 6)
+    # as drawn before there were files: experiments go on with them
+    assert [one.name.replace("-0-0000", " ") for one in batch] == [
+        "sft 01", "sft 08", "sft 12", "sft 13", "alignment 06", "alignment 00",
+    ]  # fmt: skip
+    tries = [[one.name for one in batch] for batch in source.batches("rlvr", 2, 2, most=3)]
+    assert [[int(name[-4:]) for name in batch] for batch in tries] == [[1470, 1141], [421, 471], [768, 814]]
+    whole = [one.name for one in next(source.batches("rlvr", 2, 6))]
+    assert [name for batch in tries for name in batch] == whole
+    assert [one.name for one in source.held_out("test", 2)] == ["test-0-000000", "test-0-000001"]
+
+
+# --- on the command line
+
+
+def test_a_bad_row_ends_the_command_with_its_place(given, tmp_path, capsys):
+    rows = [chat(), chat(images=[])]
+    write_images(tmp_path)
+    path = write_lines(tmp_path / "bad.jsonl", rows)
+    flags = {
+        "run.folder": str(tmp_path / "run"), "run.stages": "sft", "data.source": "files", "data.on_error": "raise",
+        "data.files.sft": str(path), "data.buffer": 0, "model.policy": str(given / "policy"), "log.console": "quiet",
+    }  # fmt: skip
+    given_flags = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    assert cli.main(["run", *given_flags]) == 2
+    assert f"prism run: {path}, row 2: expected an image for each of 1 places, got 0" in capsys.readouterr().err
