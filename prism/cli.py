@@ -72,14 +72,16 @@ RUN = Option("run", "DIR", "the run's folder")
 COMMANDS = {
     "run": Command("prism.run:run", "all stages one after the other; the same command goes on where it was ended"),
     "sft": Command("prism.run:run", "one stage: fine-tunes model.policy on demonstrations", stage="sft"),
-    "upcycle": Command("prism.commands:upcycle", "makes a discriminator of a dense model, and measures the change"),
+    "upcycle": Command(
+        "prism.commands.checks:upcycle", "makes a discriminator of a dense model; tells what that changes"
+    ),
     "warmup": Command(
         "prism.run:run", "one stage: trains model.discriminator on model.policy against its teachers", stage="warmup"
     ),
     "align": Command("prism.run:run", "one stage: model.policy plays against model.discriminator", stage="align"),
     "rlvr": Command("prism.run:run", "one stage: reinforces right answers of model.policy", stage="rlvr"),
     "eval": Command(
-        "prism.commands:evaluate",
+        "prism.commands.checks:evaluate",
         "accuracy, format and length of a model's responses to problems, by data source",
         False,
         (
@@ -93,7 +95,7 @@ COMMANDS = {
         ),
     ),
     "export": Command(
-        "prism.commands:export",
+        "prism.commands.checks:export",
         "a Hugging Face folder of a run's policy, with a model card",
         False,
         (RUN, Option("to", "DIR", "the folder to write, which must not exist yet")),
@@ -213,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _configured(command: Command, parsed: argparse.Namespace, flags: Sequence[str]) -> int:
-    from prism.commands import check_places
+    from prism.commands.checks import check_places
     from prism.config import all_keys, load_config, parse_overrides, to_toml
 
     if parsed.settings:
@@ -251,7 +253,7 @@ def _read_data(config: "Config") -> int:
     from prism.data.images import ImageLimits
     from prism.data.loader import LoadOptions, dry_run
     from prism.data.rows import RowLimits
-    from prism.problem_rows import problem_reader
+    from prism.problems.rows import problem_reader
 
     data, root = config.data, config.data.image_root
     encoder = _encoder(config)

@@ -18,20 +18,20 @@ from transformers.utils import logging as transformers_logging
 
 import prism_kernels
 from prism import checkpoint
-from prism.assessment import assess_discriminator, assess_policy, told
 from prism.config import Config
 from prism.config.sections import Adam
 from prism.discriminator.checkpoint import save_discriminator
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import Sample
+from prism.evaluation.assessment import assess_discriminator, assess_policy, told
 from prism.log import RunLog
 from prism.models.building import build_discriminator, build_policy
 from prism.models.tiny import save_processor
 from prism.optimisation import Stepper, freeze_vision
 from prism.peak import begin_peak, peak_bytes
 from prism.policy import Policy
-from prism.problem_sources import problems_of, step_random
-from prism.problems import Problem
+from prism.problems.problem import Problem
+from prism.problems.sources import problems_of, step_random
 from prism.report import write_report
 from prism.resuming import check_settings
 from prism.rollout.engine import Engine

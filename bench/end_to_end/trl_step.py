@@ -31,7 +31,7 @@ from prism.models.prompts import EncodedPrompt, PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
 from prism.optimisation import Stepper
 from prism.policy import Policy
-from prism.problems import Problem, ShapesProblems
+from prism.problems.problem import Problem, ShapesProblems
 from prism.rewards import score_batch
 from prism.rollout.engine import Engine, Rollout
 from prism.rollout.sampling import Sampling
@@ -54,6 +54,8 @@ class Shape:
     group: int = 8
     tokens: int = 64
     lr: float = 5e-5
+    # times the images are wider and higher than the world's, which take 9 tokens
+    enlarge: int = 1
 
 
 # what a step says of itself, beside its time: the same names on both sides
@@ -63,7 +65,9 @@ Said = dict[str, float]
 def problems(shape: Shape, steps: int) -> list[Problem]:
     """Returns the problems of all steps, each step's after those of the one before."""
     count = shape.prompts * steps
-    return ShapesProblems(ShapesWorld(0, Carelessness()), "rl", count).take(range(count))
+    found = ShapesProblems(ShapesWorld(0, Carelessness()), "rl", count).take(range(count))
+    wider = [tuple(image.resize([shape.enlarge * side for side in image.size], 0) for image in p.images) for p in found]
+    return [replace(problem, images=images) for problem, images in zip(found, wider)]
 
 
 def start() -> tuple[Qwen3VLForConditionalGeneration, Qwen2Tokenizer]:
@@ -364,7 +368,10 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
         ),
     ]
     label = f"{shape.prompts} x {shape.group} completions of {shape.tokens} tokens, a tiny Qwen3-VL with images, fp32"
-    return {**results.header("trl_step", "cpu"), "label": label, "shape": asdict(shape), "rows": rows, "bars": bars}
+    op = "trl_step" if shape.enlarge == 1 else f"trl_step_images_x{shape.enlarge}"
+    prompt = statistics.mean(said["tokens"] for said in taken[OURS]) / (shape.prompts * shape.group) - shape.tokens
+    label += f", prompts of {prompt:.0f} tokens"
+    return {**results.header(op, "cpu"), "label": label, "shape": asdict(shape), "rows": rows, "bars": bars}
 
 
 def table(content: dict[str, Any]) -> str:

@@ -172,7 +172,7 @@ class RlvrAlgorithm(PolicyLoss):
 
 
 class Algorithm(Section):
-    """What the policy learns from rollouts."""
+    """What the policy learns from rollouts. What is set for the embedded world beside a name goes with it."""
 
-    align: AlignAlgorithm = AlignAlgorithm()
-    rlvr: RlvrAlgorithm = RlvrAlgorithm()
+    align: AlignAlgorithm = AlignAlgorithm(token_credit=True)
+    rlvr: RlvrAlgorithm = RlvrAlgorithm(kl_coef=0.05, kl_estimator="k3")

@@ -88,7 +88,7 @@ class Carelessness(Section):
     kind: Share = 0.02
     place: Share = 0.01
     reasoning: Share = 0.20
-    careful_style: Share = 0.50
+    careful_style: Share = 0.40
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -118,8 +118,8 @@ class Shapes(Section):
     base: Positive = 131072
     judged: Share = 0.5
     sft: Positive = 8192
-    sft_curated: Natural = 400
-    alignment: Positive = 400
+    sft_curated: Natural = 0
+    alignment: Positive = 2048
     rl: Positive = 2048
     validation: Positive = 512
     test: Positive = 1024
@@ -159,7 +159,7 @@ class Data(Section):
 
     source: Literal["shapes", "files"] = "shapes"
     prompt_tokens: Positive = 128
-    response_tokens: Positive = 160
+    response_tokens: Positive = 112
     on_error: Literal["skip", "raise"] = "skip"
     max_skipped: Share = 0.05
     buffer: Natural = 512
@@ -201,8 +201,8 @@ class RolloutSection(Section):
 
     engine: Literal["auto", "lean", "stock"] = "auto"
     cache_tokens: Annotated[Positive | None, NONE] = None
-    align: Sampling = Sampling(prompts=16, group=8, max_new_tokens=160)
-    rlvr: Sampling = Sampling(prompts=32, group=8, max_new_tokens=160)
+    align: Sampling = Sampling(prompts=16, group=8, max_new_tokens=112)
+    rlvr: Sampling = Sampling(prompts=32, group=8, max_new_tokens=112)
 
     @model_validator(mode="before")
     @classmethod
@@ -285,7 +285,9 @@ class Adam(Section):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {list(self.betas)}")
         if self.name != "adamw" and find_spec("torchao") is None:
-            raise ValueError(f"name: expected 'adamw' without torchao (pip install torchao), got {self.name!r}")
+            raise ValueError(
+                f"name: expected 'adamw' without torchao (pip install 'prism-kernels[ao]'), got {self.name!r}"
+            )
         return self
 
 
@@ -307,12 +309,12 @@ class Optimisers(Section):
     """One for each stage; `discriminator` is the discriminator's in alignment, warmup before it."""
 
     base: Optimiser = Optimiser(lr=2e-3, schedule="cosine", warmup=0.1, steps=600, batch=64)
-    sft: Optimiser = Optimiser(lr=1e-3, schedule="cosine", warmup=0.1, steps=240, batch=64)
+    sft: Optimiser = Optimiser(lr=2e-3, schedule="cosine", warmup=0.1, steps=240, batch=64)
     distill: Optimiser = Optimiser(lr=5e-4, schedule="cosine", warmup=0.1, steps=60, batch=64)
-    warmup: Optimiser = Optimiser(lr=1e-3, schedule="cosine", warmup=0.1, steps=60, batch=32)
-    align: Optimiser = Optimiser(lr=1e-4, schedule="linear", steps=60)
-    discriminator: Adam = Adam(lr=5e-4)
-    rlvr: Optimiser = Optimiser(lr=5e-5, steps=40)
+    warmup: Optimiser = Optimiser(lr=1e-3, schedule="cosine", warmup=0.1, steps=60, batch=48)
+    align: Optimiser = Optimiser(lr=1e-4, schedule="linear", steps=40)
+    discriminator: Adam = Adam(lr=1e-3)
+    rlvr: Optimiser = Optimiser(lr=1.5e-4, steps=60)
 
     @model_validator(mode="before")
     @classmethod
@@ -372,8 +374,8 @@ class Evaluation(Section):
         sampled: whether a response at temperature 1 is judged as well.
     """
 
-    samples: Positive = 512
+    samples: Positive = 256
     every: Natural = 0
-    max_new_tokens: Positive = 160
+    max_new_tokens: Positive = 112
     temperature: Annotated[float, Field(ge=0)] = 0.0
     sampled: bool = True

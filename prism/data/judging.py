@@ -1,53 +1,52 @@
-"""Questions to the base whether a description or an answer is right: who describes well can also judge.
+"""What the base is asked besides describing: whether a description or an answer is right. Who sees can also judge.
 
-A discriminator that is upcycled from a model which never compared a text with an image has that to learn first.
+A discriminator that is upcycled from a model which never compared a text with an image has that to learn first, and
+learns to tell styles apart instead. A part is written as the discriminator reads it, and the verdict is the next token:
+it is known where the discriminator is scored.
 """
 
 from random import Random
 
 from prism.data.questions import infer
-from prism.data.scenes import COLOURS, GRID, KINDS, Item, Scene, pick
-from prism.data.sections import Sections
+from prism.data.scenes import COLOURS, GRID, KINDS, Item, pick
 from prism.data.shapes import Sample
 from prism.data.teachers import TEACHERS, write, wrong_answer
 
-ASKED = "Is this right?"
 VERDICTS = {True: "yes", False: "no"}
 
 
 def judged(sample: Sample) -> tuple[str, str]:
-    """Returns a part of a response to a sample, in any teacher's style, and whether it is right, as the base says it.
+    """Returns a part of a response to a sample, in any teacher's style, and the verdict on it.
 
-    The part is a caption, of which half have one item wrong, or the thinking with the answer, of which half end wrong.
+    The part is a caption, of which half have one item wrong or more, or the thinking with the answer, of which half end
+    wrong.
     """
     rng = Random(f"judged/{sample.id}")
-    scene, question, style = sample.scene, sample.question, pick(rng, TEACHERS)
+    items, question, style = sample.scene.items, sample.question, pick(rng, TEACHERS)
     right = rng.random() < 0.5
-    known = infer(question, scene.items)
+    known = infer(question, items)
     if rng.random() < 0.5:
-        items = scene.items if right else one_wrong(rng, scene)
-        written = write(style, rng, items, question, min(known))
-        return f"<caption>\n{written.caption}\n</caption>", VERDICTS[right]
+        told = items
+        while not right and told == items:
+            # several as well: who does not see one wrong item yet learns from those
+            for _ in range(1 + int(rng.random() * len(items))):
+                told = one_wrong(rng, told)
+        return f"<caption>{write(style, rng, told, question, min(known)).caption}", VERDICTS[right]
     answer = min(known) if right else wrong_answer(rng, question, known)
-    return _reasoning(write(style, rng, scene.items, question, answer)), VERDICTS[right]
+    written = write(style, rng, items, question, answer)
+    return f"<think>{written.think}</think><answer>{written.answer}", VERDICTS[right]
 
 
-def one_wrong(rng: Random, scene: Scene) -> tuple[Item, ...]:
-    """Returns a scene's items but for one, which has another colour, kind or place, or is left out if not alone."""
-    items = list(scene.items)
-    place = int(rng.random() * len(items))
-    item = items.pop(place)
-    how = pick(rng, ("colour", "kind", "place", "missing") if items else ("colour", "kind", "place"))
-    taken = {other.cell for other in scene.items}
+def one_wrong(rng: Random, items: tuple[Item, ...]) -> tuple[Item, ...]:
+    """Returns the items but for one, which has another colour, kind or place, or is left out if not alone."""
+    left = list(items)
+    item = left.pop(int(rng.random() * len(left)))
+    how = pick(rng, ("colour", "kind", "place", "missing") if left else ("colour", "kind", "place"))
     if how == "colour":
-        items.append(Item(item.cell, pick(rng, [c for c in COLOURS if c != item.colour]), item.kind))
+        left.append(Item(item.cell, pick(rng, [c for c in COLOURS if c != item.colour]), item.kind))
     elif how == "kind":
-        items.append(Item(item.cell, item.colour, pick(rng, [k for k in KINDS if k != item.kind])))
+        left.append(Item(item.cell, item.colour, pick(rng, [k for k in KINDS if k != item.kind])))
     elif how == "place":
-        free = [cell for cell in range(GRID * GRID) if cell not in taken]
-        items.append(Item(pick(rng, free), item.colour, item.kind))
-    return tuple(sorted(items))
-
-
-def _reasoning(sections: Sections) -> str:
-    return f"<think>\n{sections.think}\n</think>\n<answer>{sections.answer}</answer>"
+        free = [cell for cell in range(GRID * GRID) if cell not in {other.cell for other in items}]
+        left.append(Item(pick(rng, free), item.colour, item.kind))
+    return tuple(sorted(left))

@@ -56,7 +56,7 @@ __all__ = [
 SPLITS = {
     "base": (30, "base", 131072),
     "sft": (25, "public", 8192),
-    "alignment": (15, "curated", 400),
+    "alignment": (15, "curated", 2048),
     "rl": (15, "curated", 2048),
     "validation": (5, "curated", 512),
     "test": (10, "curated", 1024),

@@ -1,7 +1,7 @@
 """The base of the embedded default: a tiny policy that answers well in a style of its own, shipped with the package.
 
-It was trained by `prism run --config configs/tiny_base.toml`; then `python -m prism.models.pretrained FOLDER` takes the
-policy of that run's folder.
+`prism run --config configs/tiny_base.toml` trains such a one (that file says how the shipped one was made); then
+`python -m prism.models.pretrained FOLDER` takes the policy of that run's folder.
 """
 
 import sys

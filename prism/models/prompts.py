@@ -89,6 +89,11 @@ class PromptEncoder:
             text = pieces[0] + "".join(IMAGE_TOKEN * count + piece for count, piece in zip(merged, pieces[1:]))
         return EncodedPrompt(self.tokenizer(text, add_special_tokens=False)["input_ids"], pixels, grids)
 
+    def behind(self, prompt: EncodedPrompt, said: str) -> EncodedPrompt:
+        """Returns a prompt that ends where the assistant has said something, and the token that ends a turn."""
+        ids = self.tokenizer(said, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return prompt._replace(input_ids=[*prompt.input_ids, *ids, self.tokenizer.eos_token_id])
+
 
 def chat_messages(prompt: str | Sequence[Message], images: int = 0) -> list[dict[str, Any]]:
     """Returns chat messages whose contents are lists of text and image items, whatever form the prompt had.

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from prism.data.sections import split_response
-from prism.drift import COUNTS, wasserstein
+from prism.evaluation.drift import COUNTS, wasserstein
 from prism.report.charts import Series, column_chart, dot_chart, legend
 from prism.report.improvements import CHANNELS
 from prism.report.reading import RunRecord, mean, number, read_rows

@@ -6,13 +6,16 @@ begin later, and what is before them is masked. So each step writes one column.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextMLP
 
 from prism.models.prompts import EncodedPrompt, join_images
 from prism.models.vision import encode_images
@@ -43,15 +46,15 @@ def why_not_lean(model: PreTrainedModel) -> str | None:
 
 
 class _Layer(NamedTuple):
-    """The modules of a layer, looked up once: a module finds its parts slowly."""
+    """A layer's parts, looked up once: calling a module and finding its parts take as long as a small product."""
 
-    q_proj: Any
-    k_proj: Any
-    v_proj: Any
-    o_proj: Any
-    mlp: Any
+    q_proj: Callable[[Tensor], Tensor]
+    k_proj: Callable[[Tensor], Tensor]
+    v_proj: Callable[[Tensor], Tensor]
+    o_proj: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], Tensor]
     # the norms before attention and MLP
-    norms: tuple[Any, Any]
+    norms: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
     # (H + K, d): the weights of the heads' norms, and what both add to the mean square
     head_weight: Tensor
     epsilon: float
@@ -60,7 +63,7 @@ class _Layer(NamedTuple):
 class LeanBatch:
     """Prompts and their growing responses: a cache of keys and values that one step extends by a token a row.
 
-    The model's modules are called as they are, with its weights of that moment; they are to stay until the last step.
+    It takes the model's weights where they are at that moment; they are to stay there until the last step.
 
     Args:
         model: one that `why_not_lean` has nothing against.
@@ -73,7 +76,7 @@ class LeanBatch:
         self.model, self.text, self.copies = model, model.model.language_model, copies
         config = self.text.config
         self.heads, self.kept, self.width = config.num_attention_heads, config.num_key_value_heads, self._width(config)
-        self.layers = [self._found(layer) for layer in self.text.layers]
+        self.layers, self.norm = [self._found(layer) for layer in self.text.layers], _norm(self.text.norm)
         lengths = [len(prompt.input_ids) for prompt in prompts]
         # the next column, and where the prompts end and the longest response may
         self.rows, self.column, self.prompt = len(prompts) * copies, max(lengths), max(lengths)
@@ -107,7 +110,7 @@ class LeanBatch:
             hidden = self._layer(index, hidden, cos, sin, lambda *qkv: self._attend_cache(mask, *qkv))
         self.column += 1
         self.position += 1
-        return self.model.lm_head(_normalised(self.text.norm, hidden))
+        return self.model.lm_head(self.norm(hidden))
 
     def keep(self, order: Tensor) -> None:
         """Leaves the rows `order` (fewer than R), in this order; those that stay at their place are not moved."""
@@ -131,7 +134,7 @@ class LeanBatch:
             order.extend(chosen)
         place = torch.tensor(order, device=self.model.device).argsort()
         hidden = torch.cat(last).index_select(0, place)
-        return self.model.lm_head(_normalised(self.text.norm, hidden))
+        return self.model.lm_head(self.norm(hidden))
 
     def _prefill_pack(self, prompts: Sequence[EncodedPrompt], chosen: Sequence[int]) -> Tensor:
         device, config = self.model.device, self.model.config
@@ -178,22 +181,29 @@ class LeanBatch:
     def _found(self, layer: Any) -> _Layer:
         part = layer.self_attn
         heads = part.q_norm.weight.expand(self.heads, -1), part.k_norm.weight.expand(self.kept, -1)
-        norms = layer.input_layernorm, layer.post_attention_layernorm
-        projections = part.q_proj, part.k_proj, part.v_proj, part.o_proj
-        return _Layer(*projections, layer.mlp, norms, torch.cat(heads), part.q_norm.variance_epsilon)
+        norms = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        return _Layer(
+            _projection(part.q_proj),
+            _projection(part.k_proj),
+            _projection(part.v_proj),
+            _projection(part.o_proj),
+            _mlp(layer.mlp),
+            norms,
+            torch.cat(heads),
+            part.q_norm.variance_epsilon,
+        )
 
     def _layer(self, index: int, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Returns the layer's output for rows (T, D)."""
         layer = self.layers[index]
-        x = _normalised(layer.norms[0], hidden)
+        x = layer.norms[0](hidden)
         both = torch.cat((layer.q_proj(x), layer.k_proj(x)), 1).view(len(x), -1, self.width)
         # the heads of queries and keys at once, each with its own weight
         both = rms_norm(both, (self.width,), None, layer.epsilon) * layer.head_weight
         q, k = _rotate(both, cos, sin).split((self.heads, self.kept), 1)
         v = layer.v_proj(x).view(len(x), -1, self.width)
         hidden = hidden + layer.o_proj(attend(index, q, k, v).flatten(1))
-        # a Mixture-of-Experts block wants a batch
-        return hidden + layer.mlp(_normalised(layer.norms[1], hidden)[None])[0]
+        return hidden + layer.mlp(layer.norms[1](hidden))
 
     def _attend_cache(self, mask: Tensor | None, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.keys[index][: self.rows], self.values[index][: self.rows]
@@ -234,9 +244,27 @@ class LeanBatch:
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _normalised(norm: Any, x: Tensor) -> Tensor:
+def _norm(norm: Any) -> Callable[[Tensor], Tensor]:
     # transformers' module takes six calls for it
-    return rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+    weight, epsilon = norm.weight, norm.variance_epsilon
+    return lambda x: rms_norm(x, weight.shape, weight, epsilon)
+
+
+def _projection(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Returns what calls the module; a plain linear layer's product itself."""
+    if type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks):
+        return partial(linear, weight=module.weight, bias=module.bias)
+    return module
+
+
+def _mlp(module: Any) -> Callable[[Tensor], Tensor]:
+    """Returns what calls an MLP or a Mixture-of-Experts block on rows (T, D)."""
+    if isinstance(module, Qwen3VLTextMLP | Qwen3VLMoeTextMLP):
+        gate, up, down = map(_projection, (module.gate_proj, module.up_proj, module.down_proj))
+        act = module.act_fn
+        return lambda x: down(act(gate(x)) * up(x))
+    # it wants a batch
+    return lambda x: module(x[None])[0]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from prism.discriminator.metrics import channel_report
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import GroupScores, PreparedGroups, Sample, prepare_groups
 from prism.discriminator.training import NO_PAIR, StepResult, StepSettings, discriminator_step
-from prism.drift import drift
+from prism.evaluation.drift import drift
 from prism.inspection import of_groups
 from prism.models.prompts import PromptEncoder
 from prism.optimisation import Stepper

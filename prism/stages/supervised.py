@@ -8,7 +8,7 @@ from prism.inspection import of_responses
 from prism.models.prompts import PromptEncoder
 from prism.optimisation import Stepper
 from prism.policy import Policy
-from prism.problems import Problem
+from prism.problems.problem import Problem
 
 
 def supervised_step(

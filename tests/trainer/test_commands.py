@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from prism import cli, exam
+from prism import cli
+from prism.commands import evaluate as exam
 from prism.config import ConfigError, load_config
 from prism.data.export import write_problems
 from prism.data.shapes import ShapesWorld
 from prism.discriminator.checkpoint import load_discriminator, save_discriminator
 from prism.models import building
 from prism.models.building import build_discriminator, plain_policy
-from prism.problems import problem_of
+from prism.problems.problem import problem_of
 from prism.stages import rollouts
 
 SMALL = """

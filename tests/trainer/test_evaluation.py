@@ -6,7 +6,6 @@ import pytest
 import torch
 from discriminator_cases import SIZE, TOKENIZER
 
-from prism import assessment
 from prism.config import load_config
 from prism.data.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
 from prism.data.shapes import TEACHERS, ShapesWorld, judge, read_caption, split_response
@@ -14,11 +13,12 @@ from prism.discriminator.branches import TextBranches
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import score_groups
 from prism.discriminator.upcycle import upcycle
-from prism.drift import drift, wasserstein
-from prism.evaluation import evaluate
+from prism.evaluation import assessment
+from prism.evaluation.drift import drift, wasserstein
+from prism.evaluation.policy import evaluate
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
-from prism.problems import Problem, problem_of
+from prism.problems.problem import Problem, problem_of
 from prism.rollout.engine import Rollout
 from prism.stages.align import score_limits
 

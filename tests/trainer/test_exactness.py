@@ -25,7 +25,7 @@ from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
 from prism.optimisation import Stepper
 from prism.policy import Policy
-from prism.problems import Problem
+from prism.problems.problem import Problem
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
 from prism.stages.align import align_step

@@ -17,7 +17,7 @@ from prism.log import read_metrics
 from prism.models.tiny import tiny_policy
 from prism.optimisation import NotFiniteError, Stepper
 from prism.policy import Policy
-from prism.problems import Problem
+from prism.problems.problem import Problem
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
 from prism.run import Run

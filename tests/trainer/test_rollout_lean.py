@@ -98,3 +98,15 @@ def test_what_the_lean_step_does_not_know_is_named():
     assert why_not_lean(model) is None
     model.config.text_config.rope_parameters["rope_type"] = "dynamic"
     assert "rope_type 'dynamic' changes with the length" in why_not_lean(model)
+
+
+def test_modules_that_are_no_plain_linear_layers_are_called_as_they_are():
+    model, prompts = make_model(), make_prompts()
+    tokens = random_tokens(len(prompts))
+    plain = lean_logits(model, prompts, tokens)
+    layer = model.model.language_model.layers[0]
+    for module in (layer.self_attn.q_proj, layer.mlp.up_proj):
+        module.register_forward_hook(lambda module, args, out: 1.5 * out)
+    got = lean_logits(model, prompts, tokens)
+    torch.testing.assert_close(got, all_stock_logits(model, prompts, tokens), rtol=0, atol=1e-5)
+    assert (got - plain).abs().max() > 1e-2

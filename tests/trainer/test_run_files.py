@@ -19,8 +19,8 @@ from prism.log import read_metrics
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import TinySize, save_tiny, tiny_discriminator_base, tiny_image_processor, tiny_policy
 from prism.models.tokenizer import train_tokenizer
-from prism.problem_rows import problem_reader
-from prism.problem_sources import problems_of
+from prism.problems.rows import problem_reader
+from prism.problems.sources import problems_of
 from prism.run import InterruptedRunError, Run
 
 STAGES = ("sft", "warmup", "align", "rlvr")

@@ -16,9 +16,9 @@ from prism.discriminator.controls import shortcut_controls
 from prism.discriminator.metrics import ChannelReport, wins
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import Sample, score_groups
-from prism.evaluation import evaluate
+from prism.evaluation.policy import evaluate
 from prism.models.prompts import PromptEncoder
-from prism.problems import Problem
+from prism.problems.problem import Problem
 from prism.rollout.engine import Engine
 from prism.stages.align import score_limits
 from prism.stages.rollouts import answer

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 from prism.data.shapes import judge
-from prism.drift import drift
+from prism.evaluation.drift import drift
 from prism.models.prompts import PromptEncoder
-from prism.problems import Problem
+from prism.problems.problem import Problem
 from prism.rewards import score_batch
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling

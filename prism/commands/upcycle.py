@@ -17,7 +17,7 @@ from prism.discriminator.model import Discriminator
 from prism.discriminator.upcycle import UpcycleReport, measure_upcycle, upcycle
 from prism.models.building import device_of, load_dense, load_encoder, plain_policy
 from prism.models.prompts import PLACEHOLDER, Message, PromptEncoder
-from prism.problems import problem_of
+from prism.problems.problem import problem_of
 
 # questions of the embedded world on whose images and answers the change is measured: one chat, so nothing is padded
 QUESTIONS = 8

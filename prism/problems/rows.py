@@ -11,7 +11,7 @@ from prism.data.rows import ChatRow, ProblemRow, WarmupRow
 from prism.data.schemas import PLACEHOLDER
 from prism.models.prompts import Message, PromptEncoder, chat_messages
 from prism.models.tokenizer import IMAGE_TOKEN, VIDEO_TOKEN
-from prism.problems import Problem
+from prism.problems.problem import Problem
 
 # the uses of a row that need a teacher's response
 TAUGHT = ("distill", "warmup", "align")

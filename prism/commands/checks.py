@@ -21,14 +21,14 @@ def check_places(config: Config) -> None:
 
 
 def upcycle(config: Config) -> int:
-    """Writes the discriminator that the settings describe; see `prism.upcycling`."""
+    """Writes the discriminator that the settings describe; see `prism.commands.upcycle`."""
     folder = Path(config.run.folder)
     if config.discriminator.dense:
         raise ConfigError("discriminator.dense: expected false, a dense one has no experts, got true")
     for name in ("config.json", "metrics.jsonl", "discriminator"):
         if (folder / name).exists():
             raise ConfigError(f"run.folder: expected one without {name}, got {str(folder)!r}; name another one")
-    from prism.upcycling import write_discriminator
+    from prism.commands.upcycle import write_discriminator
 
     write_discriminator(config)
     return 0
@@ -37,7 +37,7 @@ def upcycle(config: Config) -> int:
 def evaluate(
     model: str, data: str, out: str | None, samples: int | None, temperature: float, max_new_tokens: int, seed: int
 ) -> int:
-    """Prints a model's figures on problems, and writes them where a file is named; see `prism.exam`."""
+    """Prints a model's figures on problems, and writes them where a file is named; see `prism.commands.evaluate`."""
     _check_model("--model", model)
     world, _, split = data.partition(":")
     if world == "shapes" and split:
@@ -47,20 +47,20 @@ def evaluate(
         raise DataError(f"--data: expected a file or folder of problems, or shapes:test; there is no {data!r}")
     if out is not None and not Path(out).parent.is_dir():
         raise DataError(f"--out: expected a file in a folder that exists, got {out!r}")
-    from prism.exam import examine
+    from prism.commands.evaluate import examine
 
     examine(model, data, out, samples, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
     return 0
 
 
 def export(run: str, to: str) -> int:
-    """Writes a run's policy for others; see `prism.export`."""
+    """Writes a run's policy for others; see `prism.commands.export`."""
     from prism.report.reading import read_run
 
     record = read_run(run)
     if Path(to).exists():
         raise DataError(f"--to: expected a folder that does not exist yet, got {to!r}")
-    from prism.export import write_export
+    from prism.commands.export import write_export
 
     write_export(record, Path(to))
     return 0

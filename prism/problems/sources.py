@@ -15,8 +15,8 @@ from prism.data.loader import LoadOptions, RowStream
 from prism.data.rows import RowLimits
 from prism.data.shapes import Carelessness, ShapesWorld
 from prism.models.prompts import PromptEncoder
-from prism.problem_rows import problem_reader
-from prism.problems import Problem, ShapesProblems
+from prism.problems.problem import Problem, ShapesProblems
+from prism.problems.rows import problem_reader
 
 # which split of the embedded world a stage takes its problems from
 SPLITS = {"base": "base", "sft": "sft", "rlvr": "rl"} | dict.fromkeys(("distill", "warmup", "align"), "alignment")

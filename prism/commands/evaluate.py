@@ -21,8 +21,8 @@ from prism.data.shapes import ShapesWorld, judge
 from prism.models.building import load_causal, load_encoder
 from prism.models.prompts import PromptEncoder
 from prism.policy import Policy
-from prism.problem_rows import problem_reader
-from prism.problems import Problem, problem_of
+from prism.problems.problem import Problem, problem_of
+from prism.problems.rows import problem_reader
 from prism.rewards import score_batch
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling

@@ -7,8 +7,8 @@ from math import floor
 from PIL import Image
 
 from prism.data import shapes
-from prism.data.judging import ASKED, judged
-from prism.models.prompts import PLACEHOLDER, EncodedPrompt, Message, PromptEncoder
+from prism.data.judging import judged
+from prism.models.prompts import EncodedPrompt, Message, PromptEncoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +25,17 @@ class Problem:
     student: str | None = None
     # what `encoded` gives, where it is known already
     encoding: EncodedPrompt | None = None
+    # what the assistant has said already: the response comes behind it
+    said: str | None = None
     # of the embedded world, in which errors can be counted exactly
     shape: shapes.Sample | None = None
 
     def encoded(self, encoder: PromptEncoder) -> EncodedPrompt:
         """Returns the prompt as the models read it."""
-        return self.encoding or encoder.encode(self.prompt, self.images, name=self.name)
+        if self.encoding is not None:
+            return self.encoding
+        prompt = encoder.encode(self.prompt, self.images, name=self.name)
+        return prompt if self.said is None else encoder.behind(prompt, self.said)
 
 
 class ShapesProblems:
@@ -75,9 +80,4 @@ def problem_of(sample: shapes.Sample) -> Problem:
 def judged_problem(sample: shapes.Sample) -> Problem:
     """Returns the question whether a part of a response to a sample is right, and the verdict."""
     part, verdict = judged(sample)
-    prompt = (
-        {"role": "user", "content": f"{PLACEHOLDER}{sample.question.text}"},
-        {"role": "assistant", "content": part},
-        {"role": "user", "content": ASKED},
-    )
-    return Problem(sample.id, prompt, (Image.fromarray(sample.image),), teacher=verdict)
+    return Problem(sample.id, sample.question.text, (Image.fromarray(sample.image),), teacher=verdict, said=part)

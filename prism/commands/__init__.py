@@ -1,0 +1,1 @@
+"""The commands besides `prism run`, and what is checked before torch is imported."""

@@ -1,0 +1,1 @@
+"""What policy and discriminator do on held-out problems."""
