@@ -88,7 +88,7 @@ class Carelessness(Section):
     kind: Share = 0.02
     place: Share = 0.01
     reasoning: Share = 0.20
-    careful_style: Share = 0.40
+    careful_style: Share = 0.60
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -311,10 +311,10 @@ class Optimisers(Section):
     base: Optimiser = Optimiser(lr=2e-3, schedule="cosine", warmup=0.1, steps=600, batch=64)
     sft: Optimiser = Optimiser(lr=2e-3, schedule="cosine", warmup=0.1, steps=240, batch=64)
     distill: Optimiser = Optimiser(lr=5e-4, schedule="cosine", warmup=0.1, steps=60, batch=64)
-    warmup: Optimiser = Optimiser(lr=1e-3, schedule="cosine", warmup=0.1, steps=60, batch=48)
+    warmup: Optimiser = Optimiser(lr=2e-4, schedule="cosine", warmup=0.1, steps=60, batch=48)
     align: Optimiser = Optimiser(lr=1e-4, schedule="linear", steps=40)
     discriminator: Adam = Adam(lr=1e-3)
-    rlvr: Optimiser = Optimiser(lr=1.5e-4, steps=60)
+    rlvr: Optimiser = Optimiser(lr=1.5e-4, steps=40)
 
     @model_validator(mode="before")
     @classmethod

@@ -182,7 +182,7 @@ def test_sizes_that_follow_from_others():
     assert config.algorithm.rlvr.loss_options(150)["horizon"] == 150
     plain = load_config(None, {"memory.score_pack_tokens": "none"})
     assert (plain.dynamic_prompts, plain.overlong_buffer) == (32, 0)
-    assert plain.score_pack_tokens == 128 + 9 * (160 + 32)
+    assert plain.score_pack_tokens == 128 + 9 * (112 + 32)
     for warmup, steps in ((0.1, 24), (0, 0), (10, 10)):
         assert load_config(None, {"optimiser.sft.warmup": warmup}).optimiser.sft.warmup_steps(240) == steps
 
@@ -275,20 +275,20 @@ BAD = {
         r"optimiser.align.batch: .* divides the step's 128.*got 48",
     ),
     "responses past the positions": (
-        "[model.tiny]\nmax_positions = 256",
-        r"rollout.rlvr.max_new_tokens: expected at most 128, the model's 256 positions less .*prompt_tokens, got 160",
+        "[model.tiny]\nmax_positions = 224",
+        r"rollout.rlvr.max_new_tokens: expected at most 96, the model's 224 positions less .*prompt_tokens, got 112",
     ),
     "responses that are never scored": (
         "[data]\nresponse_tokens = 100",
-        r"rollout.align.max_new_tokens: expected at most data.response_tokens = 100.*got 160",
+        r"rollout.align.max_new_tokens: expected at most data.response_tokens = 100.*got 112",
     ),
     "packs smaller than a sample": (
         "[memory]\npack_tokens = 200",
-        r"memory.pack_tokens: expected at least 288.*got 200",
+        r"memory.pack_tokens: expected at least 240.*got 200",
     ),
     "packs smaller than a group": (
         "[memory]\nscore_pack_tokens = 1000",
-        r"memory.score_pack_tokens: expected none, or at least the largest group's 1856, got 1000",
+        r"memory.score_pack_tokens: expected none, or at least the largest group's 1424, got 1000",
     ),
     "more chosen experts than there are": (
         "[discriminator]\ntop_k = 5",
@@ -331,7 +331,7 @@ BAD = {
     ),
     "a buffer past the limit": (
         "[algorithm.rlvr.overlong]\nbuffer = 500",
-        r"algorithm.rlvr.overlong.buffer: expected at most rollout.rlvr.max_new_tokens = 160, got 500",
+        r"algorithm.rlvr.overlong.buffer: expected at most rollout.rlvr.max_new_tokens = 112, got 500",
     ),
     "fewer prompts than are kept": (
         "[algorithm.rlvr.dynamic_sampling]\ngenerate = 8",
