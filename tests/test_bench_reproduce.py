@@ -47,8 +47,9 @@ def test_every_arm_has_settings_that_are_valid(algorithm, tmp_path):
             assert settings.evaluation.temperature == 0 and settings.evaluation.sampled
             assert settings.data.shapes.test >= 1000
             if arm.reinforces:
-                # the preset's options, not those of the file's algorithm
-                assert settings.algorithm.rlvr == load_config(None, {"algorithm.rlvr.name": algorithm}).algorithm.rlvr
+                # the preset's options; of the file's the KL term alone, which all algorithms then have
+                preset = load_config(None, {"algorithm.rlvr.name": algorithm}).algorithm.rlvr
+                assert settings.algorithm.rlvr == preset.model_copy(update={"kl_coef": 0.05, "kl_estimator": "k3"})
     ablated = found.arms["align_dense"], found.arms["align_no_warmup"]
     assert found.settings(Job(0, ablated[0]), planned=True).discriminator.dense
     assert ablated[1].stages == ("align",)

@@ -42,7 +42,7 @@ def given():
 
     T, V, D, E, I = 7, 32, 8, 4, 16  # noqa: E741
     tokenizer = train_tokenizer()
-    responses = ["<caption>a</caption><think>b</think><answer>c</answer>", "no tags"]
+    responses = ["<caption>\na\n</caption>\n<think>\nb\n</think>\n<answer>1</answer>", "no tags"]
     ids = [tokenizer(text)["input_ids"] for text in responses]
     tensors = {
         "hidden": random(T, D).requires_grad_(),

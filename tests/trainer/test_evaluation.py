@@ -157,7 +157,7 @@ def discriminator():
 def test_every_teachers_texts_can_be_scored(teacher):
     """A token that reaches over a tag would make a text invalid for the discriminator alone."""
     world = ShapesWorld()
-    texts = [world.respond(teacher, sample).text for sample in world.samples("validation", 200)]
+    texts = [world.respond(teacher, sample).sections.text for sample in world.samples("validation", 200)]
     cut = TextBranches(ENCODER, score_limits(CONFIG)).cut(texts, texts)
     assert {text: one for text, one in zip(texts, cut) if isinstance(one, str)} == {}
 

@@ -1,4 +1,4 @@
-"""What the base is asked to judge: verdicts that the exact counters confirm, on parts as the discriminator reads them."""
+"""What the base is asked to judge: verdicts that the counters confirm, on parts as the discriminator reads them."""
 
 import hashlib
 import json

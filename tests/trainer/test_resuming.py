@@ -66,7 +66,7 @@ def test_what_changes_nothing_that_was_done_is_free(tmp_path):
     (other := tmp_path / "other").mkdir()
     begun(other, done=(), stage="sft")
     check_settings(now(other, **{"optimiser.align.lr": 1e-6, "optimiser.discriminator.lr": 1e-6}))
-    with pytest.raises(ConfigError, match=r"optimiser.discriminator.lr: expected 0.0005, .* got 1e-06"):
+    with pytest.raises(ConfigError, match=r"optimiser.discriminator.lr: expected 0.001, .* got 1e-06"):
         check_settings(now(tmp_path, **{"optimiser.discriminator.lr": 1e-6}))
 
 

@@ -225,7 +225,7 @@ UNUSABLE = [
     ("rlvr", problem(reward_model={"ground_truth": " "}), "reward_model.ground_truth", "not empty"),
     ("warmup", warmup(teacher_cot="So 1.", student_cot="So 2."), "teacher_cot", "expected <answer>"),
     ("sft", chat(messages=[*chat()["messages"][:1], {"role": "assistant", "content": "no " * 400}]), "messages.1",
-     "expected at most data.response_tokens = 160 tokens"),
+     "expected at most data.response_tokens = 112 tokens"),
     ("sft", chat(messages=[{"role": "user", "content": "what"}, {"role": "assistant", "content": "<image>"}]),
      "messages.1", "expected images before the last message"),
     ("rlvr", problem(prompt=[{"role": "user", "content": "<image>" + "why " * 200}]), "prompt",
