@@ -95,12 +95,12 @@ class FullLength(Engine):
 
 
 def settings(shape: Shape, steps: int) -> Config:
-    """Returns the embedded default with the sizes of the step, and TRL's weight decay."""
+    """Returns the embedded default with the sizes of the step, TRL's weight decay, and no KL term (its beta is 0)."""
     sizes = {"prompts": shape.prompts, "group": shape.group, "max_new_tokens": shape.tokens}
     optimiser = {"lr": shape.lr, "steps": steps, "weight_decay": 0.0}
     given = {f"rollout.rlvr.{key}": value for key, value in sizes.items()}
     given |= {f"optimiser.rlvr.{key}": value for key, value in optimiser.items()}
-    return load_config(None, given | {"run.device": "cpu"})
+    return load_config(None, given | {"run.device": "cpu", "algorithm.rlvr.kl_coef": 0.0})
 
 
 def our_steps(shape: Shape, steps: int) -> Iterator[Callable[[], Said]]:
