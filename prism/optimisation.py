@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from prism.config.sections import Adam
+from prism.config.sections import Adam, Warmup
 from prism.schedule import learning_rate
 
 
@@ -33,14 +33,20 @@ class MasterAdamW(AdamW):
     of the state. A step leaves those parameters without gradients.
 
     Args:
-        parameters: what is trained; those in fp32 are stepped on themselves.
+        groups: what is trained, as torch's own takes it; parameters in fp32 are stepped on themselves.
         settings: of AdamW.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], **settings: Any) -> None:
-        self.trained = list(parameters)
-        self.held = [p if _is_wide(p) else p.detach().float() for p in self.trained]
-        super().__init__(self.held, **settings)
+    def __init__(self, groups: Iterable[dict[str, Any]], **settings: Any) -> None:
+        self.trained: list[nn.Parameter] = []
+        self.held: list[Tensor] = []
+        copied = []
+        for group in groups:
+            held = [p if _is_wide(p) else p.detach().float() for p in group["params"]]
+            self.trained += group["params"]
+            self.held += held
+            copied.append({**group, "params": held})
+        super().__init__(copied, **settings)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients."""
@@ -80,8 +86,18 @@ def _is_wide(parameter: Tensor) -> bool:
     return parameter.dtype in (torch.float32, torch.float64)
 
 
-def make_optimiser(parameters: list[nn.Parameter], settings: Adam) -> Optimizer:
-    """Returns the optimiser that the settings name."""
+def parameter_groups(model: nn.Module, settings: Adam) -> list[dict[str, Any]]:
+    """Returns what a model trains; a value head whose learning rate is another is a group of its own, the last."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not isinstance(settings, Warmup) or settings.head_rate == 1:
+        return [{"params": trained}]
+    head = model.get_parameter("value_head.weight")
+    rest = [p for p in trained if p is not head]
+    return [{"params": rest}, {"params": [head], "lr": settings.lr * settings.head_rate}]
+
+
+def make_optimiser(groups: list[dict[str, Any]], settings: Adam) -> Optimizer:
+    """Returns the optimiser that the settings name, of groups of parameters."""
     options: dict[str, Any] = {
         "lr": settings.lr,
         "betas": settings.betas,
@@ -89,12 +105,13 @@ def make_optimiser(parameters: list[nn.Parameter], settings: Adam) -> Optimizer:
         "weight_decay": settings.weight_decay,
     }
     if settings.name == "adamw":
-        return (AdamW if all(map(_is_wide, parameters)) else MasterAdamW)(parameters, **options)
+        wide = all(_is_wide(p) for group in groups for p in group["params"])
+        return (AdamW if wide else MasterAdamW)(groups, **options)
     from torchao import optim  # type: ignore[import-not-found, unused-ignore]
 
     # without copies: an update is not lost but for chance, and kept by chance
     build = optim.AdamW8bit if settings.name == "adamw8bit" else optim._AdamW
-    return build(parameters, bf16_stochastic_round=True, **options)
+    return build(groups, bf16_stochastic_round=True, **options)
 
 
 class Stepper:
@@ -114,8 +131,9 @@ class Stepper:
     def __init__(self, model: nn.Module, settings: Adam, steps: int, *, inspection: Path | None = None) -> None:
         self.settings = settings
         self.inspection = inspection
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimiser = make_optimiser(self.parameters, settings)
+        groups = parameter_groups(model, settings)
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimiser = make_optimiser(groups, settings)
         warmup = settings.warmup_steps(steps)
         self.schedule = learning_rate(self.optimiser, settings.schedule, warmup_steps=warmup, steps=steps)
         self.skipped_in_a_row = 0
@@ -124,7 +142,7 @@ class Stepper:
 
     @property
     def lr(self) -> float:
-        """The learning rate now."""
+        """The learning rate now, of all but a head that has another."""
         return float(self.optimiser.param_groups[0]["lr"])
 
     def begin(self) -> None:

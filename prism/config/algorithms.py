@@ -174,5 +174,5 @@ class RlvrAlgorithm(PolicyLoss):
 class Algorithm(Section):
     """What the policy learns from rollouts. What is set for the embedded world beside a name goes with it."""
 
-    align: AlignAlgorithm = AlignAlgorithm(token_credit=True)
+    align: AlignAlgorithm = AlignAlgorithm(token_credit=True, kl_coef=0.1, kl_estimator="k3")
     rlvr: RlvrAlgorithm = RlvrAlgorithm(kl_coef=0.05, kl_estimator="k3")

@@ -82,13 +82,13 @@ class Model(Section):
 class Carelessness(Section):
     """How often the public teacher errs: see `prism.data.shapes.Carelessness`."""
 
-    colour: Share = 0.60
-    dropped: Share = 0.60
+    colour: Share = 0.80
+    dropped: Share = 0.80
     invented: Share = 0.01
     kind: Share = 0.02
     place: Share = 0.01
     reasoning: Share = 0.20
-    careful_style: Share = 0.60
+    careful_style: Share = 0.45
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -305,13 +305,24 @@ class Optimiser(Adam):
     batch: Annotated[Positive | None, NONE] = None
 
 
+class Warmup(Optimiser):
+    """That of the discriminator's warm-up.
+
+    Args:
+        head_rate: the learning rate of the value head is so many times `lr`. The head begins at 0: what the backbone
+            knows should be found before it is bent.
+    """
+
+    head_rate: Annotated[float, Field(gt=0)] = 1.0
+
+
 class Optimisers(Section):
     """One for each stage; `discriminator` is the discriminator's in alignment, warmup before it."""
 
     base: Optimiser = Optimiser(lr=2e-3, schedule="cosine", warmup=0.1, steps=600, batch=64)
-    sft: Optimiser = Optimiser(lr=2e-3, schedule="cosine", warmup=0.1, steps=240, batch=64)
+    sft: Optimiser = Optimiser(lr=2e-3, schedule="cosine", warmup=0.1, steps=400, batch=64)
     distill: Optimiser = Optimiser(lr=5e-4, schedule="cosine", warmup=0.1, steps=60, batch=64)
-    warmup: Optimiser = Optimiser(lr=2e-4, schedule="cosine", warmup=0.1, steps=60, batch=48)
+    warmup: Warmup = Warmup(lr=2e-4, schedule="cosine", warmup=0.1, steps=60, batch=48, head_rate=25)
     align: Optimiser = Optimiser(lr=1e-4, schedule="linear", steps=40)
     discriminator: Adam = Adam(lr=1e-3)
     rlvr: Optimiser = Optimiser(lr=1.5e-4, steps=40)

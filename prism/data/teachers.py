@@ -37,13 +37,13 @@ class Carelessness:
         careful_style: texts in the curated teacher's style. With none the style alone tells the two apart.
     """
 
-    colour: float = 0.60
-    dropped: float = 0.60
+    colour: float = 0.80
+    dropped: float = 0.80
     invented: float = 0.01
     kind: float = 0.02
     place: float = 0.01
     reasoning: float = 0.20
-    careful_style: float = 0.60
+    careful_style: float = 0.45
 
     def __post_init__(self) -> None:
         for field in fields(self):

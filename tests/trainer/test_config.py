@@ -62,6 +62,7 @@ def test_the_papers_settings(tmp_path):
         assert (optimiser.sft.lr, optimiser.sft.schedule, optimiser.sft.warmup) == (1e-5, "cosine", 0.1)
         assert optimiser.sft.freeze_vision
         assert (optimiser.warmup.lr, optimiser.warmup.weight_decay, optimiser.warmup.batch) == (1e-5, 0.01, 64)
+        assert optimiser.warmup.head_rate == 1
         for one in (optimiser.align, optimiser.discriminator):
             assert (one.lr, one.schedule, one.weight_decay, one.clip_norm) == (1e-6, "constant", 0.01, 1.0)
         assert (optimiser.align.steps, optimiser.rlvr.steps, optimiser.rlvr.lr) == (500, 1500, 1e-6)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prism import checkpoint
-from prism.config.sections import Optimiser
+from prism.config.sections import Optimiser, Warmup
 from prism.optimisation import MasterAdamW, NotFiniteError, Stepper
 
 # 1e-6 of weights of about 1: bf16 numbers lie 1/128 apart there
@@ -60,6 +60,45 @@ def test_a_thousand_small_updates_of_bf16_weights_are_not_lost():
     larger = Stepper(halves, SETTINGS.model_copy(update={"lr": 1e-4}), 1000)
     train(halves, larger, 200)
     assert float((before.float() - halves.body.detach().float()).mean()) == pytest.approx(0.012, abs=0.004)
+
+
+class Headed(Mixed):
+    """The same with a value head, as a discriminator has."""
+
+    def __init__(self):
+        super().__init__()
+        self.value_head = nn.Linear(8, 1, bias=False)
+
+    def forward(self, sign):
+        return super().forward(sign) + self.value_head(self.head)[0]
+
+
+def test_a_value_head_learns_at_a_rate_of_its_own_and_goes_on_so(tmp_path):
+    settings = Warmup(lr=1e-3, steps=40, schedule="cosine", warmup=0.1, weight_decay=0.0, head_rate=25)
+
+    def begun():
+        torch.manual_seed(0)
+        model = Headed()
+        return model, Stepper(model, settings, 40)
+
+    whole, stepper = begun()
+    before = whole.value_head.weight.detach().clone(), whole.head.detach().clone()
+    assert isinstance(stepper.optimiser, MasterAdamW)
+    train(whole, stepper, 1)
+    # Adam's first step is as long as the learning rate, which rises over four steps
+    assert torch.allclose(before[0] - whole.value_head.weight, torch.full((1, 8), 25 * 2.5e-4), rtol=1e-3)
+    assert torch.allclose(before[1] - whole.head, torch.full((8,), 2.5e-4), rtol=1e-3)
+    assert stepper.lr * 25 == pytest.approx(stepper.optimiser.param_groups[1]["lr"])
+    train(whole, stepper, 39, first=1)
+    first, earlier = begun()
+    train(first, earlier, 17)
+    checkpoint.save(tmp_path, 17, {"model": first}, {"stepper": earlier}, {})
+    torch.manual_seed(1)
+    other = Headed()
+    resumed = Stepper(other, settings, 40)
+    assert checkpoint.load(tmp_path, {"model": other}, {"stepper": resumed}) is not None
+    train(other, resumed, 23, first=17)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
 
 
 def test_copies_are_a_part_of_the_checkpoint(tmp_path):

@@ -27,7 +27,7 @@ from prism.models.tokenizer import train_tokenizer
 
 WORLD = ShapesWorld()
 # of the first 64 samples of every split; a change of it changes everyone's data
-GOLDEN = "8067f5ed48e302e4"
+GOLDEN = "9f27e0d65053dd12"
 
 
 def fingerprint(world):
@@ -209,7 +209,7 @@ def within(number, of, rate):
 def test_careless_teacher_errs_as_often_as_it_is_said_to():
     """The exact counters find just the errors that were put in, each kind at its rate, independent of the reasoning."""
     rates, n = WORLD.carelessness, 5000
-    assert (rates.colour, rates.dropped, rates.reasoning, rates.careful_style) == (0.60, 0.60, 0.20, 0.60)
+    assert (rates.colour, rates.dropped, rates.reasoning, rates.careful_style) == (0.80, 0.80, 0.20, 0.45)
     mistakes, of, both, reasoning, careful = Counter(), Counter(), 0, 0, 0
     for sample in WORLD.samples("sft", n):
         response, items = sample.response, sample.scene.items
@@ -236,13 +236,13 @@ def test_careless_teacher_errs_as_often_as_it_is_said_to():
         careful += response.style == "curated"
     assert within(reasoning, n, 0.20)
     assert within(both, n - mistakes[None], 0.20)
-    assert within(careful, n, 0.60)
+    assert within(careful, n, 0.45)
     for kind in ("colour", "dropped"):
         assert within(mistakes[kind], of[kind], getattr(rates, kind))
     for kind in ("invented", "kind", "place"):
         assert within(mistakes[kind], of["slips"], getattr(rates, kind))
     # so often that who learns from it errs always where it does
-    assert 0.35 < 1 - mistakes[None] / n < 0.45
+    assert 0.45 < 1 - mistakes[None] / n < 0.60
 
 
 @pytest.mark.parametrize(("name", "rate"), [("colour", 1.2), ("reasoning", -0.1), ("invented", 0.98)])
