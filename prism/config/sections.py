@@ -88,7 +88,7 @@ class Carelessness(Section):
     kind: Share = 0.02
     place: Share = 0.01
     reasoning: Share = 0.20
-    careful_style: Share = 0.45
+    careful_style: Share = 0.50
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -323,7 +323,7 @@ class Optimisers(Section):
     sft: Optimiser = Optimiser(lr=2e-3, schedule="cosine", warmup=0.1, steps=400, batch=64)
     distill: Optimiser = Optimiser(lr=5e-4, schedule="cosine", warmup=0.1, steps=60, batch=64)
     warmup: Warmup = Warmup(lr=2e-4, schedule="cosine", warmup=0.1, steps=60, batch=48, head_rate=25)
-    align: Optimiser = Optimiser(lr=1e-4, schedule="linear", steps=40)
+    align: Optimiser = Optimiser(lr=1e-4, schedule="linear", steps=50)
     discriminator: Adam = Adam(lr=1e-3)
     rlvr: Optimiser = Optimiser(lr=1.5e-4, steps=40)
 

@@ -43,7 +43,7 @@ class Carelessness:
     kind: float = 0.02
     place: float = 0.01
     reasoning: float = 0.20
-    careful_style: float = 0.45
+    careful_style: float = 0.50
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -27,7 +27,7 @@ from prism.models.tokenizer import train_tokenizer
 
 WORLD = ShapesWorld()
 # of the first 64 samples of every split; a change of it changes everyone's data
-GOLDEN = "9f27e0d65053dd12"
+GOLDEN = "264bcb77d98d191c"
 
 
 def fingerprint(world):
@@ -209,7 +209,7 @@ def within(number, of, rate):
 def test_careless_teacher_errs_as_often_as_it_is_said_to():
     """The exact counters find just the errors that were put in, each kind at its rate, independent of the reasoning."""
     rates, n = WORLD.carelessness, 5000
-    assert (rates.colour, rates.dropped, rates.reasoning, rates.careful_style) == (0.80, 0.80, 0.20, 0.45)
+    assert (rates.colour, rates.dropped, rates.reasoning, rates.careful_style) == (0.80, 0.80, 0.20, 0.50)
     mistakes, of, both, reasoning, careful = Counter(), Counter(), 0, 0, 0
     for sample in WORLD.samples("sft", n):
         response, items = sample.response, sample.scene.items
@@ -236,7 +236,7 @@ def test_careless_teacher_errs_as_often_as_it_is_said_to():
         careful += response.style == "curated"
     assert within(reasoning, n, 0.20)
     assert within(both, n - mistakes[None], 0.20)
-    assert within(careful, n, 0.45)
+    assert within(careful, n, 0.50)
     for kind in ("colour", "dropped"):
         assert within(mistakes[kind], of[kind], getattr(rates, kind))
     for kind in ("invented", "kind", "place"):
