@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-op reproduce test test-peers bench bench-kept gpu lint wheel clean
+.PHONY: help demo demo-op reproduce test test-peers bench bench-kept bench-patches gpu lint wheel clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,7 +64,7 @@ $(TRL)/install.stamp: pyproject.toml tests/peers/trl.txt | $(PEERS)/install.stam
 test-peers: $(PEERS)/install.stamp $(TRL)/install.stamp ## against TRL's and verl's own functions, each in its environment
 	$(PEERS)/bin/python -m pytest tests/peers/test_verl.py tests/peers/test_verl_patch.py
 	$(TRL)/bin/python -m pytest tests/peers/test_trl.py tests/peers/test_trl_patch.py tests/peers/test_trl_step.py \
-		tests/peers/test_openrlhf_patch.py
+		tests/peers/test_trl_losses.py tests/peers/test_openrlhf_patch.py
 
 bench: $(PEERS)/install.stamp ## time and memory against plain PyTorch and published peers: JSON, plot, README's table
 	$(PEERS)/bin/python -m pytest bench -W ignore --benchmark-columns=median,rounds
@@ -75,6 +75,13 @@ bench: $(PEERS)/install.stamp ## time and memory against plain PyTorch and publi
 bench-kept: export GLIBC_TUNABLES := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 bench-kept: $(PEERS)/install.stamp ## the log-probability ops once more, with a malloc that keeps freed memory
 	$(PEERS)/bin/python -m pytest bench/test_linear_logprob.py bench/test_token_logprob.py -W ignore
+	$(PEERS)/bin/python -m bench.readme
+
+bench-patches: $(PEERS)/install.stamp $(TRL)/install.stamp ## trainers before and after our patch: docs/migrating.md
+	$(TRL)/bin/python -m bench.end_to_end.trl_patch
+	$(TRL)/bin/python -m bench.end_to_end.head_patch --trainer transformers
+	$(TRL)/bin/python -m bench.end_to_end.head_patch --trainer openrlhf
+	$(PEERS)/bin/python -m bench.end_to_end.head_patch --trainer verl
 	$(PEERS)/bin/python -m bench.readme
 
 # no environment and no installation: a GPU machine often has its own torch, and no network

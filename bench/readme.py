@@ -1,14 +1,16 @@
-"""Puts the results' tables into README.md, between two markers. `python -m bench.readme` updates it in place."""
+"""Puts the results' tables into README.md and docs/migrating.md, between markers. `python -m bench.readme` does it."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench import migrating
 from bench.cases import FORWARD, HALF, TRAIN
 from bench.plot import caption, origin
 from bench.results import MIB, duels, find, load
 
 ROOT = Path(__file__).parent.parent
+README, MIGRATING = ROOT / "README.md", ROOT / "docs" / "migrating.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MISSING = "not measured"
 VERSUS = (
@@ -222,21 +224,32 @@ def block() -> str:
     return "\n".join(lines)
 
 
-def insert(text: str, made: str) -> str:
-    """Returns the text with what is between the markers replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"bench.readme: expected one line {BEGIN} and, after it, one line {END} in README.md")
-    before, rest = text.split(BEGIN)
-    return before + made + rest.split(END)[1]
+def insert(text: str, made: str, page: Path = README) -> str:
+    """Returns the text with what is between the markers replaced: these are the first and the last line of `made`."""
+    begin, *_, end = made.splitlines()
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"bench.readme: expected one line {begin} and, after it, one line {end} in {page.name}")
+    before, rest = text.split(begin)
+    return before + made + rest.split(end)[1]
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Yields each page and its text as the results want it."""
+    blocks = {README: [block()], MIGRATING: [migrating.block(trainer) for trainer in migrating.TRAINERS]}
+    for page, made in blocks.items():
+        if not page.exists():
+            raise SystemExit(f"bench.readme: {page} does not exist")
+        text = page.read_text()
+        for one in made:
+            text = insert(text, one, page)
+        yield page, text
 
 
 def main() -> None:
-    """Updates README.md."""
-    path = ROOT / "README.md"
-    if not path.exists():
-        raise SystemExit(f"bench.readme: {path} does not exist")
-    path.write_text(insert(path.read_text(), block()))
-    print(f"updated {path}")
+    """Updates the pages."""
+    for page, text in pages():
+        page.write_text(text)
+        print(f"updated {page}")
 
 
 if __name__ == "__main__":

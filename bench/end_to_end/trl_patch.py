@@ -6,28 +6,25 @@ patch; with --sample each step samples its completions too. Two trainers take st
 other, tell the peak of their resident set.
 """
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import results
-from bench.timing import PeakMemory
+from bench.end_to_end import turns
+from bench.end_to_end.trl_step import callback, make_processor
+from bench.end_to_end.turns import Said, Turn
+from prism.models.tiny import TinySize, tiny_image_processor, tiny_policy
 
 PUBLISHED, PATCHED = "TRL", "TRL with our patch"
 # both sides compute the same in fp32
 TOLERANCE = 1e-4
 STEP_LIMIT, MEMORY_LIMIT = 0.8, 1.0
+# steps of the processes that tell their memory: the moments of AdamW are there from the second on
+MEMORY_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -42,24 +39,11 @@ class Sizes:
     sample: bool = False
 
 
-def make_trainer(sizes: Sizes, callback: Any, steps: int, folder: str) -> Any:
+def make_trainer(sizes: Sizes, turn: Turn, steps: int, folder: str) -> Any:
     """Returns a GRPOTrainer on a random Qwen3-VL."""
     from datasets import Dataset
     from PIL import Image
-    from transformers import ProcessorMixin
-    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
     from trl import GRPOConfig, GRPOTrainer
-
-    from prism.models.tiny import TinySize, tiny_image_processor, tiny_policy
-
-    class Processor(Qwen3VLProcessor):
-        """For images alone: the part for videos needs torchvision."""
-
-        def __init__(self, image_processor: Any, tokenizer: Any) -> None:
-            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-            names = [self.image_token, self.video_token]
-            self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(names)
-            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
     class Trainer(GRPOTrainer):
         """Whose completions are random tokens, unless they are to be sampled."""
@@ -99,104 +83,36 @@ def make_trainer(sizes: Sizes, callback: Any, steps: int, folder: str) -> Any:
     def reward(completions: list[Any], **_: Any) -> list[float]:
         return [float(place % 3) for place in range(len(completions))]
 
-    processor = Processor(tiny_image_processor(size), tokenizer)
+    def read(logs: dict[str, float]) -> Said:
+        return {key: logs[key] for key in ("loss", "grad_norm")}
+
+    processor = make_processor(tiny_image_processor(size), tokenizer)
     data = Dataset.from_list(rows * 8)
-    return Trainer(model, reward, args, train_dataset=data, processing_class=processor, callbacks=[callback])
+    return Trainer(
+        model, reward, args, train_dataset=data, processing_class=processor, callbacks=[callback(turn, read)]
+    )
 
 
-class Side:
-    """A child process with one trainer, which takes a step when told."""
-
-    def __init__(self, sizes: Sizes, patched: bool, memory: bool, steps: int) -> None:
-        spec = json.dumps({"sizes": asdict(sizes), "patched": patched, "memory": memory, "steps": steps})
-        environment = results.memory_environment() if memory else dict(os.environ)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.end_to_end.trl_patch", "--child", spec],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        )
-
-    def step(self) -> dict[str, float]:
-        """Returns what a step took, and its loss."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the trainer's process ended with exit code {self.process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.kill()
-        self.process.communicate()
-
-
-def child(spec: dict[str, Any]) -> None:
+def child(side: str, sizes: Sizes, steps: int, memory: bool) -> None:
     """Trains, a step for each line that comes."""
-    from transformers import TrainerCallback
-
     from prism_kernels.integrations import trl
 
-    # what libraries print must not be taken for an answer
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    class Turns(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if not sys.stdin.readline():
-                raise SystemExit("the parent is gone")
-            self.peak = PeakMemory("cpu")
-            if spec["memory"]:
-                self.peak.__enter__()
-            self.begin = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.found = {"seconds": time.perf_counter() - self.begin}
-            if spec["memory"]:
-                self.peak.__exit__()
-                self.found |= {"peak_extra_bytes": self.peak.bytes, "peak_bytes": self.peak.peak}
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "grad_norm" in logs:
-                answers.write(json.dumps(self.found | {key: logs[key] for key in ("loss", "grad_norm")}) + "\n")
-                answers.flush()
-
-    with tempfile.TemporaryDirectory() as folder, trl.patch() if spec["patched"] else nullcontext():
-        make_trainer(Sizes(**spec["sizes"]), Turns(), spec["steps"], folder).train()
+    turn = Turn(memory)
+    with tempfile.TemporaryDirectory() as folder, trl.patch() if side == PATCHED else nullcontext():
+        make_trainer(sizes, turn, steps, folder).train()
 
 
 def measure(sizes: Sizes, rounds: int) -> dict[str, Any]:
     """Returns the content of the result file."""
-    steps = rounds + 1
-    sides = {name: Side(sizes, name == PATCHED, False, steps) for name in (PUBLISHED, PATCHED)}
-    taken: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    try:
-        for count in range(steps):
-            order = list(sides.items())
-            for name, side in order if count % 2 == 0 else reversed(order):
-                taken[name].append(side.step())
-    finally:
-        for side in sides.values():
-            side.close()
+    match = turns.Match(__spec__.name, (PUBLISHED, PATCHED), sizes)
+    # the first step warms up, and makes the completions
+    with match.both(rounds + 1) as sides:
+        taken = turns.take_turns(sides, rounds + 1)
     agree(taken)
-    rows = []
-    for name, found in taken.items():
-        memory = Side(sizes, name == PATCHED, True, 2)
-        try:
-            peak = [memory.step() for _ in range(2)][-1]
-        finally:
-            memory.close()
-        # the first step warms up, and makes the completions
-        samples = [step["seconds"] for step in found[1:]]
-        row = {"contender": name, "median_s": statistics.median(samples), "samples_s": samples}
-        rows.append(row | {key: peak[key] for key in ("peak_bytes", "peak_extra_bytes")})
-    theirs, ours = rows
+    rows = turns.rows(taken, match.peaks(MEMORY_STEPS))
     bars = [
-        results.bar("step time over TRL's", "<=", STEP_LIMIT, ours["median_s"] / theirs["median_s"]),
-        results.bar("peak memory over TRL's", "<=", MEMORY_LIMIT, ours["peak_bytes"] / theirs["peak_bytes"]),
+        results.bar("step time over TRL's", "<=", STEP_LIMIT, turns.over(rows, "median_s")),
+        results.bar("peak memory over TRL's", "<=", MEMORY_LIMIT, turns.over(rows, "peak_bytes")),
     ]
     title = f"{sizes.completions} completions of {sizes.tokens} tokens, V={sizes.vocabulary}, D={sizes.width}, fp32"
     title += ", sampling included" if sizes.sample else ""
@@ -208,7 +124,7 @@ def op(sizes: Sizes) -> str:
     return "trl_patch_sampling" if sizes.sample else "trl_patch"
 
 
-def agree(taken: dict[str, list[dict[str, float]]]) -> None:
+def agree(taken: dict[str, list[Said]]) -> None:
     """Refuses times of steps that did not compute the same."""
     for theirs, ours in zip(taken[PUBLISHED], taken[PATCHED]):
         for key in ("loss", "grad_norm"):
@@ -216,35 +132,5 @@ def agree(taken: dict[str, list[dict[str, float]]]) -> None:
                 raise RuntimeError(f"the two sides differ in {key}: {theirs[key]} and {ours[key]}")
 
 
-def table(content: dict[str, Any]) -> str:
-    """Returns a plain text table."""
-    lines = [f"a step of GRPOTrainer, {content['label']}"]
-    for row in content["rows"]:
-        peak, extra = row["peak_bytes"] / results.MIB, row["peak_extra_bytes"] / results.MIB
-        lines.append(
-            f"  {row['contender']:<20} {row['median_s']:8.3f} s {peak:9.0f} MiB, of which the step {extra:.0f}"
-        )
-    return "\n".join([*lines, *results.bar_lines(content["bars"])])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in asdict(Sizes()).items():
-        kind = {"action": "store_true"} if isinstance(default, bool) else {"type": int, "default": default}
-        parser.add_argument(f"--{name}", **kind)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", help="folder of the JSON instead of bench/results/<machine>")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    given = vars(parser.parse_args())
-    if given.pop("child") is not None:
-        child(json.loads(sys.argv[2]))
-        return
-    rounds, out = given.pop("rounds"), given.pop("out")
-    content = measure(Sizes(**given), rounds)
-    folder = results.RESULTS / results.machine("cpu") if out is None else Path(out)
-    results.write(folder / f"{content['op']}.json", content)
-    print(table(content))
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(__doc__, Sizes, child, measure, "a step of GRPOTrainer", rounds=5)

@@ -7,24 +7,18 @@ has it, and `answer`, `reward`, `rlvr_step`. Every completion has the full lengt
 would end it. Two processes take steps in turns; two others, one after the other, tell the peak of their resident set.
 """
 
-import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 
 from bench import results
-from bench.timing import PeakMemory
+from bench.end_to_end import turns
+from bench.end_to_end.turns import Said, Turn
 from prism.config import Config, load_config
 from prism.data.shapes import Carelessness, ShapesWorld
 from prism.models.prompts import EncodedPrompt, PromptEncoder
@@ -56,10 +50,6 @@ class Shape:
     lr: float = 5e-5
     # times the images are wider and higher than the world's, which take 9 tokens
     enlarge: int = 1
-
-
-# what a step says of itself, beside its time: the same names on both sides
-Said = dict[str, float]
 
 
 def problems(shape: Shape, steps: int) -> list[Problem]:
@@ -133,6 +123,23 @@ def our_steps(shape: Shape, steps: int) -> Iterator[Callable[[], Said]]:
         yield lambda index=index: step(index)
 
 
+def make_processor(image_processor: Any, tokenizer: Any) -> Any:
+    """Returns the Qwen3-VL processor that TRL wants."""
+    from transformers import ProcessorMixin
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+
+    class Processor(Qwen3VLProcessor):
+        """For images alone: the part for videos needs torchvision."""
+
+        def __init__(self, image_processor: Any, tokenizer: Any) -> None:
+            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+            names = [self.image_token, self.video_token]
+            self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(names)
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=tokenizer.chat_template)
+
+    return Processor(image_processor, tokenizer)
+
+
 def make_trainer(shape: Shape, steps: int, folder: str, **options: Any) -> Any:
     """Returns TRL's trainer with the same policy, prompts, rewards and settings.
 
@@ -143,18 +150,7 @@ def make_trainer(shape: Shape, steps: int, folder: str, **options: Any) -> Any:
         options: of the trainer, beside its own.
     """
     from datasets import Dataset
-    from transformers import ProcessorMixin
-    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
     from trl import GRPOConfig, GRPOTrainer
-
-    class Processor(Qwen3VLProcessor):
-        """For images alone: the part for videos needs torchvision."""
-
-        def __init__(self, image_processor: Any, tokenizer: Any) -> None:
-            self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-            names = [self.image_token, self.video_token]
-            self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(names)
-            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=tokenizer.chat_template)
 
     model, tokenizer = start()
     # as TRL itself loads it: it takes the processor's image places as they are padded there
@@ -200,43 +196,8 @@ def make_trainer(shape: Shape, steps: int, folder: str, **options: Any) -> Any:
         texts = [completion[0]["content"] for completion in completions]
         return [v.score + more for v, more in zip(score_batch(texts, gold), variety(texts))]
 
-    processor = Processor(tiny_image_processor(), tokenizer)
+    processor = make_processor(tiny_image_processor(), tokenizer)
     return GRPOTrainer(model, worth, args, train_dataset=Dataset.from_list(rows), processing_class=processor, **options)
-
-
-class Turn:
-    """What a child process says of its steps, each of which it takes when told.
-
-    Args:
-        memory: whether the peak of the resident set is wanted.
-    """
-
-    def __init__(self, memory: bool) -> None:
-        self.memory, self.read = memory, 0.0
-        # what libraries print must not be taken for an answer
-        self.answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
-
-    def begin(self) -> None:
-        """Waits until the parent wants a step."""
-        if not sys.stdin.readline():
-            raise SystemExit("the parent is gone")
-        self.peak = PeakMemory("cpu")
-        if self.memory:
-            self.peak.__enter__()
-        self.start = time.perf_counter()
-
-    def end(self) -> None:
-        """Takes the time."""
-        self.found = {"seconds": time.perf_counter() - self.start}
-        if self.memory:
-            self.peak.__exit__()
-            self.found |= {"peak_extra_bytes": self.peak.bytes, "peak_bytes": self.peak.peak}
-
-    def say(self, said: Said) -> None:
-        """Answers the parent."""
-        self.answers.write(json.dumps(self.found | said) + "\n")
-        self.answers.flush()
 
 
 def child(side: str, shape: Shape, steps: int, memory: bool) -> None:
@@ -250,11 +211,11 @@ def child(side: str, shape: Shape, steps: int, memory: bool) -> None:
             turn.say(said)
         return
     with tempfile.TemporaryDirectory() as folder:
-        make_trainer(shape, steps, folder, callbacks=[callback(turn)]).train()
+        make_trainer(shape, steps, folder, callbacks=[callback(turn, Reader())]).train()
 
 
-def callback(turn: Turn) -> Any:
-    """Returns what makes TRL's trainer take turns."""
+def callback(turn: Turn, read: Callable[[dict[str, float]], Said]) -> Any:
+    """Returns what makes TRL's trainer take turns; `read` makes of what it logs of a step what is said of it."""
     from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
@@ -265,68 +226,23 @@ def callback(turn: Turn) -> Any:
             turn.end()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            if "grad_norm" not in logs:
-                return
-            said = {key: logs[key] for key in ("loss", "grad_norm", "entropy")}
-            said |= {"shortest": logs["completions/min_length"], "tokens": logs["num_tokens"] - turn.read}
-            turn.read = logs["num_tokens"]
-            turn.say(said)
+            # the last log is of the whole training
+            if "grad_norm" in logs:
+                turn.say(read(logs))
 
     return Turns()
 
 
-class Side:
-    """A child process with one trainer, which takes a step when told."""
+class Reader:
+    """Reads what TRL logs of a step as ours says it; its count of tokens goes on from step to step."""
 
-    def __init__(self, side: str, shape: Shape, steps: int, memory: bool = False) -> None:
-        spec = json.dumps({"side": side, "shape": asdict(shape), "steps": steps, "memory": memory})
-        environment = results.memory_environment() if memory else dict(os.environ)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.end_to_end.trl_step", "--child", spec],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        )
+    def __init__(self) -> None:
+        self.tokens = 0.0
 
-    def step(self) -> Said:
-        """Returns what a step took, and what it says of itself."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the trainer's process ended with exit code {self.process.wait()}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.kill()
-        self.process.communicate()
-
-
-def take_turns(shape: Shape, steps: int) -> dict[str, list[Said]]:
-    """Returns the steps of both sides, each side beginning every other one."""
-    sides = {name: Side(name, shape, steps) for name in (PUBLISHED, OURS)}
-    taken: dict[str, list[Said]] = {name: [] for name in sides}
-    try:
-        for count in range(steps):
-            order = list(sides.items())
-            for name, side in order if count % 2 == 0 else reversed(order):
-                taken[name].append(side.step())
-    finally:
-        for side in sides.values():
-            side.close()
-    return taken
-
-
-def peak(name: str, shape: Shape) -> Said:
-    """Returns the memory of a side's last step."""
-    side = Side(name, shape, MEMORY_STEPS, memory=True)
-    try:
-        return [side.step() for _ in range(MEMORY_STEPS)][-1]
-    finally:
-        side.close()
+    def __call__(self, logs: dict[str, float]) -> Said:
+        before, self.tokens = self.tokens, logs["num_tokens"]
+        said = {key: logs[key] for key in ("loss", "grad_norm", "entropy")}
+        return {**said, "shortest": logs["completions/min_length"], "tokens": self.tokens - before}
 
 
 def agree(shape: Shape, taken: dict[str, list[Said]]) -> None:
@@ -347,24 +263,16 @@ def agree(shape: Shape, taken: dict[str, list[Said]]) -> None:
 
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     """Returns the content of the result file."""
-    taken = take_turns(shape, rounds + 1)
+    match = turns.Match(__spec__.name, (PUBLISHED, OURS), shape)
+    with match.both(rounds + 1) as sides:
+        taken = turns.take_turns(sides, rounds + 1)
     agree(shape, taken)
-    rows = []
-    for name, found in taken.items():
-        # the first step warms up
-        samples = [said["seconds"] for said in found[1:]]
-        row = {"contender": name, "median_s": statistics.median(samples), "samples_s": samples}
-        memory = peak(name, shape)
-        rows.append(row | {key: memory[key] for key in ("peak_bytes", "peak_extra_bytes")})
-    theirs, ours = rows
+    rows = turns.rows(taken, match.peaks(MEMORY_STEPS))
     bars = [
-        results.bar("times faster than TRL's step", ">=", FASTER, theirs["median_s"] / ours["median_s"]),
-        results.bar("peak memory over TRL's", "<=", MEMORY_LIMIT, ours["peak_bytes"] / theirs["peak_bytes"]),
+        results.bar("times faster than TRL's step", ">=", FASTER, 1 / turns.over(rows, "median_s")),
+        results.bar("peak memory over TRL's", "<=", MEMORY_LIMIT, turns.over(rows, "peak_bytes")),
         results.bar(
-            "peak of the step's own memory over TRL's",
-            "<=",
-            MEMORY_LIMIT,
-            ours["peak_extra_bytes"] / theirs["peak_extra_bytes"],
+            "peak of the step's own memory over TRL's", "<=", MEMORY_LIMIT, turns.over(rows, "peak_extra_bytes")
         ),
     ]
     label = f"{shape.prompts} x {shape.group} completions of {shape.tokens} tokens, a tiny Qwen3-VL with images, fp32"
@@ -374,34 +282,5 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     return {**results.header(op, "cpu"), "label": label, "shape": asdict(shape), "rows": rows, "bars": bars}
 
 
-def table(content: dict[str, Any]) -> str:
-    """Returns a plain text table."""
-    lines = [f"an RLVR step, {content['label']}"]
-    for row in content["rows"]:
-        whole, extra = row["peak_bytes"] / results.MIB, row["peak_extra_bytes"] / results.MIB
-        lines.append(
-            f"  {row['contender']:<6} {row['median_s']:8.3f} s {whole:9.0f} MiB, of which the step {extra:.0f}"
-        )
-    return "\n".join([*lines, *results.bar_lines(content["bars"])])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in asdict(Shape()).items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    parser.add_argument("--rounds", type=int, default=20, help="3 for a quick look")
-    parser.add_argument("--out", help="folder of the JSON instead of bench/results/<machine>")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
-    given = vars(parser.parse_args())
-    spec, rounds, out = given.pop("child"), given.pop("rounds"), given.pop("out")
-    if spec is not None:
-        child(**spec | {"shape": Shape(**spec["shape"])})
-        return
-    content = measure(Shape(**given), rounds)
-    folder = results.RESULTS / results.machine("cpu") if out is None else Path(out)
-    results.write(folder / f"{content['op']}.json", content)
-    print(table(content))
-
-
 if __name__ == "__main__":
-    main()
+    turns.main(__doc__, Shape, child, measure, "an RLVR step", rounds=20)

@@ -1,142 +1,24 @@
 """OpenRLHF 0.11's log-probabilities, entropies, Actor and loss with and without ours.
 
 OpenRLHF needs DeepSpeed and flash-attn even to be imported. Where it is not installed its three modules are stood in
-for by what follows: the same names, parameters and mathematics in our words.
+for by `bench.end_to_end.openrlhf_stand_in`: the same names, parameters and mathematics in our words.
 """
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from bench.end_to_end import openrlhf_stand_in
 from prism_kernels.integrations import openrlhf as ours
 from prism_kernels.integrations import patching
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def log_probs_from_logits(logits, labels, temperature=1.0):
-    if temperature != 1.0:
-        logits.div_(temperature)
-    return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-
-
-def compute_entropy(logits):
-    pi = logits.log_softmax(-1)
-    return -(pi.exp() * pi).sum(-1)
-
-
-class Actor(nn.Module):
-    def __init__(self, pretrain_or_model, temperature=1.0, **_):
-        super().__init__()
-        self.model, self.temperature, self.packing_samples = pretrain_or_model, temperature, False
-
-    def forward(
-        self,
-        sequences,
-        action_mask=None,
-        attention_mask=None,
-        return_output=False,
-        allgather_logits=False,
-        return_logprobs=False,
-        ring_attn_group=None,
-        packed_seq_lens=None,
-        return_entropy=False,
-        **mm_inputs,
-    ):
-        actor = sys.modules["openrlhf.models.actor"]
-        position = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
-        output = self.model(sequences, attention_mask=attention_mask, position_ids=position, **mm_inputs)
-        output["logits"] = output["logits"].to(torch.float32)
-        if return_entropy:
-            output.entropy = actor.compute_entropy(output["logits"])[:, :-1]
-        if action_mask is None and not return_logprobs:
-            return output
-        following = sequences.roll(-1, 1)
-        found = actor.log_probs_from_logits(output["logits"], following, temperature=self.temperature)[:, :-1]
-        if action_mask is not None:
-            found = found[:, -action_mask.shape[1] :] * action_mask.float()
-        return (found, output) if return_output else found
-
-
-class PolicyLoss(nn.Module):
-    def __init__(
-        self,
-        clip_eps_low=0.2,
-        clip_eps_high=0.2,
-        dual_clip=None,
-        token_level_loss=True,
-        policy_loss_type="ppo",
-        enable_vllm_is_correction=False,
-        vllm_is_truncated_threshold=None,
-        vllm_is_correction_type="tis",
-    ):
-        super().__init__()
-        self.clip_eps_low, self.clip_eps_high, self.dual_clip = clip_eps_low, clip_eps_high, dual_clip
-        self.token_level_loss, self.policy_loss_type = token_level_loss, policy_loss_type
-        self.enable_vllm_is_correction = enable_vllm_is_correction
-        self.vllm_is_truncated_threshold = vllm_is_truncated_threshold
-        self.vllm_is_correction_type = vllm_is_correction_type
-
-    def forward(
-        self,
-        log_probs,
-        old_log_probs,
-        advantages,
-        action_mask=None,
-        rollout_log_probs=None,
-        dp_size=1,
-        batch_num_tokens=None,
-        global_batch_size=None,
-    ):
-        delta = log_probs - old_log_probs
-        ratio = delta.clamp(-20, 20).exp()
-        free, held = ratio * advantages, ratio.clamp(1 - self.clip_eps_low, 1 + self.clip_eps_high) * advantages
-        gain = torch.minimum(free, held)
-        if self.dual_clip is not None:
-            gain = torch.where(advantages < 0, gain.maximum(self.dual_clip * advantages), gain)
-        count, rollout_kl = action_mask.sum(), None
-        if self.enable_vllm_is_correction:
-            low, high = self.vllm_is_truncated_threshold
-            lag = old_log_probs - rollout_log_probs
-            weight = lag.exp()
-            if self.vllm_is_correction_type == "tis":
-                weight = weight.clamp(low, high)
-            elif self.vllm_is_correction_type == "icepop":
-                weight = weight * ((weight >= low) & (weight <= high))
-            else:
-                mean = ((lag * action_mask).sum(-1) / action_mask.sum(-1)).exp()
-                weight = weight * ((mean >= low) & (mean <= high))[:, None]
-            gain = gain * weight
-            rollout_kl = -(lag * action_mask).sum() / count
-        if self.token_level_loss:
-            loss = -(gain * action_mask).sum() / (count if batch_num_tokens is None else batch_num_tokens / dp_size)
-        else:
-            means = (gain * action_mask).sum(-1) / (action_mask.sum(-1) + 1e-8)
-            there = (action_mask.sum(-1) > 0).float()
-            loss = -(means * there).sum() / (there.sum() if global_batch_size is None else global_batch_size / dp_size)
-        clipped = ((held < free).float() * action_mask).sum() / count
-        return loss, clipped, -(delta.detach() * action_mask).sum() / count, rollout_kl
-
-
-CONTENTS = {
-    "openrlhf": {},
-    "openrlhf.models": {},
-    "openrlhf.models.utils": {"log_probs_from_logits": log_probs_from_logits, "compute_entropy": compute_entropy},
-    "openrlhf.models.loss": {"PolicyLoss": PolicyLoss},
-    "openrlhf.models.actor": {
-        "Actor": Actor,
-        "log_probs_from_logits": log_probs_from_logits,
-        "compute_entropy": compute_entropy,
-    },
-}
 
 
 @pytest.fixture(autouse=True)
@@ -146,15 +28,10 @@ def package(monkeypatch):
 
 def stand_in(monkeypatch):
     """Returns the modules of OpenRLHF itself, or of what stands for it."""
-    monkeypatch.setattr(patching, "version", lambda _: "0.11.0")
-    if importlib.util.find_spec("openrlhf") is None:
-        for name, content in CONTENTS.items():
-            module = ModuleType(name)
-            vars(module).update(content)
-            monkeypatch.setitem(sys.modules, name, module)
-    for name in CONTENTS:
-        importlib.import_module(name)
-    return [sys.modules[name] for name in CONTENTS]
+    monkeypatch.setattr(patching, "version", lambda _: openrlhf_stand_in.VERSION)
+    for name, module in openrlhf_stand_in.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return [importlib.import_module(name) for name in openrlhf_stand_in.NAMES]
 
 
 def language_model(kind=(Qwen3Config, Qwen3ForCausalLM), **options):
@@ -249,7 +126,7 @@ def test_lora_and_experts(package):
 def test_functions_of_logits(package):
     utils, x = package[2], torch.randn(2, 5, 11)
     labels = torch.randint(0, 11, (2, 5))
-    theirs = utils.log_probs_from_logits(x.clone(), labels, 0.7), compute_entropy(x)
+    theirs = utils.log_probs_from_logits(x.clone(), labels, 0.7), utils.compute_entropy(x)
     with ours.patch():
         kept = x.clone()
         mine = utils.log_probs_from_logits(x, labels, temperature=0.7), utils.compute_entropy(x)

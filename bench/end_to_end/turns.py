@@ -1,0 +1,210 @@
+"""Steps of two sides, each in a process of its own, taken in turns: time, what they computed, and peak memory.
+
+What is measured is a module with a function `child(side, sizes, steps, memory)`, which takes that many steps of a side,
+a `Turn` around each, and hands it to `main` with a function that makes the result file's content. Two processes take
+steps in turns, and two others, one after the other, tell the peak of their resident set.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import results
+from bench.timing import PeakMemory
+
+# what a step says of itself, beside its time: the same names on both sides
+Said = dict[str, Any]
+# of which the parent tells the child, by name, where there are several
+STEP = "step"
+
+
+class Turn:
+    """What a child process says of its steps, each of which it takes when told.
+
+    Args:
+        memory: whether the peak of the resident set is wanted.
+    """
+
+    def __init__(self, memory: bool) -> None:
+        self.memory = memory
+        # what libraries print must not be taken for an answer
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def begin(self) -> str:
+        """Waits until the parent wants a step, and returns the name of it."""
+        wanted = sys.stdin.readline()
+        if not wanted:
+            raise SystemExit("the parent is gone")
+        self.peak = PeakMemory("cpu")
+        if self.memory:
+            self.peak.__enter__()
+        self.start = time.perf_counter()
+        return wanted.rstrip("\n")
+
+    def end(self) -> None:
+        """Takes the time."""
+        self.found: Said = {"seconds": time.perf_counter() - self.start}
+        if self.memory:
+            self.peak.__exit__()
+            self.found |= {"peak_extra_bytes": self.peak.bytes, "peak_bytes": self.peak.peak}
+
+    def say(self, said: Said) -> None:
+        """Answers the parent."""
+        self.answers.write(json.dumps(self.found | said) + "\n")
+        self.answers.flush()
+
+
+class Side:
+    """A child process with one side, which takes a step when told."""
+
+    def __init__(self, module: str, spec: dict[str, Any], environment: Mapping[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, "--child", json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**environment, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
+
+    def step(self, wanted: str = STEP) -> Said:
+        """Returns what a step took, and what it says of itself."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{wanted}\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the side's process ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@dataclass(frozen=True)
+class Match:
+    """Two sides of the same work.
+
+    Args:
+        module: where `child` and `main` are.
+        sides: the published one first.
+        sizes: a dataclass, of what `child` gets.
+    """
+
+    module: str
+    sides: tuple[str, str]
+    sizes: Any
+
+    def start(self, side: str, steps: int, memory: bool = False) -> Side:
+        """Returns a process that is to take that many steps."""
+        spec = {"side": side, "sizes": asdict(self.sizes), "steps": steps, "memory": memory}
+        return Side(self.module, spec, results.memory_environment() if memory else os.environ)
+
+    @contextmanager
+    def both(self, steps: int) -> Iterator[dict[str, Side]]:
+        """Yields a process of each side."""
+        with ExitStack() as stack:
+            yield {side: stack.enter_context(self.start(side, steps)) for side in self.sides}
+
+    def peaks(self, steps: int, wanted: Sequence[str] = (STEP,)) -> dict[str, dict[str, Said]]:
+        """Returns, by side and name of the step, the last of that many steps, with its memory."""
+        found = {}
+        for name in self.sides:
+            with self.start(name, steps * len(wanted), memory=True) as side:
+                found[name] = {one: [side.step(one) for _ in range(steps)][-1] for one in wanted}
+        return found
+
+
+def take_turns(sides: Mapping[str, Side], steps: int, wanted: str = STEP) -> dict[str, list[Said]]:
+    """Returns the steps of all sides, each side beginning every other one."""
+    taken: dict[str, list[Said]] = {name: [] for name in sides}
+    for count in range(steps):
+        order = list(sides.items())
+        for name, side in order if count % 2 == 0 else reversed(order):
+            taken[name].append(side.step(wanted))
+    return taken
+
+
+def rows(
+    taken: Mapping[str, list[Said]], peaks: Mapping[str, dict[str, Said]], wanted: str = STEP
+) -> list[dict[str, Any]]:
+    """Returns a row of the result file for each side; the first step has warmed it up."""
+    made = []
+    for name, found in taken.items():
+        samples = [said["seconds"] for said in found[1:]]
+        memory = {key: peaks[name][wanted][key] for key in ("peak_bytes", "peak_extra_bytes")}
+        case = {} if wanted == STEP else {"case": wanted}
+        made.append({**case, "contender": name, "median_s": statistics.median(samples), "samples_s": samples, **memory})
+    return made
+
+
+def over(made: Sequence[dict[str, Any]], key: str) -> float:
+    """Returns a figure of ours over the published side's."""
+    theirs, ours = made
+    return ours[key] / theirs[key]
+
+
+def table(content: dict[str, Any], title: str) -> str:
+    """Returns a plain text table, and the bars."""
+    lines = [f"{title}, {content['label']}"]
+    width = max(len(row["contender"]) for row in content["rows"])
+    case = None
+    for row in content["rows"]:
+        if row.get("case") != case:
+            case = row["case"]
+            lines.append(f" {case}")
+        whole, extra = row["peak_bytes"] / results.MIB, row["peak_extra_bytes"] / results.MIB
+        time_taken = f"{row['median_s']:8.3f} s"
+        lines.append(f"  {row['contender']:<{width}} {time_taken} {whole:9.0f} MiB, of which the step {extra:.0f}")
+    return "\n".join([*lines, *results.bar_lines(content["bars"])])
+
+
+def main(
+    doc: str | None,
+    sizes: type,
+    child: Callable[[str, Any, int, bool], None],
+    measure: Callable[[Any, int], dict[str, Any]],
+    title: str,
+    rounds: int,
+) -> None:
+    """Measures what the command line says, and writes the JSON; or is the child process that does the work.
+
+    Args:
+        doc: what `--help` says.
+        sizes: the dataclass of which each field is an option; its metadata may name the choices.
+        child: takes the steps.
+        measure: of sizes and rounds, returns the content of the result file.
+        title: of the table.
+        rounds: measured steps, unless told otherwise.
+    """
+    parser = argparse.ArgumentParser(description=doc)
+    for field in fields(sizes):
+        value: dict[str, Any] = {"type": type(field.default), "default": field.default, **field.metadata}
+        parser.add_argument(f"--{field.name}", **({"action": "store_true"} if field.default is False else value))
+    parser.add_argument("--rounds", type=int, default=rounds, help="3 for a quick look")
+    parser.add_argument("--out", help="folder of the JSON instead of bench/results/<machine>")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    given = vars(parser.parse_args())
+    spec, rounds, out = given.pop("child"), given.pop("rounds"), given.pop("out")
+    if spec is not None:
+        child(spec["side"], sizes(**spec["sizes"]), spec["steps"], spec["memory"])
+        return
+    content = measure(sizes(**given), rounds)
+    folder = results.RESULTS / results.machine("cpu") if out is None else Path(out)
+    results.write(folder / f"{content['op']}.json", content)
+    print(table(content, title))

@@ -1,0 +1,91 @@
+"""The benchmarks of trainers before and after our patch: turns, values, what is written of them, and the pages."""
+
+import math
+
+import pytest
+
+from bench import migrating, readme, results
+from bench.end_to_end import head_patch, turns
+from bench.end_to_end.head_patch import BOTH, LOGP, Sizes
+
+
+class Recorded:
+    """A side that says which step of all it took."""
+
+    def __init__(self, name, order):
+        self.name, self.order = name, order
+
+    def step(self, wanted):
+        self.order.append(self.name)
+        return {"seconds": float(len(self.order)), "wanted": wanted}
+
+
+def test_sides_take_turns():
+    order = []
+    taken = turns.take_turns({name: Recorded(name, order) for name in "ab"}, 3, "case")
+    assert order == list("ab" + "ba" + "ab")
+    assert [said["seconds"] for said in taken["b"]] == [2, 3, 6]
+    memory = {name: {"case": {"peak_bytes": 5, "peak_extra_bytes": 2}} for name in "ab"}
+    _, b = turns.rows(taken, memory, "case")
+    # the first step does not count
+    assert b == {
+        **{"case": "case", "contender": "b", "median_s": 4.5, "samples_s": [3, 6]},
+        **{"peak_bytes": 5, "peak_extra_bytes": 2},
+    }
+
+
+@pytest.mark.parametrize("wrong", [1.0002, -1.0, math.nan])
+def test_sides_that_differ_are_refused(wrong):
+    def said(factor):
+        return [{"values": {"log-probabilities": [-3.0, -4.0], "the gradient": [3.0 * factor, 4.0 * factor]}}]
+
+    head_patch.agree(LOGP, {"theirs": said(1.0), "ours": said(1.00005)})
+    with pytest.raises(RuntimeError, match="log-probabilities: the two sides differ in the gradient by"):
+        head_patch.agree(LOGP, {"theirs": said(1.0), "ours": said(wrong)})
+
+
+@pytest.mark.slow
+def test_a_small_run_becomes_a_table(tmp_path, monkeypatch):
+    """The whole of it, in processes; the figures themselves are a busy machine's."""
+    sizes = Sizes("transformers", vocabulary=30_000, width=64, layers=1, tokens=384)
+    content = head_patch.measure(sizes, rounds=1)
+    theirs, ours = head_patch.sides(sizes)
+    assert [(row["case"], row["contender"]) for row in content["rows"]] == [
+        *((LOGP, theirs), (LOGP, ours)),
+        *((BOTH, theirs), (BOTH, ours)),
+    ]
+    logits = 4 * 384 * 30_000
+    for row in content["rows"]:
+        assert row["median_s"] == row["samples_s"][0] > 0
+        assert row["peak_bytes"] > row["peak_extra_bytes"] > 0
+        if row["contender"] == theirs:
+            # log_softmax and the gradient of one of both
+            assert row["peak_extra_bytes"] > 1.8 * logits
+    assert [bar["met"] for bar in content["bars"]] == [True, True]
+    assert f"{ours}  " in turns.table(content, "a step")
+
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert "not measured" in migrating.block("transformers")
+    results.write(tmp_path / content["machine"] / f"{content['op']}.json", content)
+    made = migrating.block("transformers")
+    assert "not measured" not in made
+    assert f"| transformers, {BOTH} | " in made
+    assert f"| **transformers with our patch**, {LOGP} | " in made
+    ratio = turns.over(content["rows"][:2], "peak_extra_bytes")
+    assert f", × {ratio:.2f} |\n| transformers, {BOTH}" in made
+    results.write(tmp_path / "cpu-x" / "openrlhf_patch.json", {**content, "stand_in": True})
+    assert migrating.STAND_IN in migrating.block("openrlhf")
+    assert migrating.STAND_IN not in made
+
+
+def test_the_pages_are_in_step_with_the_results():
+    for page, text in readme.pages():
+        assert page.read_text() == text, f"{page.name}: run `python -m bench.readme`, or put back the page's results"
+
+
+@pytest.mark.parametrize("trainer", migrating.TRAINERS)
+def test_a_page_without_markers_is_refused(trainer):
+    made = migrating.block(trainer)
+    assert readme.insert(f"a\n<!-- {trainer}:begin -->\nold\n<!-- {trainer}:end -->\nb\n", made) == f"a\n{made}\nb\n"
+    with pytest.raises(SystemExit, match=rf"<!-- {trainer}:begin --> .* in migrating\.md"):
+        readme.insert("no markers", made, readme.MIGRATING)
