@@ -17,6 +17,7 @@ from prism_kernels.check import fail
 from prism_kernels.integrations.head import Head, LogitSettings, head_of, logit_settings, run_to_head
 from prism_kernels.integrations.logit_statistics import is_highest, mean_logit
 from prism_kernels.integrations.patching import Patch, Replacement, require_parameters, require_version
+from prism_kernels.integrations.trl_loss import loss_replacements
 from prism_kernels.ops.linear_logprob import linear_logprob
 
 NAME = "integrations.trl"
@@ -27,8 +28,8 @@ PARAMETERS = ("model", "temperature", "cast_lm_head_to_fp32", "outputs")
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
-def patch(*, cache_bytes: int | None = 0) -> Patch:
-    """Replaces the fused LM head of TRL's trainers; returns the patch, to undo it.
+def patch(*, cache_bytes: int | None = 0, losses: bool = False) -> Patch:
+    """Replaces the fused LM head of TRL's trainers, and on request GRPO's loss; returns the patch, to undo it.
 
     Trainers that were made before keep the head that they have, and those made under the patch keep ours. LoRA on the
     head is allowed, where TRL refuses it: one plain adapter without dropout. DeepSpeed ZeRO-3 is refused.
@@ -36,6 +37,9 @@ def patch(*, cache_bytes: int | None = 0) -> Patch:
     Args:
         cache_bytes: memory that a call may keep for its backward pass, as in `linear_logprob`: 0 keeps nothing, so
             that no more is used than by TRL's own head; None keeps all, which saves a matrix product out of four.
+        losses: whether the loss of GRPOTrainer is `policy_loss` too, from the next step on. What `policy_loss` does
+            not compute as TRL does is refused when a trainer is made, or at its next step. This concerns GRPO alone:
+            the losses of RLOO, KTO, DPO and SFT are other functions, and stay TRL's.
     """
     require_version(NAME, "trl", VERSIONS)
     require_version(NAME, "transformers", TRANSFORMERS)
@@ -51,6 +55,8 @@ def patch(*, cache_bytes: int | None = 0) -> Patch:
     # what TRL refuses on a head is an instance of this class. without peft the trainers do not have it
     allowed = [module for module in trainers if hasattr(module, "BaseTunerLayer")]
     replacements += [Replacement(module, "BaseTunerLayer", _NoAdapter) for module in allowed]
+    if losses:
+        replacements += loss_replacements(trainers[TRAINERS.index("grpo")].GRPOTrainer)
     return Patch(NAME, replacements)
 
 
