@@ -62,7 +62,8 @@ $(TRL)/install.stamp: pyproject.toml tests/peers/trl.txt | $(PEERS)/install.stam
 	touch $@
 
 test-peers: $(PEERS)/install.stamp $(TRL)/install.stamp ## against TRL's and verl's own functions, each in its environment
-	$(PEERS)/bin/python -m pytest tests/peers/test_verl.py tests/peers/test_verl_patch.py
+	$(PEERS)/bin/python -m pytest tests/peers/test_verl.py tests/peers/test_verl_patch.py \
+		tests/peers/test_verl_one_pass.py
 	$(TRL)/bin/python -m pytest tests/peers/test_trl.py tests/peers/test_trl_patch.py tests/peers/test_trl_step.py \
 		tests/peers/test_trl_losses.py tests/peers/test_openrlhf_patch.py
 

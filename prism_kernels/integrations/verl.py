@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prism_kernels.check import fail
+from prism_kernels.integrations import one_pass
 from prism_kernels.integrations.patching import (
     Patch,
     Registration,
@@ -121,7 +122,7 @@ def _heads(cache_bytes: int | None) -> tuple[Callable[..., Any], Callable[..., A
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool | None = None) -> Tensor:
-    """Returns the log-probabilities of the labels, in fp32.
+    """Returns the log-probabilities of the labels, in fp32, in one pass with `entropy_from_logits` of the same tensor.
 
     Args:
         logits: (..., V).
@@ -129,14 +130,18 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
         inplace_backward: True writes the gradient over the logits, which then must not be used otherwise. verl's own
             default is True, but it relies on it only where it says so.
     """
-    return token_logprob(logits, labels.to(torch.int64), inplace_backward=bool(inplace_backward)).logp
+    target = labels.to(torch.int64)
+    if inplace_backward:
+        return token_logprob(logits, target, inplace_backward=True).logp
+    return one_pass.logprobs(logits, target)
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Returns the entropies of the rows of logits (..., V), in fp32."""
-    entropy = token_logprob(logits, _any_target(logits), entropy=True).entropy
-    assert entropy is not None
-    return entropy
+    """Returns the entropies of the rows of logits (..., V), in fp32, in one pass with their log-probabilities.
+
+    The two then share a graph: to go backward through one of them and later through the other it must be retained.
+    """
+    return one_pass.entropies(logits)
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
@@ -146,11 +151,8 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
 
 def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
     """Returns the sums of the squared probabilities of logits (..., V), in fp32, as constants."""
-    return token_logprob(logits.detach(), _any_target(logits)).sum_pi_squared
-
-
-def _any_target(logits: Tensor) -> Tensor:
-    return torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    target = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return token_logprob(logits.detach(), target).sum_pi_squared
 
 
 def channels_of_tokens(token_level_rewards: Tensor, response_mask: Tensor) -> dict[str, Tensor]:
