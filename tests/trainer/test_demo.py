@@ -7,7 +7,7 @@ import pytest
 
 from prism.config import load_config
 from prism.log import read_metrics
-from prism.report.improvements import improvements, pair_accuracy
+from prism.report.improvements import improvements
 from prism.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +18,7 @@ SHORTER = {
     "log.rollouts_every": 0,
     "log.console": "quiet",
 }
+STAGES = ("sft", "warmup", "align", "rlvr")
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,10 @@ def test_every_stage_improves_what_it_is_for(short):
     evaluations = json.loads((short / "evaluations.json").read_text())
     found = improvements(evaluations)
     assert [one.stage for one in found] == ["sft"] * 2 + ["warmup"] * 2 + ["align"] * 3 + ["rlvr"]
-    # the bar of the warm-up, 0.8 in each channel, is higher than this world's discriminator gets in perception
-    assert [one for one in found if not one.holds and one.stage not in ("warmup", "rlvr")] == []
+    assert [one for one in found if not one.holds and one.stage != "rlvr"] == []
     # two standard errors are for the whole run: this one is shorter, and rounding differs from machine to machine
     rise = found[-1].figures
     assert rise["after"] - rise["before"] > rise["standard_error"]
-    for channel in ("perception", "reasoning"):
-        assert pair_accuracy(evaluations["warmup"], "pairs", channel) > 0.6
     # on enough held-out problems to tell
     assert evaluations["rlvr"]["test"]["samples"] >= 1000
 
@@ -53,7 +51,8 @@ def test_its_metrics_tell_the_same(short):
     steps = {}
     for row in read_metrics(short / "metrics.jsonl"):
         steps.setdefault(row["stage"], []).append(row)
-    assert all(len(steps[stage]) == SHORTER.get(f"optimiser.{stage}.steps", 40) for stage in steps)
+    settings = load_config(ROOT / "configs" / "tiny.toml", SHORTER).optimiser
+    assert {stage: len(rows) for stage, rows in steps.items()} == {s: getattr(settings, s).steps for s in STAGES}
 
     def ends(stage, name, count=10):
         values = [row[name] for row in steps[stage]]
