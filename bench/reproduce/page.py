@@ -150,7 +150,7 @@ def _crossing(found: Figures) -> str:
         sides.append(f"at {one['demonstrations']} {better} ({_difference(one)}{sure})")
     where = "no crossing"
     if found["crossings"]:
-        where = " and ".join(f"the lines cross at about {at:.0f} demonstrations" for at in found["crossings"])
+        where = f"the lines cross at about {' and '.join(f'{at:.0f}' for at in found['crossings'])} demonstrations"
     return f"{head}: {where}; better is {', '.join(sides)}."
 
 
