@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ BACKENDS = ("cuda", "triton", "torch") if DEVICE == "cuda" else ("cpu", "torch")
 
 
 def pytest_configure(config):
+    # a shell's background job ignores Ctrl-C, and so would the processes of the tests, which some of them interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # the machine's own core count makes timings and reduction orders differ; two is what CI has
     if DEVICE == "cpu":
         torch.set_num_threads(min(2, os.cpu_count() or 1, int(os.environ.get("OMP_NUM_THREADS", "2"))))
