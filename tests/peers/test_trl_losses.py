@@ -27,15 +27,6 @@ CLIPS = {"token": (0.2, 0.28, 1.4), "sequence": (0.02, 0.03, 1.06)}
 CLOCKS = ("step_time", "runtime", "per_second")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer()
