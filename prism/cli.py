@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prism.data.errors import DataError
+from prism.data.files import DataError
 
 if TYPE_CHECKING:
     from prism.config import Config
@@ -255,7 +255,7 @@ def _read_data(config: "Config") -> int:
         return 0
     from prism.data.images import ImageLimits
     from prism.data.loader import LoadOptions, dry_run
-    from prism.data.problem_rows import problem_reader
+    from prism.data.problem import problem_reader
     from prism.data.rows import RowLimits
 
     data, root = config.data, config.data.image_root

@@ -20,7 +20,7 @@ from bench import results
 from bench.end_to_end import turns
 from bench.end_to_end.turns import Said, Turn
 from prism.config import Config, load_config
-from prism.data.problem import Problem, ShapesProblems
+from prism.data.problem import Problem
 from prism.models.policy import Policy
 from prism.models.prompts import EncodedPrompt, PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
@@ -30,7 +30,9 @@ from prism.rollout.sampling import Sampling
 from prism.runtime.optimiser import Stepper
 from prism.stages.rlvr import reward, rlvr_step
 from prism.stages.rollouts import answer
-from prism.worlds.shapes.world import Carelessness, ShapesWorld
+from prism.worlds.shapes.problems import ShapesProblems
+from prism.worlds.shapes.teachers import Carelessness
+from prism.worlds.shapes.world import ShapesWorld
 
 PUBLISHED, OURS = "TRL", "ours"
 FASTER, MEMORY_LIMIT = 2.5, 1.0

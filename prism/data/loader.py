@@ -8,8 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from prism.data.errors import DataError, RowError
-from prism.data.files import Raw, data_files, parse, read_rows
+from prism.data.files import DataError, Raw, RowError, data_files, parse, read_rows
 from prism.data.rows import READERS, RowLimits
 
 # before that a share says little
@@ -52,7 +51,7 @@ class LoadOptions:
             )
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where in an epoch reading goes on: the file in its order, rows read of it, where the next one begins."""
 
     file: int = 0
@@ -141,7 +140,7 @@ class RowStream:
         self.read, self.skipped, self.causes = state["read"], state["skipped"], Counter(state["causes"])
         if state["block"] >= 0:
             # one less: it is about to be read
-            self._number, self._end = state["block"] - 1, Place(*state["place"])
+            self._number, self._end = state["block"] - 1, Position(*state["place"])
             self._rows = self._rows_from(self._end)
             self._fill()
             self._next = state["next"]
@@ -158,18 +157,18 @@ class RowStream:
         self._order = list(range(len(self.files)))
         if self.options.buffer:
             _shuffle(self._order, f"{self.options.seed}/{self.epoch}/files")
-        self._number, self._start, self._end = -1, Place(), Place()
+        self._number, self._start, self._end = -1, Position(), Position()
         self._rows = self._rows_from(self._end)
         self._block: list[tuple[Path, Raw]] = []
         self._next = 0
 
-    def _rows_from(self, place: Place) -> Iterator[tuple[Place, Path, Raw]]:
+    def _rows_from(self, place: Position) -> Iterator[tuple[Position, Path, Raw]]:
         """Yields rows with the place behind each."""
         row, offset = place.row, place.offset
         for file in range(place.file, len(self._order)):
             path = self.files[self._order[file]]
             for raw in read_rows(path, row, offset):
-                yield Place(file, raw.row, raw.end), path, raw
+                yield Position(file, raw.row, raw.end), path, raw
             row = offset = 0
 
     def _fill(self) -> bool:

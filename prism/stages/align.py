@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from prism.config import Config
+from prism.data.drift import drift
 from prism.discriminator.branches import ScoreLimits
 from prism.discriminator.metrics import channel_report
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import GroupScores, PreparedGroups, Sample, prepare_groups
 from prism.discriminator.training import NO_PAIR, StepResult, StepSettings, discriminator_step
-from prism.evaluation.drift import drift
 from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
 from prism.runtime.inspection import of_groups

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from prism.config import load_config
-from prism.report.improvements import improvements
+from prism.report.summary import improvements
 from prism.runtime.log import read_metrics
 from prism.runtime.runtime import Run
 

@@ -9,14 +9,16 @@ from itertools import islice
 import numpy as np
 import pytest
 from loader_cases import RESPONSE, chat, picture, problem, warmup, without, write_images, write_lines
+from shapes_files import write_sft, write_warmup
 
-from prism.data.errors import DataError
-from prism.data.export import write_sft, write_warmup
+from prism.data.files import DataError
 from prism.data.images import ImageLimits
 from prism.data.loader import LoadOptions, RowStream, dry_run
 from prism.data.rows import RowLimits
 from prism.data.sections import Sections, split_response
-from prism.worlds.shapes.world import ShapesWorld, judge, read_question
+from prism.worlds.shapes.counters import judge
+from prism.worlds.shapes.questions import read_question
+from prism.worlds.shapes.world import ShapesWorld
 
 WORLD = ShapesWorld()
 

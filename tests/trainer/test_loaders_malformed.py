@@ -5,7 +5,7 @@ import json
 import pytest
 from loader_cases import RESPONSE, chat, picture, problem, warmup, without, write_images, write_lines
 
-from prism.data.errors import DataError
+from prism.data.files import DataError
 from prism.data.images import ImageLimits
 from prism.data.loader import LoadOptions, RowStream, dry_run
 from prism.data.rows import RowLimits

@@ -11,19 +11,13 @@ from random import Random
 import numpy as np
 import pytest
 
+from prism.data.sections import caption_items, reasoning_steps, split_response
 from prism.models.tokenizer import train_tokenizer
+from prism.worlds.shapes.counters import judge
 from prism.worlds.shapes.questions import EQUAL, NONE, QUESTION_KINDS, Question, ask, infer, read_question
 from prism.worlds.shapes.scenes import CELL, COLOURS, GRID, KINDS, SIDE, Item, Scene, draw, random_scene
-from prism.worlds.shapes.world import (
-    SPLITS,
-    Carelessness,
-    ShapesWorld,
-    caption_items,
-    judge,
-    reasoning_steps,
-    split_of,
-    split_response,
-)
+from prism.worlds.shapes.teachers import Carelessness
+from prism.worlds.shapes.world import SPLITS, ShapesWorld, split_of
 
 WORLD = ShapesWorld()
 # of the first 64 samples of every split; a change of it changes everyone's data
@@ -281,7 +275,7 @@ def test_responses_are_short():
 
 def test_data_is_imported_without_torch():
     code = (
-        "import sys; import prism.worlds.shapes.world, prism.data.export, prism.data.loader; "
+        "import sys; import prism.worlds.shapes.world, prism.data.loader; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pyarrow')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
