@@ -9,7 +9,8 @@ from random import Random
 from typing import Any, NamedTuple
 
 from prism.data.files import DataError, Raw, RowError, data_files, parse, read_rows
-from prism.data.rows import READERS, RowLimits
+from prism.data.images import ImageLimits
+from prism.data.rows import READERS
 
 # before that a share says little
 _MIN_ROWS = 200
@@ -29,7 +30,7 @@ class LoadOptions:
         skipped: a JSONL file, of this stream alone, that gets file, row, field, cause and reason of each skipped row,
             once; what an older run left in it is dropped. None: they are only counted.
         image_root: what paths of images are relative to; None: the folder of their data file.
-        limits: of texts and images.
+        images: which images are taken.
     """
 
     seed: int = 0
@@ -39,7 +40,7 @@ class LoadOptions:
     max_skipped: float = 0.05
     skipped: Path | None = None
     image_root: Path | None = None
-    limits: RowLimits = field(default_factory=RowLimits)
+    images: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
         if self.on_error not in ("skip", "raise"):
@@ -199,7 +200,7 @@ class RowStream:
         """Returns the row, or None where it is skipped."""
         root = self.options.image_root or path.parent
         try:
-            row = READERS[self.schema](parse(raw.content), f"{path.stem}-{raw.row}", root, self.options.limits)
+            row = READERS[self.schema](parse(raw.content), f"{path.stem}-{raw.row}", root, self.options.images)
             return row if self.take is None else self.take(row)
         except RowError as error:
             if self.options.on_error == "raise":
@@ -288,7 +289,7 @@ def dry_run(
         for raw in read_rows(path):
             rows += 1
             try:
-                row = READERS[schema](parse(raw.content), "", options.image_root or path.parent, options.limits)
+                row = READERS[schema](parse(raw.content), "", options.image_root or path.parent, options.images)
                 if take is not None:
                     take(row)
             except RowError as error:

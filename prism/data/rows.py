@@ -1,9 +1,8 @@
 """Rows as the files have them and as the stages read them: validated by pydantic models, their images opened."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image
@@ -265,25 +264,6 @@ Images = tuple[Image.Image, ...]
 
 
 @dataclass(frozen=True)
-class RowLimits:
-    """How long texts may be; a row past a limit is not used, and nothing is ever cut. None: no limit.
-
-    Args:
-        prompt: of everything before the response; images are not counted.
-        response: of a response, the student's or the teacher's.
-        total: of both together.
-        length: what is counted: characters, or for a tokenizer `lambda text: len(tokenizer(text)["input_ids"])`.
-        images: see `ImageLimits`.
-    """
-
-    prompt: int | None = None
-    response: int | None = None
-    total: int | None = None
-    length: Callable[[str], int] = len
-    images: ImageLimits = field(default_factory=ImageLimits)
-
-
-@dataclass(frozen=True)
 class ChatRow:
     """A chat that ends with the assistant's turn: what SFT imitates."""
 
@@ -291,18 +271,6 @@ class ChatRow:
     # role and text, `<image>` where an image goes
     messages: tuple[tuple[str, str], ...]
     images: Images
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A better and a worse text for one channel of the discriminator."""
-
-    id: str
-    channel: str
-    question: str
-    images: Images
-    teacher: str
-    student: str
 
 
 @dataclass(frozen=True)
@@ -315,15 +283,6 @@ class WarmupRow:
     teacher: Sections
     student: Sections
 
-    @property
-    def pairs(self) -> tuple[Pair, Pair]:
-        """The pair of descriptions and the pair of reasonings."""
-        teacher, student = (f"{s.think}\n{s.answer}".strip() for s in (self.teacher, self.student))
-        return (
-            Pair(self.id, "perception", self.question, self.images, self.teacher.caption, self.student.caption),
-            Pair(self.id, "reasoning", self.question, self.images, teacher, student),
-        )
-
 
 @dataclass(frozen=True)
 class ProblemRow:
@@ -335,22 +294,18 @@ class ProblemRow:
     images: Images
     data_source: str
     ground_truth: str
-    style: str
     equivalent_answers: tuple[str, ...]
     # a whole response in the three-part form, where the row has one
     teacher: str | None
-    extra_info: Mapping[str, Any]
 
 
-def read_chat(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimits) -> ChatRow:
+def read_chat(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> ChatRow:
     """Returns a row of SFT: sharegpt with images, or a plain chat."""
     row = validate(ChatSchema, raw)
-    *context, last = row.turns
-    _check_lengths(limits, {"messages": _joined(context)}, {f"messages.{len(row.messages) - 1}": last.content})
     return ChatRow(_id(row.id, name), _pairs(row.turns), _open(row.images, "images", root, limits))
 
 
-def read_warmup(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimits) -> WarmupRow:
+def read_warmup(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> WarmupRow:
     """Returns a row of the discriminator's warm-up."""
     row = validate(WarmupSchema, raw)
     teacher, student = row.sections("teacher"), row.sections("student")
@@ -358,17 +313,13 @@ def read_warmup(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimits
         # that alone would tell them apart
         gone = "student_cot" if teacher.answer else "teacher_cot"
         raise RowError("response form", gone, "expected an answer in both responses or in neither, it has none")
-    responses = {"teacher_response": teacher.text, "student_response": student.text}
-    _check_lengths(limits, {"question": row.question}, responses)
     images = _open(row.pictures, "image" if row.image is not None else "images", root, limits)
     return WarmupRow(_id(row.id, name), row.question, images, teacher, student)
 
 
-def read_problem(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimits) -> ProblemRow:
+def read_problem(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> ProblemRow:
     """Returns a row of alignment and RLVR."""
     row = validate(ProblemSchema, raw)
-    teacher = _teacher(row)
-    _check_lengths(limits, {"prompt": _joined(row.prompt)}, {"teacher_response": teacher} if teacher else {})
     extra = {key: value for key, value in (row.extra_info or {}).items() if value is not None}
     return ProblemRow(
         _id(extra.get("id", extra.get("index")), name),
@@ -376,14 +327,12 @@ def read_problem(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimit
         _open(row.images, "images", root, limits),
         row.data_source,
         row.reward_model.ground_truth,
-        row.reward_model.style,
         row.reward_model.equivalent_answers,
-        teacher,
-        MappingProxyType(extra),
+        _teacher(row),
     )
 
 
-READERS: dict[str, Callable[[Mapping[str, Any], str, Path, RowLimits], Any]] = {
+READERS: dict[str, Callable[[Mapping[str, Any], str, Path, ImageLimits], Any]] = {
     "chat": read_chat,
     "warmup": read_warmup,
     "problem": read_problem,
@@ -404,33 +353,9 @@ def _teacher(row: ProblemSchema) -> str | None:
     return row.teacher_response
 
 
-def _check_lengths(limits: RowLimits, prompt: Mapping[str, str], responses: Mapping[str, str]) -> None:
-    """Raises `RowError` for the first text that is longer than its limit."""
-    if limits.prompt is limits.response is limits.total is None:
-        return
-    ((prompt_field, prompt_text),) = prompt.items()
-    before = limits.length(prompt_text)
-    _check_length(prompt_field, before, limits.prompt)
-    for name, text in responses.items():
-        length = limits.length(text)
-        _check_length(name, length, limits.response)
-        _check_length(name, before + length, limits.total, " together with its prompt")
-
-
-def _check_length(name: str, length: int, limit: int | None, what: str = "") -> None:
-    if limit is not None and length > limit:
-        raise RowError("too long", name, f"expected a length of at most {limit}{what}, got {length}")
-
-
-def _open(sources: Iterable[Any], name: str, root: Path, limits: RowLimits) -> Images:
+def _open(sources: Iterable[Any], name: str, root: Path, limits: ImageLimits) -> Images:
     one = name == "image"
-    return tuple(
-        open_image(source, name if one else f"{name}.{i}", root, limits.images) for i, source in enumerate(sources)
-    )
-
-
-def _joined(messages: Iterable[Turn]) -> str:
-    return "\n".join(message.content for message in messages)
+    return tuple(open_image(source, name if one else f"{name}.{i}", root, limits) for i, source in enumerate(sources))
 
 
 def _pairs(messages: Iterable[Turn]) -> tuple[tuple[str, str], ...]:

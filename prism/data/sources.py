@@ -13,7 +13,6 @@ from prism.data.files import DataError
 from prism.data.images import ImageLimits
 from prism.data.loader import LoadOptions, RowStream
 from prism.data.problem import Problem, problem_reader
-from prism.data.rows import RowLimits
 from prism.models.prompts import PromptEncoder
 from prism.worlds.shapes.problems import ShapesProblems
 from prism.worlds.shapes.teachers import Carelessness
@@ -183,7 +182,7 @@ class FileProblems:
             on_error=data.on_error,
             max_skipped=data.max_skipped,
             image_root=None if data.image_root is None else Path(data.image_root),
-            limits=RowLimits(images=ImageLimits(allow_remote=data.allow_remote_images)),
+            images=ImageLimits(allow_remote=data.allow_remote_images),
         )
         take = problem_reader(use, self.encoder, data)
         return RowStream(getattr(data.files, files), SCHEMAS[files], options, take=take)
