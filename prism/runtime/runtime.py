@@ -24,7 +24,7 @@ from prism.data.sources import problems_of, step_random
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import Sample
 from prism.discriminator.storage import save_discriminator
-from prism.evaluation.assessment import assess_discriminator, assess_policy, told
+from prism.evaluation.assessment import assess_discriminator, assess_policy, figures_line
 from prism.models.building import build_discriminator, build_policy
 from prism.models.policy import Policy
 from prism.models.tiny import save_processor
@@ -264,7 +264,7 @@ class Run:
                     self.discriminator, self.engine, taught, self.encoder, self.config
                 )
         self.evaluations[after] = found
-        self.log.note(f"after {after}: {told(found)}")
+        self.log.note(f"after {after}: {figures_line(found)}")
 
     def _assess_policy(self, split: str, count: int | None = None) -> Metrics:
         problems = self.problems.held_out(split, count)
