@@ -69,7 +69,7 @@ def temperature(text: str) -> float:
 
 
 RUN = Option("run", "DIR", "the run's folder")
-STAGES_RUN = "prism.runtime.runtime:run"
+STAGES_RUN = "prism.commands.run:run"
 COMMANDS = {
     "run": Command(STAGES_RUN, "all stages one after the other; the same command goes on where it was ended"),
     "sft": Command(STAGES_RUN, "one stage: fine-tunes model.policy on demonstrations", stage="sft"),

@@ -23,9 +23,9 @@ from prism.models.building import load_causal, load_encoder
 from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
 from prism.rewards import score_batch
+from prism.rollout.batch import decode
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
-from prism.stages.rollouts import texts_of
 from prism.worlds.shapes.world import ShapesWorld, judge
 
 # problems that are answered together
@@ -151,7 +151,7 @@ def _answered(
     problems = [one.problem for one in asked]
     keys = range(first, first + len(asked))
     rollouts = engine.generate([problem.encoded(encoder) for problem in problems], sampling, keys=keys)
-    texts = texts_of(rollouts, encoder)
+    texts = decode(rollouts, encoder)
     verdicts = score_batch(texts, [p.answer or "" for p in problems], [p.equivalent_answers for p in problems])
     found = []
     for one, rollout, text, verdict in zip(asked, rollouts, texts, verdicts):

@@ -9,7 +9,7 @@ from prism.data.errors import RowError
 from prism.data.problem import Problem
 from prism.data.rows import ChatRow, ProblemRow, WarmupRow
 from prism.data.schemas import PLACEHOLDER
-from prism.models.batches import response_ids
+from prism.models.policy import response_ids
 from prism.models.prompts import Message, PromptEncoder, chat_messages
 from prism.models.tokenizer import IMAGE_TOKEN, VIDEO_TOKEN
 

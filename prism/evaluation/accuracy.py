@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 from prism.data.problem import Problem
-from prism.evaluation.drift import drift
 from prism.models.prompts import PromptEncoder
 from prism.rewards import score_batch
+from prism.rollout.drift import drift
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
 from prism.worlds.shapes.world import judge
