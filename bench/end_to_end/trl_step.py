@@ -21,7 +21,7 @@ from bench import results
 from bench.end_to_end import turns
 from bench.end_to_end.turns import Said, Turn
 from prism.config import Config, load_config
-from prism.data.problem import Problem, ShapesProblems
+from prism.data.problem import Problem
 from prism.models.policy import Policy
 from prism.models.prompts import EncodedPrompt, PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
@@ -32,7 +32,9 @@ from prism.rollout.sampling import Sampling
 from prism.runtime.optimiser import StageOptimiser
 from prism.stages.rlvr import reward
 from prism.stages.update import policy_update
-from prism.worlds.shapes.world import Carelessness, ShapesWorld
+from prism.worlds.shapes.problems import ShapesProblems
+from prism.worlds.shapes.teachers import Carelessness
+from prism.worlds.shapes.world import ShapesWorld
 from prism_kernels import group_advantage
 
 PUBLISHED, OURS = "TRL", "ours"

@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from prism.config.sections import Data
-from prism.data.errors import DataError
+from prism.data.files import DataError
 from prism.data.loader import LoadOptions, RowStream
-from prism.data.problem import Problem, problem_of
-from prism.data.problem_rows import problem_reader
+from prism.data.problem import Problem, problem_reader
 from prism.models.building import load_causal, load_encoder
 from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
@@ -26,7 +25,9 @@ from prism.rewards import score_batch
 from prism.rollout.batch import decode
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
-from prism.worlds.shapes.world import ShapesWorld, judge
+from prism.worlds.shapes.counters import judge
+from prism.worlds.shapes.problems import problem_of
+from prism.worlds.shapes.world import ShapesWorld
 
 # problems that are answered together
 BATCH = 64

@@ -7,17 +7,17 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shapes_files import write_problems
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from prism import cli
 from prism.commands import evaluate as exam
 from prism.config import ConfigError, load_config
-from prism.data.export import write_problems
-from prism.data.problem import problem_of
 from prism.discriminator.storage import load_discriminator, save_discriminator
 from prism.models import building
 from prism.models.building import build_discriminator, plain_policy
 from prism.rollout import batch as rollouts
+from prism.worlds.shapes.problems import problem_of
 from prism.worlds.shapes.world import ShapesWorld
 
 SMALL = """

@@ -7,7 +7,7 @@ import pytest
 
 from prism.commands.run import run_stages
 from prism.config import load_config
-from prism.report.improvements import improvements
+from prism.report.summary import improvements
 from prism.runtime.log import read_metrics
 from prism.runtime.runtime import Runtime
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from loader_cases import RESPONSE, chat, picture, problem, warmup, without, write_images, write_lines
+from shapes_files import write_problems, write_sft, write_warmup
 from test_run import SMALL, SPENT, metrics_stage, weights
 
 from prism import cli
 from prism.commands.run import run_stages
 from prism.config import load_config
-from prism.data.errors import DataError
-from prism.data.export import write_problems, write_sft, write_warmup
+from prism.data.files import DataError
 from prism.data.loader import dry_run
-from prism.data.problem_rows import problem_reader
+from prism.data.problem import problem_reader
 from prism.data.sources import problems_of
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import TinySize, save_tiny, tiny_discriminator_base, tiny_image_processor, tiny_policy
