@@ -1,7 +1,10 @@
-"""Training states on the disk: written aside and renamed, with checksums, the newest few kept.
+"""Checkpoints: written aside, then renamed; verified by checksums; the newest few are kept. And the rule of resuming.
 
 A folder of checkpoints holds `step-00000040/` with `<model>.safetensors`, `training.pt` (optimisers, schedulers, random
 generators; read with weights_only=True), `state.json`, and `checksums.json`, which is written last.
+
+A run resumes with the settings that it began with. Only those of FREE, which do not change what is learnt, and the
+tables of stages that have not begun (`optimiser.STAGE` and the like) may differ.
 """
 
 import hashlib
@@ -44,17 +47,17 @@ class CheckpointError(ValueError):
 
 
 class Stateful(Protocol):
-    """An optimiser, a scheduler: what gives and takes its state as tensors and plain Python values."""
+    """An optimiser or a scheduler, whose state is tensors and plain Python values."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """Takes a state."""
+        """Restores a state."""
 
 
 class Restored(NamedTuple):
-    """What a training goes on from, beside what was loaded into its objects."""
+    """The part of a checkpoint that is not loaded into models and optimisers."""
 
     step: int
     # as given to `save`
@@ -71,16 +74,16 @@ def save(
     *,
     keep: int = 2,
 ) -> Path:
-    """Writes a checkpoint and returns its folder; a kill at any moment leaves the ones before as they are.
+    """Writes a checkpoint and returns its folder; a kill at any moment leaves earlier checkpoints intact.
 
     Args:
-        folder: of all checkpoints.
-        step: that has been done; a second checkpoint of one step does not replace the first until it is complete.
+        folder: folder of all checkpoints.
+        step: number of finished steps; a second checkpoint of one step replaces the first only once it is complete.
         models: weights and buffers, by name.
         training: optimisers and schedulers, by name.
-        extra: anything that JSON can write: the stage, positions in data and metrics, counts. The random generators of
-            torch, its devices, numpy and Python are saved unasked.
-        keep: how many of the newest are kept.
+        extra: JSON values: the stage, positions in data and metrics, counts. The random states of torch, its devices,
+            numpy and Python are always saved.
+        keep: number of newest checkpoints to keep.
     """
     if keep < 1 or step < 0:
         raise ValueError(f"save: expected keep >= 1 and step >= 0, got {keep} and {step}")
@@ -115,34 +118,34 @@ def load(
     *,
     tell: Callable[[str], object] = LOG.warning,
 ) -> Restored | None:
-    """Loads the newest checkpoint that is whole (see `newest`) into the objects; None where there is none at all.
+    """Loads the newest intact checkpoint (see `newest`) into the objects; returns None if there is none.
 
-    The random generators are set as they were.
+    It also restores the random states.
 
     Args:
-        folder: of all checkpoints.
+        folder: folder of all checkpoints.
         models: as given to `save`, of the same shapes.
         training: as given to `save`.
-        tell: gets a message for each damaged one.
+        tell: called with a message for each damaged checkpoint.
     """
-    found = newest(folder, tell=tell)
-    if found is not None:
-        _load(found.path, models, training, tell)
-    return found
+    last = newest(folder, tell=tell)
+    if last is not None:
+        _load(last.path, models, training, tell)
+    return last
 
 
 def newest(folder: str | Path, *, tell: Callable[[str], object] = LOG.warning) -> Restored | None:
-    """Returns the newest checkpoint that is whole, without loading it; None where there is none at all.
+    """Returns the newest intact checkpoint without loading it; None if there is none.
 
-    A damaged one is renamed to `damaged-step-…`, and the one before is taken; where all are damaged, that is an error.
+    A damaged checkpoint is renamed to `damaged-step-…`, and the one before it is used. If all are damaged, it raises.
 
     Args:
-        folder: of all checkpoints.
-        tell: gets a message for each damaged one.
+        folder: folder of all checkpoints.
+        tell: called with a message for each damaged checkpoint.
     """
     folder = Path(folder)
-    found = list(checkpoints(folder))
-    for path in found:
+    paths = list(checkpoints(folder))
+    for path in paths:
         problem = damage(path)
         if problem is None:
             state = json.loads((path / "state.json").read_text())
@@ -151,16 +154,16 @@ def newest(folder: str | Path, *, tell: Callable[[str], object] = LOG.warning) -
         if kept.exists():
             shutil.rmtree(kept)
         path.rename(kept)
-        tell(f"{path} is damaged: {problem}; it is now {kept.name}, and the checkpoint before is used")
-    if found:
+        tell(f"{path} is damaged: {problem}; it was renamed to {kept.name}, and the checkpoint before it is used")
+    if paths:
         raise CheckpointError(
-            f"{folder}: expected a whole checkpoint, all {len(found)} are damaged; begin in another folder"
+            f"{folder}: expected an intact checkpoint, but all {len(paths)} are damaged; use another folder"
         )
     return None
 
 
 def checkpoints(folder: str | Path) -> Iterator[Path]:
-    """Yields the folders of the checkpoints, the newest first, damaged ones included."""
+    """Yields the folders of the checkpoints, newest first, damaged ones included."""
     found = []
     for path in Path(folder).glob("step-*"):
         if match := NAME.fullmatch(path.name):
@@ -169,12 +172,12 @@ def checkpoints(folder: str | Path) -> Iterator[Path]:
 
 
 def damage(path: Path) -> str | None:
-    """Returns what is wrong with a checkpoint; None: its files are those that were written."""
+    """Returns why a checkpoint is damaged; None if its files are as they were written."""
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
         for name, expected in sums.items():
             if _checksum(path / name) != expected:
-                return f"{name} is not what was written"
+                return f"{name} differs from what was written"
     except (OSError, ValueError, AttributeError) as error:
         return str(error)
     return None
@@ -204,13 +207,13 @@ def _load(
         try:
             load_model(model, str(path / f"{name}.safetensors"))
         except RuntimeError as error:
-            raise CheckpointError(f"{path}: expected the weights of this model {name!r}, got others: {error}") from None
+            raise CheckpointError(f"{path}: expected weights that fit the model {name!r}: {error}") from None
     saved = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
     for name, one in training.items():
         one.load_state_dict(saved["training"][name])
     devices, now = len(saved["random"]["cuda"]), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if devices != now:
-        tell(f"{path} is of {devices} GPUs, here are {now}: their random numbers are others than they would have been")
+        tell(f"{path} was saved with {devices} GPUs, this machine has {now}: numbers drawn on GPUs will differ")
     _set_random_states(saved["random"])
 
 
@@ -219,7 +222,7 @@ def _random_states() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        # weights_only reads tensors, no arrays
+        # torch.load with weights_only reads tensors but no numpy arrays
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
         "python": random.getstate(),
     }
@@ -237,7 +240,7 @@ def _set_random_states(states: dict[str, Any]) -> None:
 
 
 def _unused(folder: Path, step: int) -> Path:
-    """Returns the folder of a new checkpoint, which sorts behind others of the same step."""
+    """Returns a new folder, which sorts after other checkpoints of the same step."""
     path, again = folder / f"step-{step:08d}", 0
     while path.exists():
         again += 1
@@ -246,14 +249,14 @@ def _unused(folder: Path, step: int) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Deletes a checkpoint, which is never seen half deleted."""
+    """Deletes a checkpoint; it is renamed first, so that no reader sees it half deleted."""
     aside = path.with_name(f"{ASIDE}{path.name}.old")
     path.rename(aside)
     shutil.rmtree(aside)
 
 
 def _clean(folder: Path) -> None:
-    """Deletes what a kill left aside."""
+    """Deletes unfinished checkpoints that a killed run left."""
     for path in folder.glob(f"{ASIDE}*"):
         shutil.rmtree(path)
 
@@ -282,7 +285,7 @@ def check_settings(config: Config) -> None:
     changed = list(_changed(before, config.model_dump(mode="json"), Config().model_dump(mode="json")))
     last = newest(folder / "checkpoints") if changed else None
     if last is None:
-        # nothing, or nothing to go on from: a run that was killed at its start begins anew
+        # nothing changed, or no checkpoint: the run begins anew
         return
     begun = [*last.extra["done"], *([last.extra["stage"]] if last.extra["stage"] else [])]
     lines = [
@@ -297,7 +300,7 @@ def check_settings(config: Config) -> None:
 def _changed(
     before: Mapping[str, Any], now: Mapping[str, Any], default: Mapping[str, Any], parents: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yields keys with their old and new values; what an older version did not know had its default."""
+    """Yields keys with their old and new values; a key that an older version did not have had its default."""
     for name, new in now.items():
         usual = default.get(name, new)
         old = before.get(name, usual)

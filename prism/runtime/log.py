@@ -1,4 +1,4 @@
-"""Metrics: every step a line of JSON in a file, and a line or a progress bar on the console."""
+"""Metrics: one line of JSON per step in a file, and a line or a progress bar on the console."""
 
 import json
 import math
@@ -8,28 +8,24 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-if TYPE_CHECKING:
-    # the report reads metrics without torch
-    from prism.rollout.batch import RolloutBatch
 
 # metrics on the console where the caller names none
 _SHOWN = 6
 
 
 class RunLog:
-    """Writes `metrics.jsonl` and tells the console.
+    """Writes `metrics.jsonl` and prints to the console.
 
-    A value that is not finite is written as null, since JSON has no such number, and its name is counted; the line
-    lists the names under `non_finite`.
+    JSON has no non-finite numbers: they are written as null and counted, and the line lists their names under
+    `non_finite`.
 
     Args:
-        path: of the file, which is appended to.
-        console: `auto`: a progress bar on a terminal, elsewhere a line a step; `lines`; `quiet`.
+        path: the file, which is appended to.
+        console: `auto` shows a progress bar on a terminal and one line per step elsewhere; `lines`; `quiet`.
         stream: the console.
     """
 
@@ -51,7 +47,7 @@ class RunLog:
 
     @contextmanager
     def stage(self, name: str, steps: int, done: int = 0) -> Iterator[None]:
-        """Names the stage of the steps inside, of which some may have been done before."""
+        """Names the stage of the steps inside; `done` of them were finished before."""
         self._stage, self._total = name, steps
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=steps, completed=done, metrics="")
@@ -66,9 +62,9 @@ class RunLog:
         """Writes a step's metrics.
 
         Args:
-            step: counted from 1 in its stage.
+            step: number of the step in its stage, from 1.
             metrics: numbers, texts, and lists or dictionaries of them; a tensor of one element is a number.
-            shown: which of them the console shows; None: the first few numbers.
+            shown: names of the metrics that the console shows; None: the first few numbers.
         """
         bad: list[str] = []
         values = {name: _plain(name, value, bad) for name, value in metrics.items()}
@@ -90,7 +86,7 @@ class RunLog:
             print(f"{self._stage} {step:>{width}}/{self._total}  {text}", file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
-        """Tells the console something, above the progress bar where there is one."""
+        """Prints a message on the console, above a progress bar."""
         if self._quiet:
             return
         if self._bar is not None:
@@ -99,21 +95,21 @@ class RunLog:
             print(text, file=self._stream, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position in the file behind what is on the disk, for a checkpoint: JSON can write it."""
+        """Writes the file to disk and returns its position for a checkpoint, as JSON values."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return {"bytes": self._file.tell(), "non_finite": dict(self.non_finite)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind a position: what the file has after it is of steps that will be done again, and is cut.
+        """Cuts the file at a position: the steps after it will be repeated.
 
-        Without a checkpoint a run begins anew, at `{"bytes": 0, "non_finite": {}}`.
+        A run without a checkpoint begins at `{"bytes": 0, "non_finite": {}}`.
         """
         size = self.path.stat().st_size
         if size < state["bytes"]:
             raise ValueError(
                 f"{self.path}: expected at least the {state['bytes']} bytes that it had at the checkpoint, got {size}; "
-                "restore the file, or begin in another folder"
+                "restore the file, or use another folder"
             )
         self._file.truncate(state["bytes"])
         self._file.seek(0, os.SEEK_END)
@@ -135,33 +131,18 @@ class RunLog:
         self.close()
 
 
-def write_rollouts(path: Path, batch: "RolloutBatch", columns: Mapping[str, Sequence[Any]]) -> None:
-    """Writes a step's rollouts as JSON, one a line, with one value of each column per rollout."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for index, (rollout, text) in enumerate(zip(batch.rollouts, batch.texts)):
-            problem = batch.problems[rollout.prompt]
-            values = {name: _finite(column[index]) for name, column in columns.items()}
-            line = {"problem": problem.name, "question": str(problem.prompt), "answer": problem.answer}
-            file.write(json.dumps({**line, "response": text, "finish": rollout.finish_reason, **values}) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the records of a metrics file, without a last line that was not finished when its writer was killed."""
+    """Returns the records of a metrics file; a last line that a killed run left unfinished is dropped."""
     lines = Path(path).read_bytes().split(b"\n")
-    # behind the last newline there is nothing, or a part of a line
+    # after the last newline there is nothing, or an unfinished line
     return [json.loads(line) for line in lines[:-1]]
 
 
 def _plain(name: str, value: Any, bad: list[str]) -> Any:
-    """Returns a value as JSON can write it, and notes the names of those that are not finite."""
+    """Returns a value that JSON can write, and appends the names of non-finite numbers to `bad`."""
     if isinstance(value, Mapping):
         return {key: _plain(f"{name}.{key}", inner, bad) for key, inner in value.items()}
-    # of a tensor or an array, without importing either's library
+    # a tensor or an array; torch and numpy need not be imported
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, (list, tuple)):

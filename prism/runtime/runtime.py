@@ -35,7 +35,7 @@ from prism.report import write_report
 from prism.rollout.batch import RolloutBatch, generate
 from prism.rollout.engine import Engine
 from prism.runtime import checkpoint
-from prism.runtime.log import RunLog, write_rollouts
+from prism.runtime.log import RunLog
 from prism.runtime.memory import begin_peak, peak_bytes
 from prism.runtime.optimiser import StageOptimiser, freeze_vision
 
@@ -79,7 +79,7 @@ class Step:
         every = self._rt.config.log.rollouts_every
         if batch is not None and every and self.index % every == 0:
             path = self._rt.folder / "rollouts" / f"{self.stage}-{self.index + 1:06d}.jsonl"
-            write_rollouts(path, batch, columns or {})
+            batch.write(path, columns or {})
 
 
 class Runtime:

@@ -31,6 +31,7 @@ def align(rt: Runtime) -> None:
     """
     config, sampling = rt.config, rt.config.rollout.align
     algorithm, optimisers, discriminator = config.algorithm.align, config.optimiser, rt.discriminator
+    limits = score_limits(config)
     for step in rt.steps(
         "align",
         policy=optimisers.align,
@@ -43,7 +44,7 @@ def align(rt: Runtime) -> None:
             sample_of(problem, batch.texts_of(index), batch.prompts[index] if discriminator.images else None)
             for index, problem in enumerate(batch.problems)
         ]
-        groups = prepare_groups(samples, rt.encoder, score_limits(config), images=discriminator.images)
+        groups = prepare_groups(samples, rt.encoder, limits, images=discriminator.images)
         results = [
             discriminator_step(discriminator, groups, rt.discriminator_optimiser, rt.discriminator_loss)
             for _ in range(config.discriminator.steps)

@@ -10,7 +10,7 @@ def warmup(rt: Runtime) -> None:
     """Trains the discriminator on given responses, or else on the policy's, against their teachers'."""
     settings = rt.config.optimiser.warmup
     sampling = rt.config.rollout.align.model_copy(update={"group": 1})
-    discriminator = rt.discriminator
+    discriminator, limits = rt.discriminator, score_limits(rt.config)
     show = ("d_loss", "d_accuracy_perception", "d_accuracy_reasoning")
     for step in rt.steps("warmup", discriminator=settings, show=show):
         problems = step.problems(settings.batch)
@@ -24,6 +24,6 @@ def warmup(rt: Runtime) -> None:
             sample_of(problem, [response], prompt if discriminator.images else None)
             for problem, prompt, response in zip(problems, prompts, responses)
         ]
-        groups = prepare_groups(samples, rt.encoder, score_limits(rt.config), images=discriminator.images)
+        groups = prepare_groups(samples, rt.encoder, limits, images=discriminator.images)
         result = discriminator_step(discriminator, groups, rt.discriminator_optimiser, rt.discriminator_loss)
         step.finish({**result.metrics(), "skipped": float(result.skipped is not None)})
