@@ -70,20 +70,20 @@ test-peers: $(PEERS)/install.stamp $(TRL)/install.stamp ## against TRL's and ver
 bench: $(PEERS)/install.stamp ## time and memory against plain PyTorch and published peers: JSON, plot, README's table
 	$(PEERS)/bin/python -m pytest bench -W ignore --benchmark-columns=median,rounds
 	$(PEERS)/bin/python -m bench.plot
-	$(PEERS)/bin/python -m bench.readme
+	$(PEERS)/bin/python -m bench.tables
 
 # malloc keeps what is freed: no time goes into the first touch of fresh memory
 bench-kept: export GLIBC_TUNABLES := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 bench-kept: $(PEERS)/install.stamp ## the log-probability ops once more, with a malloc that keeps freed memory
 	$(PEERS)/bin/python -m pytest bench/test_linear_logprob.py bench/test_token_logprob.py -W ignore
-	$(PEERS)/bin/python -m bench.readme
+	$(PEERS)/bin/python -m bench.tables
 
 bench-patches: $(PEERS)/install.stamp $(TRL)/install.stamp ## trainers before and after our patch: docs/migrating.md
 	$(TRL)/bin/python -m bench.end_to_end.trl_patch
 	$(TRL)/bin/python -m bench.end_to_end.head_patch --trainer transformers
 	$(TRL)/bin/python -m bench.end_to_end.head_patch --trainer openrlhf
 	$(PEERS)/bin/python -m bench.end_to_end.head_patch --trainer verl
-	$(PEERS)/bin/python -m bench.readme
+	$(PEERS)/bin/python -m bench.tables
 
 # no environment and no installation: a GPU machine often has its own torch, and no network
 gpu: ## on a machine with a GPU: builds in place, tests, measures, tunes; leaves JSON in $$OUT or bench/results
