@@ -276,7 +276,9 @@ def _duel_ratio(name: str, content: dict[str, Any] | None) -> list[str]:
 
 
 def _ratio_line(name: str, other: dict[str, Any], slower: float, ours: dict[str, Any]) -> str:
-    memory = ["" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / MIB:,.0f} MiB" for row in (other, ours)]
+    memory = [
+        "" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / MIB:,.0f} MiB" for row in (other, ours)
+    ]
     return "| " + " | ".join((name, other["contender"], f"{slower:.2f}", *memory)) + " |"
 
 

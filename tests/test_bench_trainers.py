@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bench import migrating, readme, results
+from bench import migrating, results, tables
 from bench.end_to_end import head_patch, turns
 from bench.end_to_end.head_patch import BOTH, LOGP, Sizes
 
