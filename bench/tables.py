@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/benchmarks.md and docs/migrating.md, between markers: `python -m bench.tables`."""
+"""Writes the tables of README.md, docs/benchmarks.md and docs/migrating.md. `python -m bench.tables` does it."""
 
 from collections.abc import Iterator
 from pathlib import Path
