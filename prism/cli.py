@@ -69,17 +69,20 @@ def temperature(text: str) -> float:
 
 
 RUN = Option("run", "DIR", "the run's folder")
+STAGES_RUN = "prism.runtime.runtime:run"
 COMMANDS = {
-    "run": Command("prism.run:run", "all stages one after the other; the same command goes on where it was ended"),
-    "sft": Command("prism.run:run", "one stage: fine-tunes model.policy on demonstrations", stage="sft"),
+    "run": Command(STAGES_RUN, "all stages one after the other; the same command goes on where it was ended"),
+    "sft": Command(STAGES_RUN, "one stage: fine-tunes model.policy on demonstrations", stage="sft"),
     "upcycle": Command(
         "prism.commands.checks:upcycle", "makes a discriminator of a dense model; tells what that changes"
     ),
     "warmup": Command(
-        "prism.run:run", "one stage: trains model.discriminator on model.policy against its teachers", stage="warmup"
+        STAGES_RUN,
+        "one stage: trains model.discriminator on model.policy against its teachers",
+        stage="warmup",
     ),
-    "align": Command("prism.run:run", "one stage: model.policy plays against model.discriminator", stage="align"),
-    "rlvr": Command("prism.run:run", "one stage: reinforces right answers of model.policy", stage="rlvr"),
+    "align": Command(STAGES_RUN, "one stage: model.policy plays against model.discriminator", stage="align"),
+    "rlvr": Command(STAGES_RUN, "one stage: reinforces right answers of model.policy", stage="rlvr"),
     "eval": Command(
         "prism.commands.checks:evaluate",
         "accuracy, format and length of a model's responses to problems, by data source",
@@ -252,8 +255,8 @@ def _read_data(config: "Config") -> int:
         return 0
     from prism.data.images import ImageLimits
     from prism.data.loader import LoadOptions, dry_run
+    from prism.data.problem_rows import problem_reader
     from prism.data.rows import RowLimits
-    from prism.problems.rows import problem_reader
 
     data, root = config.data, config.data.image_root
     encoder = _encoder(config)

@@ -21,8 +21,8 @@ from bench.reproduce.figures import ahead, collect, compare, crossings, halved, 
 from bench.reproduce.jobs import FINISHED, MADE_WITH, Experiment, Job, JobError
 from bench.reproduce.plots import draw_all
 from prism.config import Config, load_config
-from prism.log import read_metrics
-from prism.run import Run
+from prism.runtime.log import read_metrics
+from prism.runtime.runtime import Run
 from tests.trainer.test_run import SMALL
 
 ROOT = Path(__file__).parents[1]

@@ -20,17 +20,17 @@ from bench import results
 from bench.end_to_end import turns
 from bench.end_to_end.turns import Said, Turn
 from prism.config import Config, load_config
-from prism.data.shapes import Carelessness, ShapesWorld
+from prism.data.problem import Problem, ShapesProblems
+from prism.models.policy import Policy
 from prism.models.prompts import EncodedPrompt, PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
-from prism.optimisation import Stepper
-from prism.policy import Policy
-from prism.problems.problem import Problem, ShapesProblems
 from prism.rewards import score_batch
 from prism.rollout.engine import Engine, Rollout
 from prism.rollout.sampling import Sampling
+from prism.runtime.optimiser import Stepper
 from prism.stages.rlvr import reward, rlvr_step
 from prism.stages.rollouts import answer
+from prism.worlds.shapes.world import Carelessness, ShapesWorld
 
 PUBLISHED, OURS = "TRL", "ours"
 FASTER, MEMORY_LIMIT = 2.5, 1.0

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.reproduce.arms import Arm, arms, long_steps
 from prism.config import STAGES, Config, load_config, to_toml
-from prism.log import read_metrics
+from prism.runtime.log import read_metrics
 
 SETTINGS, MADE_WITH, FINISHED = "settings.toml", "made_with.json", "evaluations.json"
 # what changes no weight and no figure; the models are told by their weights

@@ -21,14 +21,14 @@ def check_places(config: Config) -> None:
 
 
 def upcycle(config: Config) -> int:
-    """Writes the discriminator that the settings describe; see `prism.commands.upcycle`."""
+    """Writes the discriminator that the settings describe; see `prism.commands.make_discriminator`."""
     folder = Path(config.run.folder)
     if config.discriminator.dense:
         raise ConfigError("discriminator.dense: expected false, a dense one has no experts, got true")
     for name in ("config.json", "metrics.jsonl", "discriminator"):
         if (folder / name).exists():
             raise ConfigError(f"run.folder: expected one without {name}, got {str(folder)!r}; name another one")
-    from prism.commands.upcycle import write_discriminator
+    from prism.commands.make_discriminator import write_discriminator
 
     write_discriminator(config)
     return 0

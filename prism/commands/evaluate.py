@@ -17,16 +17,16 @@ from rich.table import Table
 from prism.config.sections import Data
 from prism.data.errors import DataError
 from prism.data.loader import LoadOptions, RowStream
-from prism.data.shapes import ShapesWorld, judge
+from prism.data.problem import Problem, problem_of
+from prism.data.problem_rows import problem_reader
 from prism.models.building import load_causal, load_encoder
+from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
-from prism.policy import Policy
-from prism.problems.problem import Problem, problem_of
-from prism.problems.rows import problem_reader
 from prism.rewards import score_batch
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
 from prism.stages.rollouts import texts_of
+from prism.worlds.shapes.world import ShapesWorld, judge
 
 # problems that are answered together
 BATCH = 64

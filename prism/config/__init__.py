@@ -2,8 +2,8 @@
 
 from prism.config.algorithms import LOSS_PRESETS, REWARD_PRESETS, Algorithm, AlignAlgorithm, PolicyLoss, RlvrAlgorithm
 from prism.config.reading import all_keys, load_config, parse_overrides, to_toml
-from prism.config.run import Config, model_positions
 from prism.config.sections import STAGES, Adam, Discriminator, Optimiser, Sampling
+from prism.config.settings import Config, model_positions
 from prism.config.types import ConfigError
 
 __all__ = [

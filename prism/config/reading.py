@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from prism.config.run import Config
+from prism.config.settings import Config
 from prism.config.types import ConfigError, Section
 
 

@@ -80,7 +80,7 @@ class Model(Section):
 
 
 class Carelessness(Section):
-    """How often the public teacher errs: see `prism.data.shapes.Carelessness`."""
+    """How often the public teacher errs: see `prism.worlds.shapes.world.Carelessness`."""
 
     colour: Share = 0.80
     dropped: Share = 0.80

@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from prism.data.scenes import Bytes
 from prism.data.schemas import PLACEHOLDER
 from prism.data.sections import Sections
-from prism.data.shapes import Sample
+from prism.worlds.shapes.scenes import Bytes
+from prism.worlds.shapes.world import Sample
 
 _ROW_GROUP = 256
 

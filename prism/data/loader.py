@@ -9,8 +9,8 @@ from random import Random
 from typing import Any, NamedTuple
 
 from prism.data.errors import DataError, RowError
+from prism.data.files import Raw, data_files, parse, read_rows
 from prism.data.rows import READERS, RowLimits
-from prism.data.sources import Raw, data_files, parse, read_rows
 
 # before that a share says little
 _MIN_ROWS = 200

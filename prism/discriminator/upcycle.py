@@ -20,7 +20,7 @@ from transformers import (
     Qwen3VLMoeModel,
 )
 
-from prism.discriminator.checkpoint import backbone_name, build_backbone, read_tensors
+from prism.discriminator.storage import backbone_name, build_backbone, read_tensors
 from prism_kernels import check
 
 NAME = "upcycle"

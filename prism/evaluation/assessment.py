@@ -9,19 +9,19 @@ import torch
 
 from prism.config import Config
 from prism.config.sections import Sampling as SamplingSettings
-from prism.data.counters import judge
-from prism.data.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
+from prism.data.problem import Problem
 from prism.discriminator.branches import CHANNELS, ScoreLimits
 from prism.discriminator.controls import shortcut_controls
 from prism.discriminator.metrics import ChannelReport, wins
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import Sample, score_groups
-from prism.evaluation.policy import evaluate
+from prism.evaluation.accuracy import evaluate
 from prism.models.prompts import PromptEncoder
-from prism.problems.problem import Problem
 from prism.rollout.engine import Engine
 from prism.stages.align import score_limits
 from prism.stages.rollouts import answer
+from prism.worlds.shapes.counters import judge
+from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
 
 Figures = dict[str, Any]
 # responses to a held-out problem, among which right and wrong ones are told apart

@@ -16,13 +16,13 @@ from transformers import (
 
 from prism.config import Config, ConfigError
 from prism.config.sections import Tiny
-from prism.discriminator.checkpoint import IMAGES_KEY, has_value_head, load_discriminator
 from prism.discriminator.model import Discriminator
+from prism.discriminator.storage import IMAGES_KEY, has_value_head, load_discriminator
 from prism.discriminator.upcycle import upcycle
+from prism.models.policy import CausalModel, Policy
 from prism.models.pretrained import load_tiny_base
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import TinySize, tiny_image_processor, tiny_policy
-from prism.policy import CausalModel, Policy
 
 FAMILIES = {"qwen3_vl": Qwen3VLForConditionalGeneration, "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration}
 # what a checkpoint is made of; other files of a hub's repository are not fetched

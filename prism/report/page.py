@@ -6,14 +6,14 @@ from html import escape
 from typing import Any
 
 from prism.report.charts import bar
-from prism.report.drift import drift_section
+from prism.report.drift_section import drift_section
 from prism.report.held_out import discriminator_section, policy_section
 from prism.report.reading import Row, RunRecord, number
 from prism.report.samples import samples_section
+from prism.report.shapes_errors import World
 from prism.report.stages import NAMES, SKIPPED, stage_charts, troubles
 from prism.report.style import CSS
 from prism.report.tables import MISSING, table
-from prism.report.world import World
 
 # no script runs and nothing is fetched, whatever a response says
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

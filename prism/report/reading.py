@@ -10,7 +10,7 @@ from typing import Any
 
 from prism.config import STAGES, Config
 from prism.data.errors import DataError
-from prism.log import read_metrics
+from prism.runtime.log import read_metrics
 
 Row = dict[str, Any]
 _ROLLOUTS = re.compile(r"([a-z]+)-(\d+)\.jsonl")

@@ -7,9 +7,9 @@ from itertools import groupby
 from pathlib import Path
 
 from prism.data.sections import TAGS
-from prism.data.shapes import PerceptionError, Sample, judge
 from prism.report.reading import Row, RunRecord, number, read_rows
-from prism.report.world import World, inline_png
+from prism.report.shapes_errors import World, inline_png
+from prism.worlds.shapes.world import PerceptionError, Sample, judge
 
 # of a step, the problems whose responses are shown
 _PROBLEMS = 2

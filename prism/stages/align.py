@@ -12,10 +12,10 @@ from prism.discriminator.model import Discriminator
 from prism.discriminator.score import GroupScores, PreparedGroups, Sample, prepare_groups
 from prism.discriminator.training import NO_PAIR, StepResult, StepSettings, discriminator_step
 from prism.evaluation.drift import drift
-from prism.inspection import of_groups
+from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
-from prism.optimisation import Stepper
-from prism.policy import Policy
+from prism.runtime.inspection import of_groups
+from prism.runtime.optimiser import Stepper
 from prism.stages.credit import token_credit
 from prism.stages.reinforce import Experience, policy_update
 from prism.stages.rollouts import Answered

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prism.batches import ResponsePack, pack_responses
 from prism.config.algorithms import PolicyLoss
 from prism.config.sections import Memory
-from prism.inspection import of_responses
+from prism.models.batches import ResponsePack, pack_responses
+from prism.models.policy import Policy
 from prism.models.prompts import EncodedPrompt, PromptEncoder
-from prism.optimisation import Stepped, Stepper
-from prism.policy import Policy
 from prism.rollout.engine import Rollout
+from prism.runtime.inspection import of_responses
+from prism.runtime.optimiser import Stepped, Stepper
 from prism_kernels import PolicyMetrics, policy_loss
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from prism.config import Config
+from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
-from prism.optimisation import Stepper
-from prism.policy import Policy
 from prism.rewards import Verdict, score_batch
+from prism.runtime.optimiser import Stepper
 from prism.stages.reinforce import Experience, policy_update
 from prism.stages.rollouts import Answered
 from prism_kernels import group_advantage

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from prism.config.sections import Sampling as SamplingSettings
+from prism.data.problem import Problem
 from prism.models.prompts import EncodedPrompt, PromptEncoder
-from prism.problems.problem import Problem
 from prism.rollout.engine import Engine, Rollout
 from prism.rollout.sampling import Sampling
 

@@ -2,13 +2,13 @@
 
 import torch
 
-from prism.batches import pack_responses, response_ids
 from prism.config.sections import Memory
-from prism.inspection import of_responses
+from prism.data.problem import Problem
+from prism.models.batches import pack_responses, response_ids
+from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
-from prism.optimisation import Stepper
-from prism.policy import Policy
-from prism.problems.problem import Problem
+from prism.runtime.inspection import of_responses
+from prism.runtime.optimiser import Stepper
 
 
 def supervised_step(

@@ -6,7 +6,7 @@ from prism.config import Config
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import Sample, prepare_groups
 from prism.models.prompts import PromptEncoder
-from prism.optimisation import Stepper
+from prism.runtime.optimiser import Stepper
 from prism.stages.align import discriminator_figures, score_limits, train_discriminator
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from bench.end_to_end.trl_step import Shape, make_trainer, problems, start, variety
-from prism.batches import pack_responses
+from prism.models.batches import pack_responses
+from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor
-from prism.policy import Policy
 from prism.rewards import score_batch
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling

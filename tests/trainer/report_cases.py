@@ -3,7 +3,7 @@
 import json
 
 from prism.config import load_config
-from prism.data.shapes import ShapesWorld
+from prism.worlds.shapes.world import ShapesWorld
 
 STAGES = ["sft", "warmup", "align", "rlvr"]
 HOSTILE = "<caption>\n- <script>alert(1)</script>\n</caption>\n<think>\n1. a\n</think>\n<answer>\"'&</answer>"

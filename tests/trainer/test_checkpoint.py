@@ -18,8 +18,8 @@ pytest.importorskip("safetensors")
 import torch
 from torch import nn
 
-from prism.checkpoint import CHECKSUMS, CheckpointError, checkpoints, damage, load, newest, save
-from prism.schedule import learning_rate
+from prism.runtime.checkpoint import CHECKSUMS, CheckpointError, checkpoints, damage, load, newest, save
+from prism.runtime.schedule import learning_rate
 
 HERE = Path(__file__).parent
 

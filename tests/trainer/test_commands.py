@@ -13,12 +13,12 @@ from prism import cli
 from prism.commands import evaluate as exam
 from prism.config import ConfigError, load_config
 from prism.data.export import write_problems
-from prism.data.shapes import ShapesWorld
-from prism.discriminator.checkpoint import load_discriminator, save_discriminator
+from prism.data.problem import problem_of
+from prism.discriminator.storage import load_discriminator, save_discriminator
 from prism.models import building
 from prism.models.building import build_discriminator, plain_policy
-from prism.problems.problem import problem_of
 from prism.stages import rollouts
+from prism.worlds.shapes.world import ShapesWorld
 
 SMALL = """
 [model.tiny]

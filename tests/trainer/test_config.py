@@ -112,11 +112,11 @@ def test_defaults_and_choices_are_those_of_the_code_that_takes_them():
 
 def test_tables_have_the_defaults_of_the_classes_that_they_configure():
     pytest.importorskip("transformers")
-    from prism.data import shapes
     from prism.discriminator.training import StepSettings
     from prism.discriminator.upcycle import upcycle
     from prism.models.tiny import TinySize
     from prism.rollout.sampling import Sampling
+    from prism.worlds.shapes import world as shapes
 
     config = Config()
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from prism.config import load_config
-from prism.log import read_metrics
 from prism.report.improvements import improvements
-from prism.run import Run
+from prism.runtime.log import read_metrics
+from prism.runtime.runtime import Run
 
 ROOT = Path(__file__).parents[2]
 # fewer steps and problems than the demo has; the settings themselves are the demo's

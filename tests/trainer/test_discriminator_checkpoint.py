@@ -7,8 +7,8 @@ from discriminator_cases import SIZE, TOKENIZER, make_backbone, make_groups, mak
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from prism.discriminator.checkpoint import LAYOUTS, load_discriminator, save_discriminator
 from prism.discriminator.model import Discriminator
+from prism.discriminator.storage import LAYOUTS, load_discriminator, save_discriminator
 from prism.models.tiny import tiny_discriminator_base
 
 EXPERTS = "model.language_model.layers.1.mlp.experts."

@@ -7,20 +7,20 @@ import torch
 from discriminator_cases import SIZE, TOKENIZER
 
 from prism.config import load_config
-from prism.data.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
-from prism.data.shapes import TEACHERS, ShapesWorld, judge, read_caption, split_response
+from prism.data.problem import Problem, problem_of
 from prism.discriminator.branches import TextBranches
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import score_groups
 from prism.discriminator.upcycle import upcycle
 from prism.evaluation import assessment
+from prism.evaluation.accuracy import evaluate
 from prism.evaluation.drift import drift, wasserstein
-from prism.evaluation.policy import evaluate
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
-from prism.problems.problem import Problem, problem_of
 from prism.rollout.engine import Rollout
 from prism.stages.align import score_limits
+from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
+from prism.worlds.shapes.world import TEACHERS, ShapesWorld, judge, read_caption, split_response
 
 ENCODER = PromptEncoder(TOKENIZER, tiny_image_processor(SIZE))
 PROBLEMS = [problem_of(sample) for sample in ShapesWorld().samples("validation", 24)]

@@ -17,17 +17,17 @@ from score_cases import picture, response
 from prism.config import load_config
 from prism.config.algorithms import RlvrAlgorithm
 from prism.config.sections import Memory, Optimiser
+from prism.data.problem import Problem
 from prism.discriminator.branches import ScoreLimits
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import Sample, prepare_groups
 from prism.discriminator.training import StepSettings, discriminator_step
+from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
-from prism.optimisation import Stepper
-from prism.policy import Policy
-from prism.problems.problem import Problem
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
+from prism.runtime.optimiser import Stepper
 from prism.stages.align import align_step
 from prism.stages.reinforce import Experience, policy_update
 from prism.stages.rollouts import Answered

@@ -16,7 +16,7 @@ from prism.data.images import ImageLimits
 from prism.data.loader import LoadOptions, RowStream, dry_run
 from prism.data.rows import RowLimits
 from prism.data.sections import Sections, split_response
-from prism.data.shapes import ShapesWorld, judge, read_question
+from prism.worlds.shapes.world import ShapesWorld, judge, read_question
 
 WORLD = ShapesWorld()
 

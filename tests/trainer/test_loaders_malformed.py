@@ -175,7 +175,7 @@ def test_too_many_skipped_rows_stop(tmp_path):
 
 
 def test_a_line_too_long_for_memory_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr("prism.data.sources.MAX_LINE", 5000)
+    monkeypatch.setattr("prism.data.files.MAX_LINE", 5000)
     write_images(tmp_path)
     long = chat(99, note="x" * 20000)
     path = write_lines(tmp_path / "rows.jsonl", [*[chat(i) for i in range(25)], long, chat(25)])

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from prism.data.errors import DataError
 from prism.data.export import write_problems, write_sft
 from prism.data.loader import LoadOptions, RowStream, dry_run
-from prism.data.shapes import ShapesWorld
+from prism.worlds.shapes.world import ShapesWorld
 
 WORLD = ShapesWorld()
 

@@ -12,15 +12,15 @@ from test_run import settings
 
 from prism.config import load_config
 from prism.config.sections import Adam
+from prism.data.problem import Problem
 from prism.discriminator.score import prepare_groups
-from prism.log import read_metrics
+from prism.models.policy import Policy
 from prism.models.tiny import tiny_policy
-from prism.optimisation import NotFiniteError, Stepper
-from prism.policy import Policy
-from prism.problems.problem import Problem
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
-from prism.run import Run
+from prism.runtime.log import read_metrics
+from prism.runtime.optimiser import NotFiniteError, Stepper
+from prism.runtime.runtime import Run
 from prism.stages.align import align_step, train_discriminator
 from prism.stages.rollouts import Answered
 from prism.stages.warmup import warmup_step

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from prism import checkpoint
 from prism.config.sections import Optimiser, Warmup
-from prism.optimisation import MasterAdamW, NotFiniteError, Stepper
+from prism.runtime import checkpoint
+from prism.runtime.optimiser import MasterAdamW, NotFiniteError, Stepper
 
 # 1e-6 of weights of about 1: bf16 numbers lie 1/128 apart there
 SETTINGS = Optimiser(lr=1e-6, steps=1000, weight_decay=0.0, clip_norm=1e9)

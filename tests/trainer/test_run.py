@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from prism.config import load_config
-from prism.log import read_metrics
-from prism.run import InterruptedRunError, Run, run
+from prism.runtime.log import read_metrics
+from prism.runtime.runtime import InterruptedRunError, Run, run
 
 SMALL = {
     "run.stages": ["base", "sft", "distill", "warmup", "align", "rlvr"],

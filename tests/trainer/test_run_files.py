@@ -14,14 +14,14 @@ from prism.config import load_config
 from prism.data.errors import DataError
 from prism.data.export import write_problems, write_sft, write_warmup
 from prism.data.loader import dry_run
-from prism.data.shapes import ShapesWorld
-from prism.log import read_metrics
+from prism.data.problem_rows import problem_reader
+from prism.data.sources import problems_of
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import TinySize, save_tiny, tiny_discriminator_base, tiny_image_processor, tiny_policy
 from prism.models.tokenizer import train_tokenizer
-from prism.problems.rows import problem_reader
-from prism.problems.sources import problems_of
-from prism.run import InterruptedRunError, Run
+from prism.runtime.log import read_metrics
+from prism.runtime.runtime import InterruptedRunError, Run
+from prism.worlds.shapes.world import ShapesWorld
 
 STAGES = ("sft", "warmup", "align", "rlvr")
 SIZE = TinySize(

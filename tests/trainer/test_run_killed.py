@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file
 from test_run import SMALL, SPENT
 
-from prism.checkpoint import checkpoints
 from prism.config import load_config
-from prism.log import read_metrics
 from prism.models import tiny
 from prism.models.building import build_policy
-from prism.run import Run, run
+from prism.runtime.checkpoint import checkpoints
+from prism.runtime.log import read_metrics
+from prism.runtime.runtime import Run, run
 from prism.stages import rollouts
 
 HERE = Path(__file__).parent

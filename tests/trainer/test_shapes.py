@@ -11,9 +11,10 @@ from random import Random
 import numpy as np
 import pytest
 
-from prism.data.questions import EQUAL, NONE, QUESTION_KINDS, Question, ask, infer, read_question
-from prism.data.scenes import CELL, COLOURS, GRID, KINDS, SIDE, Item, Scene, draw, random_scene
-from prism.data.shapes import (
+from prism.models.tokenizer import train_tokenizer
+from prism.worlds.shapes.questions import EQUAL, NONE, QUESTION_KINDS, Question, ask, infer, read_question
+from prism.worlds.shapes.scenes import CELL, COLOURS, GRID, KINDS, SIDE, Item, Scene, draw, random_scene
+from prism.worlds.shapes.world import (
     SPLITS,
     Carelessness,
     ShapesWorld,
@@ -23,7 +24,6 @@ from prism.data.shapes import (
     split_of,
     split_response,
 )
-from prism.models.tokenizer import train_tokenizer
 
 WORLD = ShapesWorld()
 # of the first 64 samples of every split; a change of it changes everyone's data
@@ -281,13 +281,13 @@ def test_responses_are_short():
 
 def test_data_is_imported_without_torch():
     code = (
-        "import sys; import prism.data.shapes, prism.data.export, prism.data.loader; "
+        "import sys; import prism.worlds.shapes.world, prism.data.export, prism.data.loader; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pyarrow')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_kinds_have_partners():
-    from prism.data.teachers import CONFUSED
+    from prism.worlds.shapes.teachers import CONFUSED
 
     assert set(CONFUSED) == {*COLOURS, *KINDS} and all(CONFUSED[CONFUSED[part]] == part for part in CONFUSED)

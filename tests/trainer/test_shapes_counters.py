@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism.data.questions import ask, infer
-from prism.data.scenes import COLOURS, KINDS, PLACES, Item, Scene, random_scene
 from prism.data.sections import Sections
-from prism.data.shapes import (
+from prism.models.tokenizer import train_tokenizer
+from prism.worlds.shapes.questions import ask, infer
+from prism.worlds.shapes.scenes import COLOURS, KINDS, PLACES, Item, Scene, random_scene
+from prism.worlds.shapes.teachers import CONFUSED
+from prism.worlds.shapes.world import (
     PerceptionError,
     Question,
     ShapesWorld,
@@ -24,8 +26,6 @@ from prism.data.shapes import (
     reasoning_steps,
     split_response,
 )
-from prism.data.teachers import CONFUSED
-from prism.models.tokenizer import train_tokenizer
 from prism_kernels.segments import TAGS, Reason, find_segments, token_bytes
 
 SCENE = Scene((Item(0, "red", "circle"), Item(4, "blue", "square"), Item(8, "green", "triangle")))

@@ -6,15 +6,15 @@ import pytest
 import torch
 from discriminator_cases import SIZE, TOKENIZER
 
-from prism.batches import pack_responses, response_ids
 from prism.config.algorithms import RlvrAlgorithm
 from prism.config.sections import Memory, Optimiser
+from prism.models.batches import pack_responses, response_ids
+from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
-from prism.optimisation import NotFiniteError, Stepper
-from prism.policy import Policy
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
+from prism.runtime.optimiser import NotFiniteError, Stepper
 from prism.stages.reinforce import Experience, policy_update
 
 ENCODER = PromptEncoder(TOKENIZER, tiny_image_processor(SIZE))

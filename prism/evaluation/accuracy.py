@@ -5,13 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
-from prism.data.shapes import judge
+from prism.data.problem import Problem
 from prism.evaluation.drift import drift
 from prism.models.prompts import PromptEncoder
-from prism.problems.problem import Problem
 from prism.rewards import score_batch
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
+from prism.worlds.shapes.world import judge
 
 
 @dataclass(frozen=True)

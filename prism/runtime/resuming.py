@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prism import checkpoint
 from prism.config import STAGES, Config, ConfigError
+from prism.runtime import checkpoint
 
 FREE = ("log", "checkpoint", "memory", "run.folder", "run.device", "rollout.engine", "rollout.cache_tokens")
 RULE = (

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 
-from prism.data.counters import (
+from prism.data.sections import Sections, caption_items, reasoning_steps, split_response
+from prism.worlds.shapes.counters import (
     Judgement,
     PerceptionError,
     ReasoningError,
@@ -19,10 +20,9 @@ from prism.data.counters import (
     read_caption,
     reasoning_error,
 )
-from prism.data.questions import Question, ask, infer, read_question
-from prism.data.scenes import Bytes, Item, Scene, draw, random_scene
-from prism.data.sections import Sections, caption_items, reasoning_steps, split_response
-from prism.data.teachers import TEACHERS, Carelessness, Response, respond
+from prism.worlds.shapes.questions import Question, ask, infer, read_question
+from prism.worlds.shapes.scenes import Bytes, Item, Scene, draw, random_scene
+from prism.worlds.shapes.teachers import TEACHERS, Carelessness, Response, respond
 
 __all__ = [
     "SPLITS",

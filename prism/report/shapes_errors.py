@@ -8,8 +8,8 @@ from functools import cached_property
 from PIL import Image
 
 from prism.data.errors import DataError
-from prism.data.shapes import SPLITS, Carelessness, Sample, ShapesWorld
 from prism.report.reading import Row, RunRecord
+from prism.worlds.shapes.world import SPLITS, Carelessness, Sample, ShapesWorld
 
 _NAME = re.compile(r"([a-z]+)-(\d+)-(\d{6,})")
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from random import Random
 
 from prism.data.sections import Sections
-from prism.data.shapes import Sample
-from prism.data.teachers import mistaken, write, wrong_answer
+from prism.worlds.shapes.teachers import mistaken, write, wrong_answer
+from prism.worlds.shapes.world import Sample
 
 # the errors of perception that are probed, in turns
 CHANGES = ("colour", "kind", "dropped", "place")

@@ -7,10 +7,10 @@ it is known where the discriminator is scored.
 
 from random import Random
 
-from prism.data.questions import infer
-from prism.data.scenes import COLOURS, GRID, KINDS, Item, pick
-from prism.data.shapes import Sample
-from prism.data.teachers import TEACHERS, write, wrong_answer
+from prism.worlds.shapes.questions import infer
+from prism.worlds.shapes.scenes import COLOURS, GRID, KINDS, Item, pick
+from prism.worlds.shapes.teachers import TEACHERS, write, wrong_answer
+from prism.worlds.shapes.world import Sample
 
 VERDICTS = {True: "yes", False: "no"}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from prism.data.scenes import COLOURS, KINDS, PLACES, Item, Scene, pick
+from prism.worlds.shapes.scenes import COLOURS, KINDS, PLACES, Item, Scene, pick
 
 QUESTION_KINDS = ("count", "colour", "position", "comparison", "sum")
 # the right answer where what is asked about is not there

@@ -6,9 +6,9 @@ from math import floor
 
 from PIL import Image
 
-from prism.data import shapes
-from prism.data.judging import judged
 from prism.models.prompts import EncodedPrompt, Message, PromptEncoder
+from prism.worlds.shapes import world as shapes
+from prism.worlds.shapes.judging import judged
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class ShapesProblems:
 
     Args:
         world: the world.
-        split: see `prism.data.shapes.SPLITS`.
+        split: see `prism.worlds.shapes.world.SPLITS`.
         count: how many there are.
         judged: the share of them that ask whether a description or an answer is right.
     """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from prism.config.sections import Adam, Warmup
-from prism.schedule import learning_rate
+from prism.runtime.schedule import learning_rate
 
 
 class NotFiniteError(RuntimeError):

@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from prism.batches import response_ids
 from prism.config.sections import Data
 from prism.data.errors import RowError
+from prism.data.problem import Problem
 from prism.data.rows import ChatRow, ProblemRow, WarmupRow
 from prism.data.schemas import PLACEHOLDER
+from prism.models.batches import response_ids
 from prism.models.prompts import Message, PromptEncoder, chat_messages
 from prism.models.tokenizer import IMAGE_TOKEN, VIDEO_TOKEN
-from prism.problems.problem import Problem
 
 # the uses of a row that need a teacher's response
 TAUGHT = ("distill", "warmup", "align")

@@ -117,7 +117,7 @@ def _score(
     if open_questions:
         pool = shared_workers([ALGEBRA], MEMORY_BYTES) if workers is None else workers
         calls = [(golds, answer) for _, golds, answer in open_questions]
-        outcomes = pool.map("prism.rewards.score:judge", calls, timeout_s)
+        outcomes = pool.map("prism.rewards.grade:judge", calls, timeout_s)
         for (place, golds, answer), outcome in zip(open_questions, outcomes):
             if outcome.reason:
                 _log.warning("%s: no verdict on %.200r for %.200r: %s", name, answer, golds[0], outcome.reason)

@@ -17,24 +17,24 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import prism_kernels
-from prism import checkpoint
 from prism.config import Config
 from prism.config.sections import Adam
-from prism.discriminator.checkpoint import save_discriminator
+from prism.data.problem import Problem
+from prism.data.sources import problems_of, step_random
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import Sample
+from prism.discriminator.storage import save_discriminator
 from prism.evaluation.assessment import assess_discriminator, assess_policy, told
-from prism.log import RunLog
 from prism.models.building import build_discriminator, build_policy
+from prism.models.policy import Policy
 from prism.models.tiny import save_processor
-from prism.optimisation import Stepper, freeze_vision
-from prism.peak import begin_peak, peak_bytes
-from prism.policy import Policy
-from prism.problems.problem import Problem
-from prism.problems.sources import problems_of, step_random
 from prism.report import write_report
-from prism.resuming import check_settings
 from prism.rollout.engine import Engine
+from prism.runtime import checkpoint
+from prism.runtime.log import RunLog
+from prism.runtime.memory import begin_peak, peak_bytes
+from prism.runtime.optimiser import Stepper, freeze_vision
+from prism.runtime.resuming import check_settings
 from prism.stages.align import align_step
 from prism.stages.rlvr import Rewarded, informative, joined, reward, rlvr_step, select
 from prism.stages.rollouts import answer

@@ -1,0 +1,1 @@
+"""Generated worlds, whose right answers and errors are known exactly."""
