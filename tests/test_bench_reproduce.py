@@ -20,9 +20,10 @@ from bench.reproduce.arms import ABLATION, SIZES, Arm, arms, chosen, curve, long
 from bench.reproduce.figures import ahead, collect, compare, crossings, halved, mean_and_error, seed_figures, summarise
 from bench.reproduce.jobs import FINISHED, MADE_WITH, Experiment, Job, JobError
 from bench.reproduce.plots import draw_all
+from prism.commands.run import run as run_prism
 from prism.config import Config, load_config
 from prism.runtime.log import read_metrics
-from prism.runtime.runtime import Run
+from prism.runtime.runtime import Runtime
 from tests.trainer.test_run import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -450,13 +451,13 @@ def test_arms_one_after_the_other_are_one_run_with_all_stages(tmp_path):
     parts = ("sft", "align", "prism")
     for name in parts:
         job = Job(0, found.arms[name])
-        Run(load_config(found.prepare(job))).go()
+        run_prism(load_config(found.prepare(job)))
         assert found.finished(job)
         found.check(job)
         assert set(seed_figures(found, job)["seconds"]) == set(job.arm.stages)
     stages = [stage for name in parts for stage in found.arms[name].stages]
     changes = {"run.folder": str(tmp_path / "whole"), "run.stages": stages}
-    Run(load_config(TINY, {**QUICK, **changes})).go()
+    run_prism(load_config(TINY, {**QUICK, **changes}))
     ours, wanted = (
         load_file(folder / "policy" / "model.safetensors")
         for folder in (found.folder(Job(0, found.arms["prism"])), tmp_path / "whole")
@@ -470,10 +471,10 @@ def test_arms_one_after_the_other_are_one_run_with_all_stages(tmp_path):
     # the policies differ on the way; the discriminators begin alike, though no valid response trains them here
     for one, other in pairwise(load_file(path / "policy" / "model.safetensors") for path in paths):
         assert any(not torch.equal(one[key], other[key]) for key in one)
-    joined = Run(load_config(TINY, {**QUICK, **changes, "run.folder": str(tmp_path / "one")})).discriminator
+    joined = Runtime(load_config(TINY, {**QUICK, **changes, "run.folder": str(tmp_path / "one")})).discriminator
     settings = found.settings(Job(0, found.arms["align"])).model_dump()
     settings["run"]["folder"] = str(tmp_path / "two")
-    split = Run(Config.model_validate(settings)).discriminator.state_dict()
+    split = Runtime(Config.model_validate(settings)).discriminator.state_dict()
     assert all(torch.equal(split[key], value) for key, value in joined.state_dict().items())
 
 

@@ -21,6 +21,7 @@ from prism.discriminator.score import PreparedGroups, ScorePack
 from prism.discriminator.training import StepSettings, discriminator_step
 from prism.models.tiny import TinySize, tiny_discriminator_base
 from prism.models.tokenizer import IMAGE_TOKEN
+from prism.runtime.optimiser import GuardedOptimiser
 from prism_kernels.packing import Branch, Kind, PrefixGroup, pack_groups
 
 # of the published training step
@@ -263,7 +264,7 @@ class PackedScheme:
         self.model = Discriminator(group.backbone, value_weight=group.value_weight)
         if checkpointed:
             self.model.checkpoint_layers()
-        self.optimiser = optimiser_of(list(self.model.parameters()))
+        self.optimiser = GuardedOptimiser(optimiser_of(list(self.model.parameters())))
         self.prepared = prepared_group(group)
 
     def step(self) -> StepOutput:

@@ -15,18 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 from prism.config.sections import Data
-from prism.data.errors import DataError
+from prism.data.files import DataError
 from prism.data.loader import LoadOptions, RowStream
-from prism.data.problem import Problem, problem_of
-from prism.data.problem_rows import problem_reader
+from prism.data.problem import Problem, problem_reader
 from prism.models.building import load_causal, load_encoder
 from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
 from prism.rewards import score_batch
+from prism.rollout.batch import decode
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
-from prism.stages.rollouts import texts_of
-from prism.worlds.shapes.world import ShapesWorld, judge
+from prism.worlds.shapes.counters import judge
+from prism.worlds.shapes.problems import problem_of
+from prism.worlds.shapes.world import ShapesWorld
 
 # problems that are answered together
 BATCH = 64
@@ -151,7 +152,7 @@ def _answered(
     problems = [one.problem for one in asked]
     keys = range(first, first + len(asked))
     rollouts = engine.generate([problem.encoded(encoder) for problem in problems], sampling, keys=keys)
-    texts = texts_of(rollouts, encoder)
+    texts = decode(rollouts, encoder)
     verdicts = score_batch(texts, [p.answer or "" for p in problems], [p.equivalent_answers for p in problems])
     found = []
     for one, rollout, text, verdict in zip(asked, rollouts, texts, verdicts):

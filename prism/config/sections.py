@@ -341,12 +341,15 @@ class Memory(Section):
         score_pack_tokens: of a pack of the discriminator, which holds a prompt's group whole; none: as many as the
             largest possible group has.
         head_cache_bytes: what the fused head may keep for its backward pass; none: its own choice.
+        fused_policy_loss: compute the policy loss and its gradient from the head chunk by chunk, so that alignment and
+            RLVR keep nothing of the size of the logits. The entropy is then logged only with an entropy bonus.
         activation_checkpointing: layers are computed again in the backward pass.
     """
 
     pack_tokens: Positive = 8192
     score_pack_tokens: Annotated[Positive | None, NONE] = 8192
     head_cache_bytes: Annotated[Natural | None, NONE] = None
+    fused_policy_loss: bool = False
     activation_checkpointing: bool = False
 
 

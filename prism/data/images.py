@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from prism.data.errors import RowError, shown
+from prism.data.files import RowError, shown
 
 # no vector or document formats, whose decoders run other programs
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")

@@ -8,9 +8,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from prism.data.errors import DataError, RowError
-from prism.data.files import Raw, data_files, parse, read_rows
-from prism.data.rows import READERS, RowLimits
+from prism.data.files import DataError, Raw, RowError, data_files, parse, read_rows
+from prism.data.images import ImageLimits
+from prism.data.rows import READERS
 
 # before that a share says little
 _MIN_ROWS = 200
@@ -30,7 +30,7 @@ class LoadOptions:
         skipped: a JSONL file, of this stream alone, that gets file, row, field, cause and reason of each skipped row,
             once; what an older run left in it is dropped. None: they are only counted.
         image_root: what paths of images are relative to; None: the folder of their data file.
-        limits: of texts and images.
+        images: which images are taken.
     """
 
     seed: int = 0
@@ -40,7 +40,7 @@ class LoadOptions:
     max_skipped: float = 0.05
     skipped: Path | None = None
     image_root: Path | None = None
-    limits: RowLimits = field(default_factory=RowLimits)
+    images: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
         if self.on_error not in ("skip", "raise"):
@@ -52,7 +52,7 @@ class LoadOptions:
             )
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where in an epoch reading goes on: the file in its order, rows read of it, where the next one begins."""
 
     file: int = 0
@@ -141,7 +141,7 @@ class RowStream:
         self.read, self.skipped, self.causes = state["read"], state["skipped"], Counter(state["causes"])
         if state["block"] >= 0:
             # one less: it is about to be read
-            self._number, self._end = state["block"] - 1, Place(*state["place"])
+            self._number, self._end = state["block"] - 1, Position(*state["place"])
             self._rows = self._rows_from(self._end)
             self._fill()
             self._next = state["next"]
@@ -158,18 +158,18 @@ class RowStream:
         self._order = list(range(len(self.files)))
         if self.options.buffer:
             _shuffle(self._order, f"{self.options.seed}/{self.epoch}/files")
-        self._number, self._start, self._end = -1, Place(), Place()
+        self._number, self._start, self._end = -1, Position(), Position()
         self._rows = self._rows_from(self._end)
         self._block: list[tuple[Path, Raw]] = []
         self._next = 0
 
-    def _rows_from(self, place: Place) -> Iterator[tuple[Place, Path, Raw]]:
+    def _rows_from(self, place: Position) -> Iterator[tuple[Position, Path, Raw]]:
         """Yields rows with the place behind each."""
         row, offset = place.row, place.offset
         for file in range(place.file, len(self._order)):
             path = self.files[self._order[file]]
             for raw in read_rows(path, row, offset):
-                yield Place(file, raw.row, raw.end), path, raw
+                yield Position(file, raw.row, raw.end), path, raw
             row = offset = 0
 
     def _fill(self) -> bool:
@@ -200,7 +200,7 @@ class RowStream:
         """Returns the row, or None where it is skipped."""
         root = self.options.image_root or path.parent
         try:
-            row = READERS[self.schema](parse(raw.content), f"{path.stem}-{raw.row}", root, self.options.limits)
+            row = READERS[self.schema](parse(raw.content), f"{path.stem}-{raw.row}", root, self.options.images)
             return row if self.take is None else self.take(row)
         except RowError as error:
             if self.options.on_error == "raise":
@@ -289,7 +289,7 @@ def dry_run(
         for raw in read_rows(path):
             rows += 1
             try:
-                row = READERS[schema](parse(raw.content), "", options.image_root or path.parent, options.limits)
+                row = READERS[schema](parse(raw.content), "", options.image_root or path.parent, options.images)
                 if take is not None:
                     take(row)
             except RowError as error:

@@ -1,38 +1,266 @@
-"""Rows as the stages read them: immutable, validated, with their images opened."""
+"""Rows as the files have them and as the stages read them: validated by pydantic models, their images opened."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from prism.data.errors import RowError
+from prism.data.files import RowError, shown
 from prism.data.images import ImageLimits, open_image
-from prism.data.schemas import ChatSchema, Message, ProblemSchema, WarmupSchema, join_sections, validate
 from prism.data.sections import Sections, split_response
 
-Images = tuple[Image.Image, ...]
+# what the schemas write where an image goes
+PLACEHOLDER = "<image>"
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+Role = Literal["system", "user", "assistant"]
 
 
-@dataclass(frozen=True)
-class RowLimits:
-    """How long texts may be; a row past a limit is not used, and nothing is ever cut. None: no limit.
+def _flat(content: Any) -> Any:
+    """Returns a content of text and image items as one text with placeholders."""
+    if not isinstance(content, list):
+        return content
+    return "".join(_flat_item(item) for item in content)
 
-    Args:
-        prompt: of everything before the response; images are not counted.
-        response: of a response, the student's or the teacher's.
-        total: of both together.
-        length: what is counted: characters, or for a tokenizer `lambda text: len(tokenizer(text)["input_ids"])`.
-        images: see `ImageLimits`.
+
+def _flat_item(item: Any) -> str:
+    if isinstance(item, Mapping):
+        # parquet gives every item every key, with None for those it has not
+        if isinstance(item.get("text"), str) and item.get("type", "text") == "text":
+            return str(item["text"])
+        if item.get("type") in ("image", "image_url"):
+            return PLACEHOLDER
+    raise PydanticCustomError("wrong type", "expected text and image items")
+
+
+def _role(value: Any) -> Any:
+    if isinstance(value, str) and value in ROLES:
+        return ROLES[value]
+    raise PydanticCustomError("unknown role", "expected one of human, gpt, user, assistant, system")
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, str) and not value.strip():
+        raise PydanticCustomError("empty text", "expected a text that is not empty")
+    return value
+
+
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Text = Annotated[str, BeforeValidator(_filled)]
+Answer = Annotated[str, BeforeValidator(_filled), BeforeValidator(_number_as_text)]
+
+
+class _Row(BaseModel):
+    # other columns are the user's own
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+
+class Turn(_Row):
+    """A turn of a chat, in either spelling."""
+
+    role: Annotated[Role, BeforeValidator(_role)] = Field(validation_alias=AliasChoices("role", "from"))
+    content: Annotated[Text, BeforeValidator(_flat)] = Field(validation_alias=AliasChoices("content", "value"))
+
+
+Turns = Annotated[tuple[Turn, ...], BeforeValidator(_tuple)]
+ImageSources = Annotated[tuple[Any, ...], BeforeValidator(_tuple)]
+
+
+def _check_chat(messages: tuple[Turn, ...], last: Role) -> None:
+    roles = [message.role for message in messages]
+    if not roles:
+        raise PydanticCustomError("empty text", "expected at least one message")
+    if "system" in roles[1:]:
+        raise PydanticCustomError("order of messages", "expected the system's message first")
+    if "user" not in roles:
+        raise PydanticCustomError("order of messages", "expected a user's message")
+    if roles[-1] != last:
+        raise PydanticCustomError("order of messages", f"expected the last message to be of {last}")
+
+
+def _check_places(messages: tuple[Turn, ...], images: int) -> None:
+    places = sum(message.content.count(PLACEHOLDER) for message in messages)
+    if places != images:
+        raise _wrong_count(places, images)
+
+
+def _wrong_count(places: int, images: int) -> PydanticCustomError:
+    numbers = {"places": places, "images": images}
+    return PydanticCustomError("image count", "expected an image for each of {places} places, got {images}", numbers)
+
+
+class ChatSchema(_Row):
+    """LLaMA-Factory's sharegpt-multimodal (`messages` or `conversations`, `images`), or a plain chat."""
+
+    messages: Turns = Field(validation_alias=AliasChoices("messages", "conversations"))
+    images: ImageSources = ()
+    system: str | None = None
+    videos: Any = None
+    audios: Any = None
+    id: Any = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ChatSchema":
+        for name in ("videos", "audios"):
+            if getattr(self, name):
+                raise PydanticCustomError(
+                    "unsupported field", "expected no {name}: only images are read", {"name": name}
+                )
+        _check_chat(self.messages, "assistant")
+        _check_places(self.messages, len(self.images))
+        return self
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The messages, with the system's prompt where it is a field of its own."""
+        if not self.system or self.messages[0].role == "system":
+            return self.messages
+        return (Turn(role="system", content=self.system), *self.messages)
+
+
+class WarmupSchema(_Row):
+    """A question with a teacher's and a student's description and reasoning.
+
+    Each text falls back to the part of `teacher_response` or `student_response` that it is, `question` to `prompt`.
     """
 
-    prompt: int | None = None
-    response: int | None = None
-    total: int | None = None
-    length: Callable[[str], int] = len
-    images: ImageLimits = field(default_factory=ImageLimits)
+    id: Any = None
+    image: Any = None
+    images: ImageSources = ()
+    question: Text = Field(validation_alias=AliasChoices("question", "prompt"))
+    teacher_caption: Text | None = None
+    teacher_cot: Text | None = None
+    student_caption: Text | None = None
+    student_cot: Text | None = None
+    teacher_response: Text | None = None
+    student_response: Text | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "WarmupSchema":
+        if self.image is not None and self.images:
+            raise PydanticCustomError("image count", "expected image or images, got both")
+        places, images = self.question.count(PLACEHOLDER), len(self.pictures)
+        # a question without a place has its image first
+        if places not in (0, images):
+            raise _wrong_count(places, images)
+        return self
+
+    @property
+    def pictures(self) -> tuple[Any, ...]:
+        """The images of either field."""
+        return self.images if self.image is None else (self.image,)
+
+    def sections(self, who: Literal["teacher", "student"]) -> Sections:
+        """Returns the whole response of teacher or student; without an answer of its own, `answer` is empty."""
+        caption, cot = getattr(self, f"{who}_caption"), getattr(self, f"{who}_cot")
+        response = getattr(self, f"{who}_response")
+        if caption is not None and cot is not None:
+            return join_sections(caption, cot, who)
+        if response is None:
+            gone = f"{who}_caption" if caption is None else f"{who}_cot"
+            raise RowError("missing field", gone, f"expected it, or {who}_response")
+        whole = split_response(response)
+        if whole is None:
+            problem = "expected <caption>…</caption><think>…</think><answer>…</answer>"
+            raise RowError("response form", f"{who}_response", f"{problem}, got {shown(response)}")
+        if caption is None and cot is None:
+            return whole
+        own = join_sections(caption or whole.caption, cot if cot is not None else whole.think, who)
+        return own if cot is not None else Sections(own.caption, whole.think, whole.answer)
+
+
+def join_sections(caption: str, cot: str, who: str) -> Sections:
+    """Returns the sections of separate texts, which may or may not carry their tags; without an answer it is empty."""
+    head = caption.strip()
+    if not head.startswith("<caption>"):
+        head = f"<caption>{head}</caption>"
+    tail = cot.strip()
+    if not tail.startswith("<think>"):
+        # `thinking</think><answer>…` and `thinking<answer>…` occur
+        body, opened, answer = tail.partition("<answer>")
+        tail = f"<think>{body.strip().removesuffix('</think>')}</think>{opened}{answer}"
+    answered = "<answer>" in tail
+    whole = split_response(head + tail if answered else f"{head}{tail}<answer>-</answer>")
+    if whole is None:
+        problem = "expected a description and a reasoning whose tags are in order"
+        raise RowError("response form", f"{who}_cot", f"{problem}, got {shown(tail)}")
+    return whole if answered else Sections(whole.caption, whole.think, "")
+
+
+class RewardModel(_Row):
+    """What a verifier needs."""
+
+    ground_truth: Answer
+    style: str = "rule"
+    equivalent_answers: tuple[Answer, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            # parquet has None where a row has no list
+            kept = {key: part for key, part in value.items() if part is not None or key == "ground_truth"}
+            others = kept.get("equivalent_answers")
+            return {**kept, "equivalent_answers": tuple(others)} if isinstance(others, list) else kept
+        return value
+
+
+class ProblemSchema(_Row):
+    """A problem for alignment and RLVR, with a teacher's response where there is one."""
+
+    data_source: Text
+    prompt: Turns
+    reward_model: RewardModel
+    images: ImageSources = ()
+    teacher_caption: str | None = None
+    teacher_cot: str | None = None
+    teacher_response: Text | None = None
+    answer: Answer | None = None
+    extra_info: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ProblemSchema":
+        _check_chat(self.prompt, "user")
+        _check_places(self.prompt, len(self.images))
+        return self
+
+
+Schema = TypeVar("Schema", bound=_Row)
+
+_CAUSES = {"missing": "missing field", "literal_error": "wrong type", "extra_forbidden": "wrong type"}
+
+
+def validate(schema: type[Schema], row: Any) -> Schema:
+    """Returns the row as its schema's model, or raises `RowError` for the first thing that is wrong."""
+    if isinstance(row, Mapping):
+        # a field that is null is one that is not there: parquet has every column in every row
+        row = {key: value for key, value in row.items() if value is not None}
+    try:
+        return schema.model_validate(row)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    kind, problem = first["type"], first["msg"]
+    field = ".".join(map(str, first["loc"]))
+    if kind == "missing":
+        raise RowError("missing field", field, "expected this field, it is not there")
+    # our own types are causes in words, pydantic's have underscores
+    cause = kind if " " in kind else _CAUSES.get(kind, "wrong type")
+    problem = problem if problem.startswith("expected") else f"expected another type: {problem}"
+    raise RowError(cause, field, problem if not field else f"{problem}, got {shown(first['input'])}")
+
+
+Images = tuple[Image.Image, ...]
 
 
 @dataclass(frozen=True)
@@ -46,18 +274,6 @@ class ChatRow:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A better and a worse text for one channel of the discriminator."""
-
-    id: str
-    channel: str
-    question: str
-    images: Images
-    teacher: str
-    student: str
-
-
-@dataclass(frozen=True)
 class WarmupRow:
     """A question with a teacher's and a student's response; `answer` of both is empty where the row has none."""
 
@@ -66,15 +282,6 @@ class WarmupRow:
     images: Images
     teacher: Sections
     student: Sections
-
-    @property
-    def pairs(self) -> tuple[Pair, Pair]:
-        """The pair of descriptions and the pair of reasonings."""
-        teacher, student = (f"{s.think}\n{s.answer}".strip() for s in (self.teacher, self.student))
-        return (
-            Pair(self.id, "perception", self.question, self.images, self.teacher.caption, self.student.caption),
-            Pair(self.id, "reasoning", self.question, self.images, teacher, student),
-        )
 
 
 @dataclass(frozen=True)
@@ -87,22 +294,18 @@ class ProblemRow:
     images: Images
     data_source: str
     ground_truth: str
-    style: str
     equivalent_answers: tuple[str, ...]
     # a whole response in the three-part form, where the row has one
     teacher: str | None
-    extra_info: Mapping[str, Any]
 
 
-def read_chat(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimits) -> ChatRow:
+def read_chat(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> ChatRow:
     """Returns a row of SFT: sharegpt with images, or a plain chat."""
     row = validate(ChatSchema, raw)
-    *context, last = row.turns
-    _check_lengths(limits, {"messages": _joined(context)}, {f"messages.{len(row.messages) - 1}": last.content})
     return ChatRow(_id(row.id, name), _pairs(row.turns), _open(row.images, "images", root, limits))
 
 
-def read_warmup(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimits) -> WarmupRow:
+def read_warmup(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> WarmupRow:
     """Returns a row of the discriminator's warm-up."""
     row = validate(WarmupSchema, raw)
     teacher, student = row.sections("teacher"), row.sections("student")
@@ -110,17 +313,13 @@ def read_warmup(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimits
         # that alone would tell them apart
         gone = "student_cot" if teacher.answer else "teacher_cot"
         raise RowError("response form", gone, "expected an answer in both responses or in neither, it has none")
-    responses = {"teacher_response": teacher.text, "student_response": student.text}
-    _check_lengths(limits, {"question": row.question}, responses)
     images = _open(row.pictures, "image" if row.image is not None else "images", root, limits)
     return WarmupRow(_id(row.id, name), row.question, images, teacher, student)
 
 
-def read_problem(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimits) -> ProblemRow:
+def read_problem(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> ProblemRow:
     """Returns a row of alignment and RLVR."""
     row = validate(ProblemSchema, raw)
-    teacher = _teacher(row)
-    _check_lengths(limits, {"prompt": _joined(row.prompt)}, {"teacher_response": teacher} if teacher else {})
     extra = {key: value for key, value in (row.extra_info or {}).items() if value is not None}
     return ProblemRow(
         _id(extra.get("id", extra.get("index")), name),
@@ -128,14 +327,12 @@ def read_problem(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimit
         _open(row.images, "images", root, limits),
         row.data_source,
         row.reward_model.ground_truth,
-        row.reward_model.style,
         row.reward_model.equivalent_answers,
-        teacher,
-        MappingProxyType(extra),
+        _teacher(row),
     )
 
 
-READERS: dict[str, Callable[[Mapping[str, Any], str, Path, RowLimits], Any]] = {
+READERS: dict[str, Callable[[Mapping[str, Any], str, Path, ImageLimits], Any]] = {
     "chat": read_chat,
     "warmup": read_warmup,
     "problem": read_problem,
@@ -156,36 +353,12 @@ def _teacher(row: ProblemSchema) -> str | None:
     return row.teacher_response
 
 
-def _check_lengths(limits: RowLimits, prompt: Mapping[str, str], responses: Mapping[str, str]) -> None:
-    """Raises `RowError` for the first text that is longer than its limit."""
-    if limits.prompt is limits.response is limits.total is None:
-        return
-    ((prompt_field, prompt_text),) = prompt.items()
-    before = limits.length(prompt_text)
-    _check_length(prompt_field, before, limits.prompt)
-    for name, text in responses.items():
-        length = limits.length(text)
-        _check_length(name, length, limits.response)
-        _check_length(name, before + length, limits.total, " together with its prompt")
-
-
-def _check_length(name: str, length: int, limit: int | None, what: str = "") -> None:
-    if limit is not None and length > limit:
-        raise RowError("too long", name, f"expected a length of at most {limit}{what}, got {length}")
-
-
-def _open(sources: Iterable[Any], name: str, root: Path, limits: RowLimits) -> Images:
+def _open(sources: Iterable[Any], name: str, root: Path, limits: ImageLimits) -> Images:
     one = name == "image"
-    return tuple(
-        open_image(source, name if one else f"{name}.{i}", root, limits.images) for i, source in enumerate(sources)
-    )
+    return tuple(open_image(source, name if one else f"{name}.{i}", root, limits) for i, source in enumerate(sources))
 
 
-def _joined(messages: Iterable[Message]) -> str:
-    return "\n".join(message.content for message in messages)
-
-
-def _pairs(messages: Iterable[Message]) -> tuple[tuple[str, str], ...]:
+def _pairs(messages: Iterable[Turn]) -> tuple[tuple[str, str], ...]:
     return tuple((message.role, message.content) for message in messages)
 
 

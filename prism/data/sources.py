@@ -9,14 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from prism.config import STAGES, Config
-from prism.data.errors import DataError
+from prism.data.files import DataError
 from prism.data.images import ImageLimits
 from prism.data.loader import LoadOptions, RowStream
-from prism.data.problem import Problem, ShapesProblems
-from prism.data.problem_rows import problem_reader
-from prism.data.rows import RowLimits
+from prism.data.problem import Problem, problem_reader
 from prism.models.prompts import PromptEncoder
-from prism.worlds.shapes.world import Carelessness, ShapesWorld
+from prism.worlds.shapes.problems import ShapesProblems
+from prism.worlds.shapes.teachers import Carelessness
+from prism.worlds.shapes.world import ShapesWorld
 
 # which split of the embedded world a stage takes its problems from
 SPLITS = {"base": "base", "sft": "sft", "rlvr": "rl"} | dict.fromkeys(("distill", "warmup", "align"), "alignment")
@@ -182,7 +182,7 @@ class FileProblems:
             on_error=data.on_error,
             max_skipped=data.max_skipped,
             image_root=None if data.image_root is None else Path(data.image_root),
-            limits=RowLimits(images=ImageLimits(allow_remote=data.allow_remote_images)),
+            images=ImageLimits(allow_remote=data.allow_remote_images),
         )
         take = problem_reader(use, self.encoder, data)
         return RowStream(getattr(data.files, files), SCHEMAS[files], options, take=take)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from prism.config import Config
 from prism.models.prompts import PromptEncoder
 from prism_kernels import check
 from prism_kernels.packing import Kind
@@ -42,6 +43,11 @@ class ScoreLimits:
         for name in ("budget", "prompt_tokens", "response_tokens"):
             check.positive(NAME, name, getattr(self, name))
         check.one_of(NAME, "too_long", self.too_long, ("skip", "raise"))
+
+
+def score_limits(config: Config) -> ScoreLimits:
+    """Returns the lengths that the settings allow."""
+    return ScoreLimits(config.score_pack_tokens, config.data.prompt_tokens, config.data.response_tokens)
 
 
 class Segment(NamedTuple):

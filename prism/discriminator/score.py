@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from prism.data.problem import Problem
 from prism.discriminator.branches import CHANNELS, ScoreLimits, Segment, TextBranches
 from prism.discriminator.model import Discriminator
 from prism.models.prompts import EncodedPrompt, Message, PromptEncoder, chat_messages, join_images, without_images
@@ -37,6 +38,21 @@ class Sample:
     images: Sequence[Image.Image] = ()
     teacher: str | None = None
     name: str | None = None
+
+
+def sample_of(
+    problem: Problem, responses: Sequence[str], prompt: EncodedPrompt | None = None, *, teacher: str | None = None
+) -> Sample:
+    """Returns a problem's responses as a group.
+
+    Args:
+        problem: the problem.
+        responses: texts of the student.
+        prompt: the encoded prompt; None: it is encoded again, as a text-only discriminator needs it.
+        teacher: the supervision; None: the problem's own.
+    """
+    text = problem.teacher if teacher is None else teacher
+    return Sample(problem.prompt if prompt is None else prompt, responses, problem.images, text, problem.name)
 
 
 class ScorePack(NamedTuple):

@@ -5,17 +5,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
+from prism.data.drift import drift
 from prism.data.problem import Problem
-from prism.evaluation.drift import drift
 from prism.models.prompts import PromptEncoder
 from prism.rewards import score_batch
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
-from prism.worlds.shapes.world import judge
+from prism.worlds.shapes.counters import judge
 
 
 @dataclass(frozen=True)
-class Report:
+class PolicyReport:
     """Shares over the samples. The errors are those of the embedded world, NaN elsewhere; drift needs teachers.
 
     An answer that follows from a wrong caption is an error of perception alone; a response without a valid form counts
@@ -52,7 +52,7 @@ def evaluate(
     temperature: float = 0.0,
     seed: int = 0,
     batch: int = 128,
-) -> Report:
+) -> PolicyReport:
     """Returns what one response to each problem shows.
 
     Args:
@@ -81,7 +81,7 @@ def evaluate(
     count = len(seen)
     perception, reasoning = _errors(seen, texts)
     drifted = drift(texts, [problem.teacher for problem in seen])
-    return Report(
+    return PolicyReport(
         samples=count,
         accuracy=sum(verdict.accuracy for verdict in verdicts) / count,
         format=sum(verdict.format for verdict in verdicts) / count,

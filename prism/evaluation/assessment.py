@@ -10,16 +10,15 @@ import torch
 from prism.config import Config
 from prism.config.sections import Sampling as SamplingSettings
 from prism.data.problem import Problem
-from prism.discriminator.branches import CHANNELS, ScoreLimits
+from prism.discriminator.branches import CHANNELS, ScoreLimits, score_limits
 from prism.discriminator.controls import shortcut_controls
 from prism.discriminator.metrics import ChannelReport, wins
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import Sample, score_groups
+from prism.discriminator.score import sample_of, score_groups
 from prism.evaluation.accuracy import evaluate
 from prism.models.prompts import PromptEncoder
+from prism.rollout.batch import generate
 from prism.rollout.engine import Engine
-from prism.stages.align import score_limits
-from prism.stages.rollouts import answer
 from prism.worlds.shapes.counters import judge
 from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
 
@@ -65,17 +64,14 @@ def assess_discriminator(
     """
     limits = _limits(config)
     sampling = SamplingSettings(group=GROUP, prompts=len(problems), max_new_tokens=config.rollout.align.max_new_tokens)
-    answered = answer(engine, problems, encoder, sampling, 0)
-    samples = [
-        Sample(problem.prompt, answered.of(place), problem.images, problem.teacher, problem.name)
-        for place, problem in enumerate(problems)
-    ]
+    batch = generate(engine, problems, encoder, sampling, 0)
+    samples = [sample_of(problem, batch.texts_of(index)) for index, problem in enumerate(problems)]
     right: dict[str, torch.Tensor] = {}
     if all(problem.shape is not None for problem in problems):
-        shapes = [problem.shape for problem in answered.problems if problem.shape is not None]
+        shapes = [problem.shape for problem in batch.problems if problem.shape is not None]
         verdicts = [
             judge(text, shapes[rollout.prompt].scene, shapes[rollout.prompt].question)
-            for text, rollout in zip(answered.texts, answered.rollouts)
+            for text, rollout in zip(batch.texts, batch.rollouts)
         ]
         for channel in CHANNELS:
             right[channel] = torch.tensor([not getattr(verdict, channel).wrong for verdict in verdicts])
@@ -99,7 +95,7 @@ def _equal_style(
         shape = problem.shape
         assert shape is not None, "asked for where all are of the embedded world"
         wrong = [*(wrong_caption(shape, change) for change in CHANGES), wrong_conclusion(shape)]
-        samples.append(Sample(problem.prompt, wrong, problem.images, curated_text(shape), problem.name))
+        samples.append(sample_of(problem, wrong, teacher=curated_text(shape)))
     scores = score_groups(discriminator, samples, encoder, limits)
     # a branch sees its own segment: the last text says nothing about perception, the others nothing about reasoning
     caption = scores.perception.view(len(samples), -1)[:, :-1]

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from prism.worlds.shapes.world import Carelessness, ShapesWorld
+from prism.worlds.shapes.teachers import Carelessness
+from prism.worlds.shapes.world import ShapesWorld
 from prism_kernels import check
 
 # in the order of Qwen's vocabulary; those without <| are ordinary text to a decoder

@@ -11,7 +11,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,11 +21,22 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from prism.config import STAGES, Config, ConfigError
+
 LOG = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 CHECKSUMS = "checksums.json"
-# folders that are not checkpoints yet, or no more
+# prefix of folders that are not yet, or no longer, checkpoints
 ASIDE = ".aside-"
+# of a checkpoint; 1 named optimisers by number
+FORMAT = 2
+
+# settings that may change on resume: they do not change what is learnt, but for rounding
+FREE = ("log", "checkpoint", "memory", "run.folder", "run.device", "rollout.engine", "rollout.cache_tokens")
+RULE = (
+    f"take another run.folder, or the old values; what may differ: {', '.join(FREE)}, and the tables of stages that "
+    "have not begun"
+)
 
 
 class CheckpointError(ValueError):
@@ -82,7 +94,8 @@ def save(
         save_model(model, str(aside / f"{name}.safetensors"))
     states = {name: one.state_dict() for name, one in training.items()}
     torch.save({"training": states, "random": _random_states()}, aside / "training.pt")
-    state = {"step": step, "models": sorted(models), "training": sorted(training), "extra": dict(extra)}
+    names = {"models": sorted(models), "training": sorted(training)}
+    state = {"format": FORMAT, "step": step, **names, "extra": dict(extra)}
     (aside / "state.json").write_text(json.dumps(state))
     sums = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
     (aside / CHECKSUMS).write_text(json.dumps(sums, indent=2))
@@ -167,9 +180,21 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def _check_format(path: Path) -> None:
+    try:
+        saved = json.loads((path / "state.json").read_text()).get("format", 1)
+    except (OSError, ValueError):
+        # damaged: `newest` finds that out
+        return
+    if saved != FORMAT:
+        advice = "finish the run with the version that began it, or take another run.folder"
+        raise CheckpointError(f"{path}: expected a checkpoint of format {FORMAT}, got format {saved}; {advice}")
+
+
 def _load(
     path: Path, models: Mapping[str, nn.Module], training: Mapping[str, Stateful], tell: Callable[[str], object]
 ) -> None:
+    _check_format(path)
     state = json.loads((path / "state.json").read_text())
     for kind, ours in (("models", models), ("training", training)):
         if state[kind] != sorted(ours):
@@ -244,3 +269,48 @@ def _to_disk(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def check_settings(config: Config) -> None:
+    """Raises where the run in this folder cannot be resumed: another checkpoint format, or other settings."""
+    folder = Path(config.run.folder)
+    if not (folder / "config.json").is_file():
+        return
+    for path in islice(checkpoints(folder / "checkpoints"), 1):
+        _check_format(path)
+    before = json.loads((folder / "config.json").read_text())
+    changed = list(_changed(before, config.model_dump(mode="json"), Config().model_dump(mode="json")))
+    last = newest(folder / "checkpoints") if changed else None
+    if last is None:
+        # nothing, or nothing to go on from: a run that was killed at its start begins anew
+        return
+    begun = [*last.extra["done"], *([last.extra["stage"]] if last.extra["stage"] else [])]
+    lines = [
+        f"{key}: expected {json.dumps(old)}, with which the run in {str(folder)!r} began, got {json.dumps(new)}"
+        for key, old, new in changed
+        if not _free(key, begun)
+    ]
+    if lines:
+        raise ConfigError("\n".join([*lines, RULE]))
+
+
+def _changed(
+    before: Mapping[str, Any], now: Mapping[str, Any], default: Mapping[str, Any], parents: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yields keys with their old and new values; what an older version did not know had its default."""
+    for name, new in now.items():
+        usual = default.get(name, new)
+        old = before.get(name, usual)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changed(old, new, usual if isinstance(usual, dict) else {}, (*parents, name))
+        elif old != new:
+            yield ".".join((*parents, name)), old, new
+
+
+def _free(key: str, begun: Sequence[str]) -> bool:
+    if any(key == free or key.startswith(f"{free}.") for free in FREE):
+        return True
+    # warm-up and distillation read alignment's tables; the discriminator's optimiser is alignment's
+    taken = {*begun, *(["align"] if {"warmup", "distill"} & set(begun) else [])}
+    parts = key.replace("optimiser.discriminator", "optimiser.align").split(".")
+    return any(stage in parts for stage in STAGES if stage not in taken)

@@ -8,12 +8,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-# of a step's metrics on the console, where none are named
+if TYPE_CHECKING:
+    # the report reads metrics without torch
+    from prism.rollout.batch import RolloutBatch
+
+# metrics on the console where the caller names none
 _SHOWN = 6
 
 
@@ -55,8 +59,7 @@ class RunLog:
         try:
             yield
         finally:
-            if self._bar is not None:
-                self._bar.stop()
+            self._stop_bar()
             self._task, self._stage, self._total = None, "", 0
 
     def step(self, step: int, metrics: Mapping[str, Any], shown: Sequence[str] | None = None) -> None:
@@ -117,14 +120,34 @@ class RunLog:
         self.non_finite = Counter(state["non_finite"])
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file, and ends a progress bar that an error left."""
+        self._stop_bar()
         self._file.close()
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def write_rollouts(path: Path, batch: "RolloutBatch", columns: Mapping[str, Sequence[Any]]) -> None:
+    """Writes a step's rollouts as JSON, one a line, with one value of each column per rollout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for index, (rollout, text) in enumerate(zip(batch.rollouts, batch.texts)):
+            problem = batch.problems[rollout.prompt]
+            values = {name: _finite(column[index]) for name, column in columns.items()}
+            line = {"problem": problem.name, "question": str(problem.prompt), "answer": problem.answer}
+            file.write(json.dumps({**line, "response": text, "finish": rollout.finish_reason, **values}) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

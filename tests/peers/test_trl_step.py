@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.end_to_end.trl_step import Shape, make_trainer, problems, start, variety
-from prism.models.batches import pack_responses
-from prism.models.policy import Policy
+from prism.models.policy import Policy, pack_responses
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor
 from prism.rewards import score_batch

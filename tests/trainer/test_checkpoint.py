@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from prism.runtime.checkpoint import CHECKSUMS, CheckpointError, checkpoints, damage, load, newest, save
-from prism.runtime.schedule import learning_rate
+from prism.runtime.optimiser import learning_rate
 
 HERE = Path(__file__).parent
 

@@ -7,20 +7,23 @@ import torch
 from discriminator_cases import SIZE, TOKENIZER
 
 from prism.config import load_config
-from prism.data.problem import Problem, problem_of
-from prism.discriminator.branches import TextBranches
+from prism.data.drift import drift, wasserstein
+from prism.data.problem import Problem
+from prism.data.sections import split_response
+from prism.discriminator.branches import TextBranches, score_limits
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import score_groups
 from prism.discriminator.upcycle import upcycle
 from prism.evaluation import assessment
 from prism.evaluation.accuracy import evaluate
-from prism.evaluation.drift import drift, wasserstein
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
 from prism.rollout.engine import Rollout
-from prism.stages.align import score_limits
+from prism.worlds.shapes.counters import judge, read_caption
 from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
-from prism.worlds.shapes.world import TEACHERS, ShapesWorld, judge, read_caption, split_response
+from prism.worlds.shapes.problems import problem_of
+from prism.worlds.shapes.teachers import TEACHERS
+from prism.worlds.shapes.world import ShapesWorld
 
 ENCODER = PromptEncoder(TOKENIZER, tiny_image_processor(SIZE))
 PROBLEMS = [problem_of(sample) for sample in ShapesWorld().samples("validation", 24)]

@@ -16,7 +16,7 @@ from score_cases import ENCODER, TERMINAL, make_model, picture, response
 from torch.nn.functional import logsigmoid
 
 from bench.end_to_end.discriminator import PackedScheme, PublishedScheme, Shape, make_group
-from prism.data.errors import DataError
+from prism.data.files import DataError
 from prism.data.loader import LoadOptions, RowStream
 from prism.discriminator.branches import ScoreLimits, TextBranches
 from prism.discriminator.score import Sample, prepare_groups, score_groups

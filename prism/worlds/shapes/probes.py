@@ -8,18 +8,18 @@ from random import Random
 
 from prism.data.sections import Sections
 from prism.worlds.shapes.teachers import mistaken, write, wrong_answer
-from prism.worlds.shapes.world import Sample
+from prism.worlds.shapes.world import ShapesSample
 
 # the errors of perception that are probed, in turns
 CHANGES = ("colour", "kind", "dropped", "place")
 
 
-def curated_text(sample: Sample, seed: int = 0) -> str:
+def curated_text(sample: ShapesSample, seed: int = 0) -> str:
     """Returns the curated teacher's response, in a phrasing that follows from the sample and the seed."""
     return _curated(sample, seed).text
 
 
-def wrong_caption(sample: Sample, change: str, seed: int = 0) -> str:
+def wrong_caption(sample: ShapesSample, change: str, seed: int = 0) -> str:
     """Returns that response with one item of its caption changed; what it reasons and answers is as before.
 
     Args:
@@ -34,15 +34,15 @@ def wrong_caption(sample: Sample, change: str, seed: int = 0) -> str:
     return replace(_curated(sample, seed), caption=caption).text
 
 
-def wrong_conclusion(sample: Sample, seed: int = 0) -> str:
+def wrong_conclusion(sample: ShapesSample, seed: int = 0) -> str:
     """Returns that response with a wrong last step and answer; its caption and its evidence are as before."""
     wrong = wrong_answer(_random(sample, seed, "mistake"), sample.question, frozenset({sample.answer}))
     return write("curated", _random(sample, seed, "phrasing"), sample.scene.items, sample.question, wrong).text
 
 
-def _curated(sample: Sample, seed: int) -> Sections:
+def _curated(sample: ShapesSample, seed: int) -> Sections:
     return write("curated", _random(sample, seed, "phrasing"), sample.scene.items, sample.question, sample.answer)
 
 
-def _random(sample: Sample, seed: int, what: str) -> Random:
+def _random(sample: ShapesSample, seed: int, what: str) -> Random:
     return Random(f"{sample.id}/{seed}/{what}")

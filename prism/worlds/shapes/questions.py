@@ -1,6 +1,5 @@
 """Questions about scenes, and what follows for them from a list of items: from a scene, or from a caption."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,21 +12,6 @@ QUESTION_KINDS = ("count", "colour", "position", "comparison", "sum")
 NONE = "none"
 EQUAL = "equal"
 WORTHS = ("1", "2", "3", "4")
-
-_COLOUR, _KIND, _PLACE = "|".join(COLOURS), "|".join(KINDS), "|".join(PLACES)
-_FORMS = {
-    kind: [re.compile(form) for form in forms]
-    for kind, forms in {
-        "count": (rf"How many (?:({_COLOUR}) )?(?:({_KIND})|shape)s are there\?",),
-        "colour": (rf"What colour is the shape in the ({_PLACE})\?", rf"What colour is the ({_KIND})\?"),
-        "position": (rf"Where is the ({_COLOUR}) ({_KIND})\?",),
-        "comparison": (
-            rf"Are there more ({_KIND})s or ({_KIND})s\?",
-            rf"Are there more ({_COLOUR}) or ({_COLOUR}) shapes\?",
-        ),
-        "sum": (rf"If a ({_KIND}) is worth ([0-9]) and a ({_KIND}) ([0-9]), what is the sum\?",),
-    }.items()
-}
 
 
 @dataclass(frozen=True)
@@ -56,16 +40,6 @@ class Question:
 def name(colour: str, kind: str) -> str:
     """Returns how items of a colour and a kind are called, either of which may be empty."""
     return f"{colour} {kind or 'shape'}".strip()
-
-
-def read_question(text: str) -> Question:
-    """Returns the question that a text of this world asks."""
-    for kind, forms in _FORMS.items():
-        for form in forms:
-            found = form.fullmatch(text.strip())
-            if found:
-                return Question(kind, tuple(part or "" for part in found.groups()))
-    raise ValueError(f"read_question: expected a question of the shapes world, got {text!r}")
 
 
 def matching(items: Iterable[Item], colour: str = "", kind: str = "", place: str = "") -> list[Item]:

@@ -56,7 +56,7 @@ class Carelessness:
 
 
 @dataclass(frozen=True)
-class Response:
+class TeacherResponse:
     """A teacher's response, and which errors were put into it."""
 
     sections: Sections
@@ -75,20 +75,20 @@ class Response:
 
 def respond(
     teacher: str, rng: Random, scene: Scene, question: Question, carelessness: Carelessness | None = None
-) -> Response:
+) -> TeacherResponse:
     """Returns a teacher's response to a question about a scene."""
     if teacher not in TEACHERS:
         raise ValueError(f"respond: expected teacher to be one of {', '.join(map(repr, TEACHERS))}, got {teacher!r}")
     if teacher != "public":
         (answer,) = infer(question, scene.items)
-        return Response(write(teacher, rng, scene.items, question, answer), teacher, teacher)
+        return TeacherResponse(write(teacher, rng, scene.items, question, answer), teacher, teacher)
     rates = carelessness or Carelessness()
     seen, mistake = _look_carelessly(rng, scene.items, rates)
     right = infer(question, seen)
     wrong = rng.random() < rates.reasoning
     answer = wrong_answer(rng, question, right) if wrong else min(right)
     style = "curated" if rng.random() < rates.careful_style else "public"
-    return Response(write(style, rng, seen, question, answer), teacher, style, mistake, wrong)
+    return TeacherResponse(write(style, rng, seen, question, answer), teacher, style, mistake, wrong)
 
 
 def _look_carelessly(rng: Random, items: tuple[Item, ...], rates: Carelessness) -> tuple[tuple[Item, ...], str | None]:

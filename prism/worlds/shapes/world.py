@@ -8,49 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 
-from prism.data.sections import Sections, caption_items, reasoning_steps, split_response
-from prism.worlds.shapes.counters import (
-    Judgement,
-    PerceptionError,
-    ReasoningError,
-    UnreadableError,
-    judge,
-    perception_error,
-    read_answer,
-    read_caption,
-    reasoning_error,
-)
-from prism.worlds.shapes.questions import Question, ask, infer, read_question
-from prism.worlds.shapes.scenes import Bytes, Item, Scene, draw, random_scene
-from prism.worlds.shapes.teachers import TEACHERS, Carelessness, Response, respond
-
-__all__ = [
-    "SPLITS",
-    "TEACHERS",
-    "Carelessness",
-    "Item",
-    "Judgement",
-    "PerceptionError",
-    "Question",
-    "ReasoningError",
-    "Response",
-    "Sample",
-    "Scene",
-    "Sections",
-    "ShapesWorld",
-    "UnreadableError",
-    "caption_items",
-    "draw",
-    "judge",
-    "perception_error",
-    "read_answer",
-    "read_caption",
-    "read_question",
-    "reasoning_error",
-    "reasoning_steps",
-    "split_of",
-    "split_response",
-]
+from prism.worlds.shapes.questions import Question, ask, infer
+from prism.worlds.shapes.scenes import Bytes, Scene, draw, random_scene
+from prism.worlds.shapes.teachers import TEACHERS, Carelessness, TeacherResponse, respond
 
 # of each split: its share of the scenes in percent, whose responses it has, and how many samples by default
 SPLITS = {
@@ -65,7 +25,7 @@ _CHUNK = 256
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class ShapesSample:
     """A question about an image, its right answer, and a teacher's response."""
 
     id: str
@@ -76,7 +36,7 @@ class Sample:
     scene: Scene
     question: Question
     answer: str
-    response: Response
+    response: TeacherResponse
 
 
 @dataclass(frozen=True)
@@ -91,7 +51,7 @@ class ShapesWorld:
     seed: int = 0
     carelessness: Carelessness = field(default_factory=Carelessness)
 
-    def samples(self, split: str, count: int | None = None, start: int = 0) -> Iterator[Sample]:
+    def samples(self, split: str, count: int | None = None, start: int = 0) -> Iterator[ShapesSample]:
         """Yields the samples `start`, `start` + 1, ... of a split: any index exists, the same however it is reached.
 
         Args:
@@ -111,9 +71,9 @@ class ShapesWorld:
                 response = self._respond(SPLITS[split][1], split, index, scene, question)
                 name = f"{split}-{self.seed}-{index:06d}"
                 # a copy, so that one sample that is kept does not keep its chunk
-                yield Sample(name, split, index, _frozen(image), scene, question, answer, response)
+                yield ShapesSample(name, split, index, _frozen(image), scene, question, answer, response)
 
-    def respond(self, teacher: str, sample: Sample, draw: int = 0) -> Response:
+    def respond(self, teacher: str, sample: ShapesSample, draw: int = 0) -> TeacherResponse:
         """Returns a teacher's response to a sample; another number of the draw gives another phrasing, other errors."""
         return self._respond(teacher, sample.split, sample.index, sample.scene, sample.question, draw)
 
@@ -137,7 +97,7 @@ class ShapesWorld:
 
     def _respond(
         self, teacher: str, split: str, index: int, scene: Scene, question: Question, draw: int = 0
-    ) -> Response:
+    ) -> TeacherResponse:
         rng = Random(f"{self.seed}/{split}/{index}/{teacher}/{draw}")
         return respond(teacher, rng, scene, question, self.carelessness)
 

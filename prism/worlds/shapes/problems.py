@@ -1,21 +1,71 @@
-"""What the base is asked besides describing: whether a description or an answer is right. Who sees can also judge.
+"""Samples of the world as problems: to describe and answer, or to judge whether a description or an answer is right.
 
 A discriminator that is upcycled from a model which never compared a text with an image has that to learn first, and
 learns to tell styles apart instead. A part is written as the discriminator reads it, and the verdict is the next token:
 it is known where the discriminator is scored.
 """
 
+from collections.abc import Sequence
+from math import floor
 from random import Random
 
+from PIL import Image
+
+from prism.data.problem import Problem
 from prism.worlds.shapes.questions import infer
 from prism.worlds.shapes.scenes import COLOURS, GRID, KINDS, Item, pick
 from prism.worlds.shapes.teachers import TEACHERS, write, wrong_answer
-from prism.worlds.shapes.world import Sample
+from prism.worlds.shapes.world import ShapesSample, ShapesWorld
 
 VERDICTS = {True: "yes", False: "no"}
 
 
-def judged(sample: Sample) -> tuple[str, str]:
+class ShapesProblems:
+    """A split of the embedded world: problem i is the same however it is reached.
+
+    Args:
+        world: the world.
+        split: see `prism.worlds.shapes.world.SPLITS`.
+        count: how many there are.
+        judged: the share of them that ask whether a description or an answer is right.
+    """
+
+    def __init__(self, world: ShapesWorld, split: str, count: int, judged: float = 0.0) -> None:
+        self.world, self.split, self.count, self.judged = world, split, count, judged
+
+    def __len__(self) -> int:
+        return self.count
+
+    def take(self, indices: Sequence[int]) -> list[Problem]:
+        """Returns the problems at these indices."""
+        # drawn afresh: half a millisecond each, and a split held whole would take hundreds of megabytes
+        return [self._problem(next(self.world.samples(self.split, 1, start=int(index)))) for index in indices]
+
+    def _problem(self, sample: ShapesSample) -> Problem:
+        # spread evenly, whatever the share
+        judged = floor((sample.index + 1) * self.judged) > floor(sample.index * self.judged)
+        return judged_problem(sample) if judged else problem_of(sample)
+
+
+def problem_of(sample: ShapesSample) -> Problem:
+    """Returns a sample of the embedded world as a problem, with its split's teacher."""
+    return Problem(
+        name=sample.id,
+        prompt=sample.question.text,
+        images=(Image.fromarray(sample.image),),
+        answer=sample.answer,
+        teacher=sample.response.text,
+        shape=sample,
+    )
+
+
+def judged_problem(sample: ShapesSample) -> Problem:
+    """Returns the question whether a part of a response to a sample is right, and the verdict."""
+    part, verdict = judged(sample)
+    return Problem(sample.id, sample.question.text, (Image.fromarray(sample.image),), teacher=verdict, said=part)
+
+
+def judged(sample: ShapesSample) -> tuple[str, str]:
     """Returns a part of a response to a sample, in any teacher's style, and the verdict on it.
 
     The part is a caption, of which half have one item wrong or more, or the thinking with the answer, of which half end

@@ -1,4 +1,4 @@
-"""Rollouts of a step, with their texts: what alignment and RLVR begin with."""
+"""A step's rollouts with their problems and texts: alignment and RLVR begin with them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from prism.rollout.engine import Engine, Rollout
 from prism.rollout.sampling import Sampling
 
 
-class Answered(NamedTuple):
-    """Problems with the policy's responses, group by group."""
+class RolloutBatch(NamedTuple):
+    """Problems with the policy's responses, group by group. S responses."""
 
     problems: list[Problem]
     prompts: list[EncodedPrompt]
@@ -28,25 +28,25 @@ class Answered(NamedTuple):
 
     @property
     def lengths(self) -> Tensor:
-        """The tokens of each response, (S,), int64."""
+        """The number of tokens of each response, (S,), int64."""
         return torch.tensor([len(rollout.token_ids) for rollout in self.rollouts], dtype=torch.int64)
 
-    def of(self, place: int) -> list[str]:
+    def texts_of(self, problem: int) -> list[str]:
         """Returns the texts of one problem's responses."""
-        return [text for text, rollout in zip(self.texts, self.rollouts) if rollout.prompt == place]
+        return [text for text, rollout in zip(self.texts, self.rollouts) if rollout.prompt == problem]
 
 
-def answer(
+def generate(
     engine: Engine, problems: Sequence[Problem], encoder: PromptEncoder, settings: SamplingSettings, seed: int
-) -> Answered:
-    """Returns the policy's responses to some problems; the same for the same seed.
+) -> RolloutBatch:
+    """Samples the policy's responses to some problems; the same seed gives the same responses.
 
     Args:
-        engine: of the policy.
-        problems: a step's.
-        encoder: of the policy.
-        settings: how many, how long, how warm.
-        seed: of this step.
+        engine: the policy's engine.
+        problems: the problems to answer.
+        encoder: the policy's encoder.
+        settings: group size, length and temperature.
+        seed: seed of this step.
     """
     prompts = [problem.encoded(encoder) for problem in problems]
     sampling = Sampling(
@@ -58,9 +58,9 @@ def answer(
         seed=seed,
     )
     rollouts = engine.generate(prompts, sampling)
-    return Answered(list(problems), prompts, rollouts, texts_of(rollouts, encoder))
+    return RolloutBatch(list(problems), prompts, rollouts, decode(rollouts, encoder))
 
 
-def texts_of(rollouts: Sequence[Rollout], encoder: PromptEncoder) -> list[str]:
-    """Returns what responses say, without special tokens."""
+def decode(rollouts: Sequence[Rollout], encoder: PromptEncoder) -> list[str]:
+    """Returns the texts of rollouts, without special tokens."""
     return encoder.tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)

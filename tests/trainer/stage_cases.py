@@ -1,0 +1,38 @@
+"""A stand-in for a run, so that a stage takes steps on models and rollouts that a test has made."""
+
+from types import SimpleNamespace
+
+from prism.discriminator.training import StepSettings
+
+
+class FixedRun(SimpleNamespace):
+    """The parts of a run that a stage reads. Its rollouts are given; each step's metrics are kept.
+
+    Args:
+        config: the settings.
+        batch: the rollouts of every step.
+        steps: number of steps.
+        parts: models and optimisers, by the names that `prism.runtime.runtime.Runtime` gives them.
+    """
+
+    def __init__(self, config, batch, steps=1, **parts):
+        loss = {name: getattr(config.discriminator, name) for name in StepSettings.__dataclass_fields__}
+        super().__init__(
+            config=config,
+            batch=batch,
+            count=steps,
+            discriminator_loss=StepSettings(**loss),
+            metrics=[],
+            **{"reference": None, **parts},
+        )
+
+    def steps(self, stage, **options):
+        for _ in range(self.count):
+            yield SimpleNamespace(
+                seed=0,
+                problems=lambda count: self.batch.problems,
+                finish=lambda metrics, *rest: self.metrics.append(metrics),
+            )
+
+    def generate(self, problems, sampling, seed):
+        return self.batch
