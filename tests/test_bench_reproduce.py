@@ -229,17 +229,17 @@ def test_the_page_says_what_the_figures_say():
     assert made.startswith(page.BEGIN) and made.endswith(page.END)
     assert "at most half of SFT's?** Greedy: yes, on every seed (seed 0: 0.246 → 0.064, yes;" in made
     assert "**Best perception error of greedy responses**: SFT → distillation → RLVR with 0.030 ± 0.002" in made
-    assert "the lines cross at about" in made and "![the two by demonstrations]" in made
+    assert "the lines cross at about" in made and "![alignment and distillation by number" in made
     assert "| SFT → RLVR, longer | 0.100 ± 0.002 |" in made and "| 40–42 |" in made
     both = page.block([made_up(), made_up(algorithm="dapo")])
-    assert both.count("at most half of SFT's?** Greedy") == both.count("![the two by demonstrations]") == 1
+    assert both.count("at most half of SFT's?** Greedy") == both.count("![alignment and distillation by number") == 1
     assert "### RLVR by DAPO" in both and "dapo_arms.svg" in both
     worse = statements(align=(0.24, 0.8), prism=(0.2, 0.7))
-    assert "Greedy: no, on none (" in worse
+    assert "Greedy: no, on no seed (" in worse
     mixed = statements(align=(0.125, 0.8))
     assert "Greedy: on 2 of 3 seeds (" in mixed
     better = statements(**{f"align_{n}": (0.01, 0.99) for n in SIZES})
-    assert "perception error of greedy responses**: no crossing; better is at 12 alignment (−0.140" in better
+    assert "perception error of greedy responses**: no crossing; the better one is alignment at 12 (−0.140" in better
     assert "distillation (" not in better.split("Alignment against distillation, accuracy")[1].split("\n")[0]
 
 
@@ -248,7 +248,7 @@ def test_one_seed_and_an_unfinished_experiment_have_no_verdict_they_cannot_have(
     made = page.block([content])
     assert (
         "± 0" not in made
-        and "on the one seed" in made
+        and "on the only seed" in made
         and "standard errors" not in page._leader(content["arms"], ["prism", "rlvr"], "greedy", "accuracy")
     )
     part = made_up()
