@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from prism.data.schemas import PLACEHOLDER
-from prism.data.sections import Sections
 from prism.worlds.shapes.scenes import Bytes
 from prism.worlds.shapes.world import Sample
+from prism_kernels.grammar import Sections
 
 _ROW_GROUP = 256
 

@@ -11,7 +11,7 @@ from PIL import Image
 from prism.data.errors import RowError
 from prism.data.images import ImageLimits, open_image
 from prism.data.schemas import ChatSchema, Message, ProblemSchema, WarmupSchema, join_sections, validate
-from prism.data.sections import Sections, split_response
+from prism_kernels.grammar import Sections, split_response
 
 Images = tuple[Image.Image, ...]
 

@@ -7,7 +7,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from prism.data.errors import RowError, shown
-from prism.data.sections import Sections, split_response
+from prism_kernels.grammar import Sections, split_response
 
 # what the schemas write where an image goes
 PLACEHOLDER = "<image>"

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from prism.data.sections import split_response
 from prism.evaluation.drift import COUNTS, wasserstein
 from prism.report.charts import Series, column_chart, dot_chart, legend
 from prism.report.improvements import CHANNELS
 from prism.report.reading import RunRecord, mean, number, read_rows
 from prism.report.shapes_errors import World
 from prism.report.tables import figure, table
+from prism_kernels.grammar import split_response
 
 # recorded steps at either end that are put together
 _STEPS = 3

@@ -6,10 +6,10 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from prism.data.sections import TAGS
 from prism.report.reading import Row, RunRecord, number, read_rows
 from prism.report.shapes_errors import World, inline_png
 from prism.worlds.shapes.world import PerceptionError, Sample, judge
+from prism_kernels.grammar import TAGS
 
 # of a step, the problems whose responses are shown
 _PROBLEMS = 2

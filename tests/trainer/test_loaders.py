@@ -15,8 +15,8 @@ from prism.data.export import write_sft, write_warmup
 from prism.data.images import ImageLimits
 from prism.data.loader import LoadOptions, RowStream, dry_run
 from prism.data.rows import RowLimits
-from prism.data.sections import Sections, split_response
 from prism.worlds.shapes.world import ShapesWorld, judge, read_question
+from prism_kernels.grammar import Sections, split_response
 
 WORLD = ShapesWorld()
 

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism.data.sections import Sections
 from prism.models.tokenizer import train_tokenizer
 from prism.worlds.shapes.questions import ask, infer
 from prism.worlds.shapes.scenes import COLOURS, KINDS, PLACES, Item, Scene, random_scene
@@ -26,7 +25,8 @@ from prism.worlds.shapes.world import (
     reasoning_steps,
     split_response,
 )
-from prism_kernels.segments import TAGS, Reason, find_segments, token_bytes
+from prism_kernels.grammar import TAGS, Reason, Sections
+from prism_kernels.segments import find_segments, token_bytes
 
 SCENE = Scene((Item(0, "red", "circle"), Item(4, "blue", "square"), Item(8, "green", "triangle")))
 RIGHT = "- red circle northwest\n- blue square, centre\n- green triangle at southeast"

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 
-from prism.data.sections import Sections, caption_items, reasoning_steps, split_response
 from prism.worlds.shapes.counters import (
     Judgement,
     PerceptionError,
@@ -23,6 +22,7 @@ from prism.worlds.shapes.counters import (
 from prism.worlds.shapes.questions import Question, ask, infer, read_question
 from prism.worlds.shapes.scenes import Bytes, Item, Scene, draw, random_scene
 from prism.worlds.shapes.teachers import TEACHERS, Carelessness, Response, respond
+from prism_kernels.grammar import Sections, caption_items, reasoning_steps, split_response
 
 __all__ = [
     "SPLITS",
