@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 PROGRAM = """
-import math, shutil, torch, prism_kernels
+import math, shutil, torch, prism_kernels.ops
 from prism_kernels.library import native_reason
 
 assert shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("cc") is None
