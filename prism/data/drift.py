@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from prism.data.sections import Sections, caption_items, reasoning_steps, split_response
+from prism_kernels.grammar import Sections, caption_items, reasoning_steps, split_response
 
 # of each channel, the number whose distribution is compared
 COUNTS: dict[str, Callable[[Sections], int]] = {

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from prism.data.files import RowError, shown
 from prism.data.images import ImageLimits, open_image
-from prism.data.sections import Sections, split_response
+from prism_kernels.grammar import Sections, split_response
 
 # what the schemas write where an image goes
 PLACEHOLDER = "<image>"

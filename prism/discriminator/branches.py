@@ -5,22 +5,17 @@ S texts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
-
-import numpy as np
 
 from prism.config import Config
 from prism.models.prompts import PromptEncoder
 from prism_kernels import check
+from prism_kernels.grammar import TAGS, ParsedResponse, parse_response
 from prism_kernels.packing import Kind
-from prism_kernels.segments import SINGLE_BYTES, TAGS, Reason, find_segments
 
 NAME = "score_groups"
 # what a branch is scored on, in the order of a response's branches
 CHANNELS = ("perception", "reasoning")
-# white space of the grammar
-SPACE = " \t\n\r\v\f"
 
 
 @dataclass(frozen=True)
@@ -86,15 +81,14 @@ class TextBranches:
         # as the tokens will spell them, so that text and tokens have the same tags
         normalizer = self.encoder.tokenizer.backend_tokenizer.normalizer
         texts = [normalizer.normalize_str(text) for text in texts] if normalizer else texts
-        reasons = self._reasons(texts, names)
-        valid = [s for s, reason in enumerate(reasons) if reason is None]
-        # valid by the grammar: each tag is there once, and in order
-        parts = [[_between(texts[s], tag) for tag in TAGS] for s in valid]
+        # of the text, not the tokens: where a vocabulary has a token for ">B", "<answer>B" is an answer all the same
+        parsed = [parse_response(text) for text in texts]
+        branches: list[tuple[Segment, ...] | str] = list(self._reasons(texts, parsed, names))
+        valid = [s for s, reason in enumerate(branches) if not reason]
         caption, think, answer = (
-            self._ids([f"<{tag}>{part[i].strip(SPACE)}" for part in parts]) for i, tag in enumerate(TAGS)
+            self._ids([f"<{tag}>{getattr(parsed[s].sections, tag)}" for s in valid]) for tag in TAGS
         )
         (close,) = self._ids([f"</{TAGS[1]}>"])
-        branches: list[tuple[Segment, ...] | str] = [reason or "" for reason in reasons]
         for s, c, t, a in zip(valid, caption, think, answer):
             branches[s] = (
                 _segment((c, Kind.PERCEPTION), ([self.terminal], Kind.PERCEPTION)),
@@ -102,21 +96,17 @@ class TextBranches:
             )
         return branches
 
-    def _reasons(self, texts: Sequence[str], names: Sequence[str]) -> list[str | None]:
-        """Returns why each text is invalid, or None."""
-        # in bytes: where a vocabulary has a token for ">B", "<answer>B" is an answer all the same
-        spelt = [text.encode() for text in texts]
-        bounds = [0, *accumulate(map(len, spelt))]
-        found = find_segments(np.frombuffer(b"".join(spelt), dtype=np.uint8), bounds, SINGLE_BYTES)
-        reasons: list[str | None] = []
+    def _reasons(self, texts: Sequence[str], parsed: Sequence[ParsedResponse], names: Sequence[str]) -> list[str]:
+        """Returns why each text is invalid, or ""."""
+        reasons: list[str] = []
         limit = self.limits.response_tokens
-        for ids, name, reason in zip(self._ids(texts), names, found.reason.tolist()):
+        for ids, response, name in zip(self._ids(texts), parsed, names):
             if len(ids) > limit:
                 if self.limits.too_long == "raise":
                     check.fail(NAME, f"at most {limit} tokens in {name}", len(ids))
                 reasons.append(f"too long: {len(ids)} tokens, the limit is {limit}")
             else:
-                reasons.append(None if reason == Reason.VALID else Reason(reason).name.lower().replace("_", " "))
+                reasons.append("" if response.sections else response.reason.name.lower().replace("_", " "))
         return reasons
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -125,10 +115,6 @@ class TextBranches:
         # a text that spells a special token does not thereby hold one
         options = {"add_special_tokens": False, "split_special_tokens": True}
         return self.encoder.tokenizer(list(texts), **options)["input_ids"]
-
-
-def _between(text: str, tag: str) -> str:
-    return text.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
 
 
 def _segment(*parts: tuple[list[int], Kind]) -> Segment:

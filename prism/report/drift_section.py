@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 
 from prism.data.drift import COUNTS, wasserstein
-from prism.data.sections import split_response
 from prism.report.charts import Series, column_chart, dot_chart, figure, legend, table
 from prism.report.run_folder import RunProblems, RunRecord, mean, number, read_rows
 from prism.report.summary import CHANNELS
+from prism_kernels.grammar import split_response
 
 # recorded steps at either end that are put together
 _STEPS = 3

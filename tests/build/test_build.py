@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import prism_kernels
+import prism_kernels.ops
 from prism_kernels.library import native_reason
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-import prism_kernels
+import prism_kernels.ops
 from prism_kernels import linear_logprob
 from prism_kernels.backend import backend_status
 

@@ -157,9 +157,7 @@ def test_a_checkpoint_of_another_training_is_named(tmp_path):
         load(tmp_path, {"policy": training.models["policy"]}, training.training)
     with pytest.raises(CheckpointError, match="expected training none, got judge"):
         load(tmp_path, training.models, {})
-    with pytest.raises(
-        CheckpointError, match=r"expected weights that fit the model .judge.(.|\n)*size mismatch"
-    ):
+    with pytest.raises(CheckpointError, match=r"expected weights that fit the model .judge.(.|\n)*size mismatch"):
         load(tmp_path, {**training.models, "judge": nn.Linear(6, 1)}, training.training)
 
 

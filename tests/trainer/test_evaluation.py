@@ -9,7 +9,6 @@ from discriminator_cases import SIZE, TOKENIZER
 from prism.config import load_config
 from prism.data.drift import drift, wasserstein
 from prism.data.problem import Problem
-from prism.data.sections import split_response
 from prism.discriminator.branches import TextBranches, score_limits
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import score_groups
@@ -24,6 +23,7 @@ from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wro
 from prism.worlds.shapes.problems import problem_of
 from prism.worlds.shapes.teachers import TEACHERS
 from prism.worlds.shapes.world import ShapesWorld
+from prism_kernels.grammar import split_response
 
 ENCODER = PromptEncoder(TOKENIZER, tiny_image_processor(SIZE))
 PROBLEMS = [problem_of(sample) for sample in ShapesWorld().samples("validation", 24)]

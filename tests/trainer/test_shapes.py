@@ -11,13 +11,13 @@ from random import Random
 import numpy as np
 import pytest
 
-from prism.data.sections import caption_items, reasoning_steps, split_response
 from prism.models.tokenizer import train_tokenizer
 from prism.worlds.shapes.counters import judge
 from prism.worlds.shapes.questions import EQUAL, NONE, QUESTION_KINDS, Question, ask, infer
 from prism.worlds.shapes.scenes import CELL, COLOURS, GRID, KINDS, SIDE, Item, Scene, draw, random_scene
 from prism.worlds.shapes.teachers import Carelessness
 from prism.worlds.shapes.world import SPLITS, ShapesWorld, split_of
+from prism_kernels.grammar import caption_items, reasoning_steps, split_response
 
 WORLD = ShapesWorld()
 # of the first 64 samples of every split; a change of it changes everyone's data

@@ -6,9 +6,9 @@ What tells them apart looks at their content: their phrasing is the same.
 from dataclasses import replace
 from random import Random
 
-from prism.data.sections import Sections
 from prism.worlds.shapes.teachers import mistaken, write, wrong_answer
 from prism.worlds.shapes.world import ShapesSample
+from prism_kernels.grammar import Sections
 
 # the errors of perception that are probed, in turns
 CHANGES = ("colour", "kind", "dropped", "place")

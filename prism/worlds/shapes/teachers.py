@@ -7,9 +7,9 @@ it sees, an error of reasoning in the last step from there, and neither depends 
 from dataclasses import dataclass, fields
 from random import Random
 
-from prism.data.sections import Sections
 from prism.worlds.shapes.questions import EQUAL, NONE, Question, answers, compared, infer, matching, name, worths
 from prism.worlds.shapes.scenes import GRID, KINDS, MOST_ITEMS, PLACES, Item, Scene, pick
+from prism_kernels.grammar import Sections
 
 TEACHERS = ("base", "public", "curated")
 # what careless eyes take each for
