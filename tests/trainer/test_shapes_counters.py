@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism.data.sections import Sections, caption_items, reasoning_steps, split_response
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import train_tokenizer
 from prism.worlds.shapes.counters import (
     PerceptionError,
     UnreadableError,
