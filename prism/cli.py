@@ -283,8 +283,7 @@ def _encoder(config: "Config") -> "PromptEncoder | None":
     """Returns what reads prompts for the policy; None: a hub's model may not be on this machine."""
     from prism.models.building import load_encoder, tiny_size
     from prism.models.prompts import PromptEncoder
-    from prism.models.tiny import tiny_image_processor
-    from prism.models.tokenizer import train_tokenizer
+    from prism.models.tiny import tiny_image_processor, train_tokenizer
 
     if config.model.policy == "tiny":
         tokenizer = train_tokenizer(vocab_size=config.model.tiny.vocab_size)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from bench.timing import Timed, interleave
-from prism.models.prompts import EncodedPrompt, join_images
+from prism.models.packed import batch_images
+from prism.models.prompts import IMAGE_TOKEN, EncodedPrompt, join_images
 from prism.models.tiny import tiny_policy
-from prism.models.tokenizer import IMAGE_TOKEN
-from prism.models.vision import batch_images
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
 

@@ -10,8 +10,7 @@ from prism.config.sections import Data
 from prism.data.files import RowError
 from prism.data.rows import PLACEHOLDER, ChatRow, ProblemRow, WarmupRow
 from prism.models.policy import response_ids
-from prism.models.prompts import EncodedPrompt, Message, PromptEncoder, chat_messages
-from prism.models.tokenizer import IMAGE_TOKEN, VIDEO_TOKEN
+from prism.models.prompts import IMAGE_TOKEN, VIDEO_TOKEN, EncodedPrompt, Message, PromptEncoder, chat_messages
 
 if TYPE_CHECKING:
     from prism.worlds.shapes.world import ShapesSample

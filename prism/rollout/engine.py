@@ -7,17 +7,17 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prism.models.prompts import EncodedPrompt
 from prism.rollout.lean import LeanBatch, why_not_lean
 from prism.rollout.sampling import Choice, Sampling, choose, uniforms
-from prism.rollout.stock import StockBatch, rope_deltas_kept
+from prism.rollout.stock import StockBatch
 from prism_kernels import check
 
 NAME = "Engine"
@@ -114,7 +114,7 @@ class Engine:
         stop = torch.tensor(sorted(stops), device=device, dtype=torch.int64)
         banned = torch.tensor(sorted(self.banned_token_ids(stops)), device=device, dtype=torch.int64)
         rollouts: dict[int, list[Rollout]] = {}
-        with _evaluating(self.model), rope_deltas_kept(self.model):
+        with _evaluating(self.model):
             for chosen in self._batches([len(prompt.input_ids) for prompt in prompts], sampling):
                 streams = uniforms(sampling.seed, [keys[p] for p in chosen], sampling.n, sampling.max_new_tokens)
                 batch = (LeanBatch if self.path == "lean" else StockBatch)(
@@ -278,8 +278,14 @@ def _refilled(running: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Sets a model to evaluation, and back if it was in training."""
-    training = [module for module in model.modules() if module.training]
+    """Sets a model to evaluation; afterwards restores its modes and the position offsets that Qwen's models keep."""
+    training: list[nn.Module] = []
+    offsets: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        if module.training:
+            training.append(module)
+        if hasattr(module, "rope_deltas"):
+            offsets.append((module, module.rope_deltas))
     for module in training:
         module.training = False
     try:
@@ -287,3 +293,5 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        for module, offset in offsets:
+            module.rope_deltas = offset

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from prism.models.prompts import EncodedPrompt
-from prism.models.tiny import TinySize, tiny_discriminator_base, tiny_policy
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import TinySize, tiny_discriminator_base, tiny_policy, train_tokenizer
 
 TOKENIZER = train_tokenizer(vocab_size=320)
 IMAGE, START, END, STOP = TOKENIZER.convert_tokens_to_ids(

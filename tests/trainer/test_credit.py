@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prism.discriminator.score import GroupScores
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import train_tokenizer
 from prism.rollout.batch import RolloutBatch
 from prism.rollout.engine import Rollout
 from prism.stages.align import token_credit

@@ -21,7 +21,7 @@ from prism.data.loader import LoadOptions, RowStream
 from prism.discriminator.branches import ScoreLimits, TextBranches
 from prism.discriminator.score import Sample, prepare_groups, score_groups
 from prism.models.prompts import PromptEncoder
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import train_tokenizer
 from prism_kernels import group_advantage, pair_loss, policy_loss, prism_advantage
 from prism_kernels.grammar import TAGS, Reason, parse_response, split_response
 from prism_kernels.packing import Kind, plan_tokens

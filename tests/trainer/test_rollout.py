@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from prism.models.prompts import EncodedPrompt
-from prism.models.tokenizer import TEXT_TOKENS
+from prism.models.tiny import TEXT_TOKENS
 from prism.rollout.engine import Engine
 from prism.rollout.sampling import Sampling
 

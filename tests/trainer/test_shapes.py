@@ -11,7 +11,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import train_tokenizer
 from prism.worlds.shapes.counters import judge
 from prism.worlds.shapes.questions import EQUAL, NONE, QUESTION_KINDS, Question, ask, infer
 from prism.worlds.shapes.scenes import CELL, COLOURS, GRID, KINDS, SIDE, Item, Scene, draw, random_scene

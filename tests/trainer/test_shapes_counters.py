@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import train_tokenizer
 from prism.worlds.shapes.counters import (
     PerceptionError,
     UnreadableError,

@@ -9,8 +9,15 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from prism.models.prompts import PromptEncoder
-from prism.models.tiny import TinySize, save_tiny, tiny_discriminator_base, tiny_image_processor, tiny_policy
-from prism.models.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from prism.models.tiny import (
+    SPECIAL_TOKENS,
+    TinySize,
+    save_tiny,
+    tiny_discriminator_base,
+    tiny_image_processor,
+    tiny_policy,
+    train_tokenizer,
+)
 
 FRESH_PROCESS = """
 import json, sys
@@ -19,7 +26,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import train_tokenizer
 
 train_tokenizer().save_pretrained(sys.argv[1])
 for folder in sys.argv[2:]:
