@@ -1,4 +1,4 @@
-"""How far a policy has drifted from its teachers, perception and reasoning apart, on the same prompts."""
+"""How far a policy has drifted from its teachers on the same prompts, in perception and in reasoning."""
 
 import math
 from bisect import bisect_right
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from prism_kernels.grammar import Sections, caption_items, reasoning_steps, split_response
 
-# of each channel, the number whose distribution is compared
+# the number whose distribution is compared, by channel
 COUNTS: dict[str, Callable[[Sections], int]] = {
     "perception": lambda sections: caption_items(sections.caption),
     "reasoning": lambda sections: reasoning_steps(sections.think),
@@ -15,14 +15,14 @@ COUNTS: dict[str, Callable[[Sections], int]] = {
 
 
 def drift(texts: Sequence[str], teachers: Sequence[str | None]) -> dict[str, float]:
-    """Returns the share of valid responses, and how far the policy's are from the teachers' in each channel.
+    """Returns the share of valid responses, and the distance from the teachers in each channel.
 
-    The distances are Wasserstein's, of the numbers of caption items and of reasoning steps of the valid responses;
-    NaN where there is nothing to compare.
+    The distance is Wasserstein's, between the numbers of caption items (perception) and of reasoning steps (reasoning)
+    in the valid responses. It is NaN where there is nothing to compare.
 
     Args:
         texts: the policy's responses.
-        teachers: those to the same prompts, one a prompt; None where there is none.
+        teachers: the teachers' responses, one for each prompt; None for a prompt without one.
     """
     student, teacher = (
         [sections for text in part if text is not None and (sections := split_response(text)) is not None]
@@ -36,7 +36,7 @@ def drift(texts: Sequence[str], teachers: Sequence[str | None]) -> dict[str, flo
 
 
 def wasserstein(a: Sequence[float], b: Sequence[float]) -> float:
-    """Returns the distance of two empirical distributions on the line; NaN if one is empty."""
+    """Returns the Wasserstein distance of two samples of numbers; NaN if one is empty."""
     if not (a and b):
         return math.nan
     a, b = sorted(a), sorted(b)

@@ -1,4 +1,4 @@
-"""What a stage learns from: a prompt with images, an answer, a teacher's response; and how a row becomes one."""
+"""Problems, which stages learn from: a prompt with images, an answer, a teacher's response; made of rows of data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ from prism.models.prompts import IMAGE_TOKEN, VIDEO_TOKEN, EncodedPrompt, Messag
 if TYPE_CHECKING:
     from prism.worlds.shapes.world import ShapesSample
 
-# the uses of a row that need a teacher's response
+# stages that need a teacher's response
 TAUGHT = ("distill", "warmup", "align")
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One prompt; what is not known of it is None."""
+    """One prompt with all that is known of it; unknown parts are None."""
 
     name: str
     prompt: str | Sequence[Message]
@@ -29,33 +29,30 @@ class Problem:
     answer: str | None = None
     equivalent_answers: tuple[str, ...] = ()
     teacher: str | None = None
-    # a response that is compared with the teacher's; None: the policy gives one
+    # the response to compare with the teacher's; None: the policy generates one
     student: str | None = None
-    # what `encoded` gives, where it is known already
+    # the result of `encoded`, once it is known
     encoding: EncodedPrompt | None = None
-    # what the assistant has said already: the response comes behind it
+    # the beginning of the assistant's turn, which the response continues
     said: str | None = None
-    # of the embedded world, in which errors can be counted exactly
+    # the sample of the embedded world, whose errors can be counted exactly
     shape: "ShapesSample | None" = None
 
     def encoded(self, encoder: PromptEncoder) -> EncodedPrompt:
-        """Returns the prompt as the models read it."""
+        """Returns the prompt as tokens and patches."""
         if self.encoding is not None:
             return self.encoding
         prompt = encoder.encode(self.prompt, self.images, name=self.name)
         return prompt if self.said is None else encoder.behind(prompt, self.said)
 
 
-Read = tuple[Problem, Mapping[str, str]]
-
-
 def problem_reader(use: str, encoder: PromptEncoder, data: Data) -> Callable[[Any], Problem]:
-    """Returns what makes a problem of a row, or raises a `RowError`.
+    """Returns a function that makes a problem of a row, or raises `RowError`.
 
     Args:
-        use: the stage, or the split that is held out.
-        encoder: of the policy.
-        data: the longest prompt and response.
+        use: the stage, or the held-out split.
+        encoder: encodes prompts for the policy.
+        data: settings with the longest prompt and response.
     """
 
     def read(row: Any) -> Problem:
@@ -64,22 +61,26 @@ def problem_reader(use: str, encoder: PromptEncoder, data: Data) -> Callable[[An
         else:
             problem, responses = _chat(row) if isinstance(row, ChatRow) else _pair(row)
         _check_text(problem)
-        # kept, so that images are cut into patches once
-        whole = replace(problem, encoding=problem.encoded(encoder))
-        _check_length("prompt", len(whole.encoded(encoder).input_ids), data.prompt_tokens, "prompt_tokens")
+        encoding = problem.encoded(encoder)
+        _check_length("prompt", len(encoding.input_ids), data.prompt_tokens, "prompt_tokens")
         for field, ids in zip(responses, response_ids(list(responses.values()), encoder) if responses else ()):
             _check_length(field, len(ids), data.response_tokens, "response_tokens")
-        return whole
+        # with its encoding, so that images are cut into patches once
+        return replace(problem, encoding=encoding)
 
     return read
 
 
+# a problem, and by field the responses whose lengths are checked
+WithResponses = tuple[Problem, Mapping[str, str]]
+
+
 def problem_of_row(row: ProblemRow) -> Problem:
-    """Returns a row of problems as one."""
+    """Returns the problem of a row."""
     return Problem(row.id, _prompt(row.prompt), row.images, row.ground_truth, row.equivalent_answers, row.teacher)
 
 
-def _problem(row: ProblemRow, use: str) -> Read:
+def _problem(row: ProblemRow, use: str) -> WithResponses:
     if use not in TAUGHT:
         return problem_of_row(row), {}
     if row.teacher is None:
@@ -88,7 +89,7 @@ def _problem(row: ProblemRow, use: str) -> Read:
     return problem_of_row(row), {"teacher_response": row.teacher}
 
 
-def _chat(row: ChatRow) -> Read:
+def _chat(row: ChatRow) -> WithResponses:
     *context, (_, response) = row.messages
     field = f"messages.{len(context)}"
     if PLACEHOLDER in response:
@@ -96,7 +97,7 @@ def _chat(row: ChatRow) -> Read:
     return Problem(row.id, _prompt(context), row.images, teacher=response), {field: response}
 
 
-def _pair(row: WarmupRow) -> Read:
+def _pair(row: WarmupRow) -> WithResponses:
     if not row.teacher.answer:
         needed = "expected <answer>…</answer> in both responses, with which reasoning is scored in alignment too"
         raise RowError("response form", "teacher_cot", needed)
@@ -105,14 +106,14 @@ def _pair(row: WarmupRow) -> Read:
 
 
 def _prompt(turns: Sequence[tuple[str, str]]) -> str | tuple[Message, ...]:
-    """Returns a chat; a single turn of the user as its text."""
+    """Returns a chat, or only the text if the user's turn is the only one."""
     if [role for role, _ in turns] == ["user"]:
         return turns[0][1]
     return tuple({"role": role, "content": text} for role, text in turns)
 
 
 def _check_text(problem: Problem) -> None:
-    """Raises `RowError` where a text spells a token that stands for a part of an image."""
+    """Raises `RowError` if a text spells a token that stands for part of an image."""
     for message in chat_messages(problem.prompt, len(problem.images)):
         for item in message["content"]:
             for token in (IMAGE_TOKEN, VIDEO_TOKEN):

@@ -1,4 +1,8 @@
-"""Rows as the files have them and as the stages read them: validated by pydantic models, their images opened."""
+"""The three kinds of rows: their schemas as pydantic models, and the validated rows, with images, that the stages read.
+
+Of each kind there is a schema, which is what a file may say, a row, and a function that makes the row of what the file
+says.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,15 +17,16 @@ from prism.data.files import RowError, shown
 from prism.data.images import ImageLimits, open_image
 from prism_kernels.grammar import Sections, split_response
 
-# what the schemas write where an image goes
+# stands in a text where an image goes
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 Role = Literal["system", "user", "assistant"]
+Images = tuple[Image.Image, ...]
 
 
 def _flat(content: Any) -> Any:
-    """Returns a content of text and image items as one text with placeholders."""
+    """Returns a list of text and image items as one text with placeholders."""
     if not isinstance(content, list):
         return content
     return "".join(_flat_item(item) for item in content)
@@ -29,7 +34,7 @@ def _flat(content: Any) -> Any:
 
 def _flat_item(item: Any) -> str:
     if isinstance(item, Mapping):
-        # parquet gives every item every key, with None for those it has not
+        # in parquet every item has every key, some of them None
         if isinstance(item.get("text"), str) and item.get("type", "text") == "text":
             return str(item["text"])
         if item.get("type") in ("image", "image_url"):
@@ -61,13 +66,13 @@ Text = Annotated[str, BeforeValidator(_filled)]
 Answer = Annotated[str, BeforeValidator(_filled), BeforeValidator(_number_as_text)]
 
 
-class _Row(BaseModel):
-    # other columns are the user's own
+class _Schema(BaseModel):
+    # further columns are the user's business
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
-class Turn(_Row):
-    """A turn of a chat, in either spelling."""
+class Turn(_Schema):
+    """A turn of a chat, as `role` and `content` or as `from` and `value`."""
 
     role: Annotated[Role, BeforeValidator(_role)] = Field(validation_alias=AliasChoices("role", "from"))
     content: Annotated[Text, BeforeValidator(_flat)] = Field(validation_alias=AliasChoices("content", "value"))
@@ -77,8 +82,8 @@ Turns = Annotated[tuple[Turn, ...], BeforeValidator(_tuple)]
 ImageSources = Annotated[tuple[Any, ...], BeforeValidator(_tuple)]
 
 
-def _check_chat(messages: tuple[Turn, ...], last: Role) -> None:
-    roles = [message.role for message in messages]
+def _check_chat(turns: tuple[Turn, ...], last: Role) -> None:
+    roles = [turn.role for turn in turns]
     if not roles:
         raise PydanticCustomError("empty text", "expected at least one message")
     if "system" in roles[1:]:
@@ -89,18 +94,18 @@ def _check_chat(messages: tuple[Turn, ...], last: Role) -> None:
         raise PydanticCustomError("order of messages", f"expected the last message to be of {last}")
 
 
-def _check_places(messages: tuple[Turn, ...], images: int) -> None:
-    places = sum(message.content.count(PLACEHOLDER) for message in messages)
-    if places != images:
-        raise _wrong_count(places, images)
+def _check_placeholders(turns: tuple[Turn, ...], images: int) -> None:
+    placeholders = sum(turn.content.count(PLACEHOLDER) for turn in turns)
+    if placeholders != images:
+        raise _wrong_count(placeholders, images)
 
 
-def _wrong_count(places: int, images: int) -> PydanticCustomError:
-    numbers = {"places": places, "images": images}
+def _wrong_count(placeholders: int, images: int) -> PydanticCustomError:
+    numbers = {"places": placeholders, "images": images}
     return PydanticCustomError("image count", "expected an image for each of {places} places, got {images}", numbers)
 
 
-class ChatSchema(_Row):
+class ChatSchema(_Schema):
     """LLaMA-Factory's sharegpt-multimodal (`messages` or `conversations`, `images`), or a plain chat."""
 
     messages: Turns = Field(validation_alias=AliasChoices("messages", "conversations"))
@@ -118,21 +123,45 @@ class ChatSchema(_Row):
                     "unsupported field", "expected no {name}: only images are read", {"name": name}
                 )
         _check_chat(self.messages, "assistant")
-        _check_places(self.messages, len(self.images))
+        _check_placeholders(self.messages, len(self.images))
         return self
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """The messages, with the system's prompt where it is a field of its own."""
+        """The messages, led by the field `system` where it is set."""
         if not self.system or self.messages[0].role == "system":
             return self.messages
         return (Turn(role="system", content=self.system), *self.messages)
 
 
-class WarmupSchema(_Row):
-    """A question with a teacher's and a student's description and reasoning.
+@dataclass(frozen=True)
+class ChatRow:
+    """A chat that ends with the assistant's turn, which SFT imitates."""
 
-    Each text falls back to the part of `teacher_response` or `student_response` that it is, `question` to `prompt`.
+    id: str
+    # role and text, with a placeholder where an image goes
+    messages: tuple[tuple[str, str], ...]
+    images: Images
+
+
+def read_chat(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> ChatRow:
+    """Returns a row for SFT.
+
+    Args:
+        raw: the row as the file has it.
+        name: the row's id, if it has none itself.
+        root: the folder to which paths of images are relative.
+        limits: which images are accepted.
+    """
+    row = validate(ChatSchema, raw)
+    return ChatRow(_id(row.id, name), _pairs(row.turns), _open(row.images, "images", root, limits))
+
+
+class WarmupSchema(_Schema):
+    """A question with a caption and a reasoning by a teacher and by a student.
+
+    A missing caption or reasoning is taken from `teacher_response` or `student_response`, a missing `question` from
+    `prompt`.
     """
 
     id: Any = None
@@ -150,10 +179,10 @@ class WarmupSchema(_Row):
     def _whole(self) -> "WarmupSchema":
         if self.image is not None and self.images:
             raise PydanticCustomError("image count", "expected image or images, got both")
-        places, images = self.question.count(PLACEHOLDER), len(self.pictures)
-        # a question without a place has its image first
-        if places not in (0, images):
-            raise _wrong_count(places, images)
+        placeholders, images = self.question.count(PLACEHOLDER), len(self.pictures)
+        # without a placeholder, the images come before the question
+        if placeholders not in (0, images):
+            raise _wrong_count(placeholders, images)
         return self
 
     @property
@@ -162,32 +191,55 @@ class WarmupSchema(_Row):
         return self.images if self.image is None else (self.image,)
 
     def sections(self, who: Literal["teacher", "student"]) -> Sections:
-        """Returns the whole response of teacher or student; without an answer of its own, `answer` is empty."""
+        """Returns the response of the teacher or the student; `answer` is empty where it has none."""
         caption, cot = getattr(self, f"{who}_caption"), getattr(self, f"{who}_cot")
         response = getattr(self, f"{who}_response")
         if caption is not None and cot is not None:
             return join_sections(caption, cot, who)
         if response is None:
-            gone = f"{who}_caption" if caption is None else f"{who}_cot"
-            raise RowError("missing field", gone, f"expected it, or {who}_response")
+            missing = f"{who}_caption" if caption is None else f"{who}_cot"
+            raise RowError("missing field", missing, f"expected it, or {who}_response")
         whole = split_response(response)
         if whole is None:
             problem = "expected <caption>…</caption><think>…</think><answer>…</answer>"
             raise RowError("response form", f"{who}_response", f"{problem}, got {shown(response)}")
         if caption is None and cot is None:
             return whole
-        own = join_sections(caption or whole.caption, cot if cot is not None else whole.think, who)
-        return own if cot is not None else Sections(own.caption, whole.think, whole.answer)
+        joined = join_sections(caption or whole.caption, cot if cot is not None else whole.think, who)
+        return joined if cot is not None else Sections(joined.caption, whole.think, whole.answer)
+
+
+@dataclass(frozen=True)
+class WarmupRow:
+    """A question with a teacher's and a student's response; without answers in the row, both have an empty one."""
+
+    id: str
+    question: str
+    images: Images
+    teacher: Sections
+    student: Sections
+
+
+def read_warmup(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> WarmupRow:
+    """Returns a row for the discriminator's warm-up; for the arguments see `read_chat`."""
+    row = validate(WarmupSchema, raw)
+    teacher, student = row.sections("teacher"), row.sections("student")
+    if bool(teacher.answer) != bool(student.answer):
+        # the discriminator would tell them apart by the answer alone
+        unanswered = "student_cot" if teacher.answer else "teacher_cot"
+        raise RowError("response form", unanswered, "expected an answer in both responses or in neither, it has none")
+    images = _open(row.pictures, "image" if row.image is not None else "images", root, limits)
+    return WarmupRow(_id(row.id, name), row.question, images, teacher, student)
 
 
 def join_sections(caption: str, cot: str, who: str) -> Sections:
-    """Returns the sections of separate texts, which may or may not carry their tags; without an answer it is empty."""
+    """Returns the sections of a caption and a reasoning, with or without their tags; a missing answer is empty."""
     head = caption.strip()
     if not head.startswith("<caption>"):
         head = f"<caption>{head}</caption>"
     tail = cot.strip()
     if not tail.startswith("<think>"):
-        # `thinking</think><answer>…` and `thinking<answer>…` occur
+        # `thinking</think><answer>…` and `thinking<answer>…` occur in real data
         body, opened, answer = tail.partition("<answer>")
         tail = f"<think>{body.strip().removesuffix('</think>')}</think>{opened}{answer}"
     answered = "<answer>" in tail
@@ -198,8 +250,8 @@ def join_sections(caption: str, cot: str, who: str) -> Sections:
     return whole if answered else Sections(whole.caption, whole.think, "")
 
 
-class RewardModel(_Row):
-    """What a verifier needs."""
+class RewardModel(_Schema):
+    """What the verifier of answers needs."""
 
     ground_truth: Answer
     style: str = "rule"
@@ -216,8 +268,8 @@ class RewardModel(_Row):
         return value
 
 
-class ProblemSchema(_Row):
-    """A problem for alignment and RLVR, with a teacher's response where there is one."""
+class ProblemSchema(_Schema):
+    """A problem for alignment and RLVR; the teacher's response is optional."""
 
     data_source: Text
     prompt: Turns
@@ -232,56 +284,22 @@ class ProblemSchema(_Row):
     @model_validator(mode="after")
     def _whole(self) -> "ProblemSchema":
         _check_chat(self.prompt, "user")
-        _check_places(self.prompt, len(self.images))
+        _check_placeholders(self.prompt, len(self.images))
         return self
 
-
-Schema = TypeVar("Schema", bound=_Row)
-
-_CAUSES = {"missing": "missing field", "literal_error": "wrong type", "extra_forbidden": "wrong type"}
-
-
-def validate(schema: type[Schema], row: Any) -> Schema:
-    """Returns the row as its schema's model, or raises `RowError` for the first thing that is wrong."""
-    if isinstance(row, Mapping):
-        # a field that is null is one that is not there: parquet has every column in every row
-        row = {key: value for key, value in row.items() if value is not None}
-    try:
-        return schema.model_validate(row)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-    kind, problem = first["type"], first["msg"]
-    field = ".".join(map(str, first["loc"]))
-    if kind == "missing":
-        raise RowError("missing field", field, "expected this field, it is not there")
-    # our own types are causes in words, pydantic's have underscores
-    cause = kind if " " in kind else _CAUSES.get(kind, "wrong type")
-    problem = problem if problem.startswith("expected") else f"expected another type: {problem}"
-    raise RowError(cause, field, problem if not field else f"{problem}, got {shown(first['input'])}")
-
-
-Images = tuple[Image.Image, ...]
-
-
-@dataclass(frozen=True)
-class ChatRow:
-    """A chat that ends with the assistant's turn: what SFT imitates."""
-
-    id: str
-    # role and text, `<image>` where an image goes
-    messages: tuple[tuple[str, str], ...]
-    images: Images
-
-
-@dataclass(frozen=True)
-class WarmupRow:
-    """A question with a teacher's and a student's response; `answer` of both is empty where the row has none."""
-
-    id: str
-    question: str
-    images: Images
-    teacher: Sections
-    student: Sections
+    @property
+    def teacher(self) -> str | None:
+        """The teacher's whole response, made of its parts where the row gives only those; None without either."""
+        if self.teacher_response is None:
+            if not self.teacher_caption or not self.teacher_cot:
+                return None
+            joined = join_sections(self.teacher_caption, self.teacher_cot, "teacher")
+            answer = joined.answer or self.answer or self.reward_model.ground_truth
+            return Sections(joined.caption, joined.think, answer).text
+        if split_response(self.teacher_response) is None:
+            problem = "expected <caption>…</caption><think>…</think><answer>…</answer>, each once and none empty"
+            raise RowError("response form", "teacher_response", problem)
+        return self.teacher_response
 
 
 @dataclass(frozen=True)
@@ -289,37 +307,20 @@ class ProblemRow:
     """A problem for alignment and RLVR."""
 
     id: str
-    # role and text, `<image>` where an image goes
+    # role and text, with a placeholder where an image goes
     prompt: tuple[tuple[str, str], ...]
     images: Images
     data_source: str
     ground_truth: str
     equivalent_answers: tuple[str, ...]
-    # a whole response in the three-part form, where the row has one
+    # a whole response of three sections
     teacher: str | None
 
 
-def read_chat(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> ChatRow:
-    """Returns a row of SFT: sharegpt with images, or a plain chat."""
-    row = validate(ChatSchema, raw)
-    return ChatRow(_id(row.id, name), _pairs(row.turns), _open(row.images, "images", root, limits))
-
-
-def read_warmup(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> WarmupRow:
-    """Returns a row of the discriminator's warm-up."""
-    row = validate(WarmupSchema, raw)
-    teacher, student = row.sections("teacher"), row.sections("student")
-    if bool(teacher.answer) != bool(student.answer):
-        # that alone would tell them apart
-        gone = "student_cot" if teacher.answer else "teacher_cot"
-        raise RowError("response form", gone, "expected an answer in both responses or in neither, it has none")
-    images = _open(row.pictures, "image" if row.image is not None else "images", root, limits)
-    return WarmupRow(_id(row.id, name), row.question, images, teacher, student)
-
-
 def read_problem(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> ProblemRow:
-    """Returns a row of alignment and RLVR."""
+    """Returns a row for alignment and RLVR; for the arguments see `read_chat`."""
     row = validate(ProblemSchema, raw)
+    teacher = row.teacher
     extra = {key: value for key, value in (row.extra_info or {}).items() if value is not None}
     return ProblemRow(
         _id(extra.get("id", extra.get("index")), name),
@@ -328,7 +329,7 @@ def read_problem(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLim
         row.data_source,
         row.reward_model.ground_truth,
         row.reward_model.equivalent_answers,
-        _teacher(row),
+        teacher,
     )
 
 
@@ -338,28 +339,39 @@ READERS: dict[str, Callable[[Mapping[str, Any], str, Path, ImageLimits], Any]] =
     "problem": read_problem,
 }
 
+Schema = TypeVar("Schema", bound=_Schema)
 
-def _teacher(row: ProblemSchema) -> str | None:
-    """Returns the teacher's whole response, put together from its parts where it is not given."""
-    if row.teacher_response is None:
-        if not row.teacher_caption or not row.teacher_cot:
-            return None
-        both = join_sections(row.teacher_caption, row.teacher_cot, "teacher")
-        answer = both.answer or row.answer or row.reward_model.ground_truth
-        return Sections(both.caption, both.think, answer).text
-    if split_response(row.teacher_response) is None:
-        problem = "expected <caption>…</caption><think>…</think><answer>…</answer>, each once and none empty"
-        raise RowError("response form", "teacher_response", problem)
-    return row.teacher_response
+_CAUSES = {"missing": "missing field", "literal_error": "wrong type", "extra_forbidden": "wrong type"}
 
 
-def _open(sources: Iterable[Any], name: str, root: Path, limits: ImageLimits) -> Images:
-    one = name == "image"
-    return tuple(open_image(source, name if one else f"{name}.{i}", root, limits) for i, source in enumerate(sources))
+def validate(schema: type[Schema], row: Any) -> Schema:
+    """Returns the row as its schema's model, or raises `RowError` for the first defect."""
+    if isinstance(row, Mapping):
+        # a null field is a missing field: in parquet every row has every column
+        row = {key: value for key, value in row.items() if value is not None}
+    try:
+        return schema.model_validate(row)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    kind, problem = first["type"], first["msg"]
+    field = ".".join(map(str, first["loc"]))
+    if kind == "missing":
+        raise RowError("missing field", field, "expected this field, it is not there")
+    # the types of our errors are causes, in words; pydantic's have underscores
+    cause = kind if " " in kind else _CAUSES.get(kind, "wrong type")
+    problem = problem if problem.startswith("expected") else f"expected another type: {problem}"
+    raise RowError(cause, field, problem if not field else f"{problem}, got {shown(first['input'])}")
 
 
-def _pairs(messages: Iterable[Turn]) -> tuple[tuple[str, str], ...]:
-    return tuple((message.role, message.content) for message in messages)
+def _open(sources: Iterable[Any], field: str, root: Path, limits: ImageLimits) -> Images:
+    single = field == "image"
+    return tuple(
+        open_image(source, field if single else f"{field}.{i}", root, limits) for i, source in enumerate(sources)
+    )
+
+
+def _pairs(turns: Iterable[Turn]) -> tuple[tuple[str, str], ...]:
+    return tuple((turn.role, turn.content) for turn in turns)
 
 
 def _id(given: Any, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a policy does on held-out problems: accuracy, format, length, drift; in the embedded world errors, exactly."""
+"""A policy measured on held-out problems: accuracy, format, length, drift, and exact errors in the embedded world."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,31 +16,32 @@ from prism.worlds.shapes.counters import judge
 
 @dataclass(frozen=True)
 class PolicyReport:
-    """Shares over the samples. The errors are those of the embedded world, NaN elsewhere; drift needs teachers.
+    """Figures of a policy, as shares of the samples unless said otherwise.
 
-    An answer that follows from a wrong caption is an error of perception alone; a response without a valid form counts
-    as wrong in everything.
+    The errors are NaN outside the embedded world, drift is NaN without teachers. An answer that follows from a wrong
+    caption is an error of perception alone. A response without a valid form counts as wrong in everything.
     """
 
     samples: int
     accuracy: float
     format: float
+    # mean number of tokens of a response
     length: float
     perception_error: float
     reasoning_error: float
-    # Wasserstein distances to the teachers in the numbers of caption items and of reasoning steps
+    # Wasserstein distances to the teachers, in caption items and in reasoning steps
     drift_perception: float
     drift_reasoning: float
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy."""
+        """The standard error of the accuracy."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.samples)
 
     def as_json(self) -> dict[str, float]:
-        """Returns the figures that are known, with the accuracy's standard error."""
-        found = {**asdict(self), "accuracy_se": self.standard_error}
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        """Returns the finite figures, with the accuracy's standard error."""
+        figures = {**asdict(self), "accuracy_se": self.standard_error}
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def evaluate(
@@ -50,37 +51,35 @@ def evaluate(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
-    seed: int = 0,
     batch: int = 128,
 ) -> PolicyReport:
-    """Returns what one response to each problem shows.
+    """Returns the figures of a policy from one response to each problem.
 
     Args:
-        engine: of the policy.
-        problems: each with its answer; their images are in memory for a batch alone.
-        encoder: of the policy.
-        max_new_tokens: the longest response.
-        temperature: 0 is greedy.
-        seed: of the sampling.
-        batch: problems at a time.
+        engine: generates the policy's responses.
+        problems: problems with answers; the images of only one batch are in memory at a time.
+        encoder: encodes prompts for the policy.
+        max_new_tokens: length of the longest response.
+        temperature: sampling temperature; 0 is greedy.
+        batch: number of problems answered at a time.
     """
     texts: list[str] = []
-    seen: list[Problem] = []
+    answered: list[Problem] = []
     tokens = 0
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     source = iter(problems)
     while part := list(islice(source, batch)):
-        keys = range(len(seen), len(seen) + len(part))
-        seen += [replace(problem, images=(), encoding=None) for problem in part]
+        keys = range(len(answered), len(answered) + len(part))
+        answered += [replace(problem, images=(), encoding=None) for problem in part]
         rollouts = engine.generate([problem.encoded(encoder) for problem in part], sampling, keys=keys)
         texts += encoder.tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
         tokens += sum(len(r.token_ids) for r in rollouts)
     verdicts = score_batch(
-        texts, [problem.answer or "" for problem in seen], [problem.equivalent_answers for problem in seen]
+        texts, [problem.answer or "" for problem in answered], [problem.equivalent_answers for problem in answered]
     )
-    count = len(seen)
-    perception, reasoning = _errors(seen, texts)
-    drifted = drift(texts, [problem.teacher for problem in seen])
+    count = len(answered)
+    perception, reasoning = _errors(answered, texts)
+    drifted = drift(texts, [problem.teacher for problem in answered])
     return PolicyReport(
         samples=count,
         accuracy=sum(verdict.accuracy for verdict in verdicts) / count,
@@ -94,14 +93,15 @@ def evaluate(
 
 
 def _errors(problems: Sequence[Problem], texts: Sequence[str]) -> tuple[float, float]:
-    found = [
+    """Returns the shares of responses with errors of perception and of reasoning."""
+    judgements = [
         judge(text, problem.shape.scene, problem.shape.question)
         for problem, text in zip(problems, texts)
         if problem.shape is not None
     ]
-    if len(found) < len(problems):
+    if len(judgements) < len(problems):
         return math.nan, math.nan
     return (
-        sum(one.perception.wrong for one in found) / len(found),
-        sum(one.reasoning.wrong for one in found) / len(found),
+        sum(one.perception.wrong for one in judgements) / len(judgements),
+        sum(one.reasoning.wrong for one in judgements) / len(judgements),
     )

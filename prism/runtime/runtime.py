@@ -27,7 +27,7 @@ from prism.data.sources import problems_of, step_random
 from prism.discriminator.model import Discriminator
 from prism.discriminator.storage import save_discriminator
 from prism.discriminator.training import StepSettings
-from prism.evaluation.assessment import assess_discriminator, assess_policy, told
+from prism.evaluation.assessment import assess_discriminator, assess_policy, figures_line
 from prism.models.building import build_discriminator, build_policy
 from prism.models.policy import Policy
 from prism.models.tiny import save_processor
@@ -298,7 +298,7 @@ class Runtime:
                     self.discriminator, self.engine, taught, self.encoder, self.config
                 )
         self.evaluations[after] = figures
-        self.log.note(f"after {after}: {told(figures)}")
+        self.log.note(f"after {after}: {figures_line(figures)}")
 
     def _assess_policy(self, split: str, count: int | None = None) -> Metrics:
         problems = self.data.held_out(split, count)

@@ -111,7 +111,9 @@ def test_sampled_responses_are_judged_beside_the_greedy_ones():
     assert "drift_perception" in found and "drift_perception" not in found["sampled"]
     without = load_config(None, {"evaluation.sampled": False})
     assert "sampled" not in assessment.assess_policy(Written(say), PROBLEMS, ENCODER, without, "validation")
-    assert "accuracy 1.000 ± 0.000" in assessment.told(found) and "at temperature 1" in assessment.told(found)
+    assert "accuracy 1.000 ± 0.000" in assessment.figures_line(found) and "at temperature 1" in assessment.figures_line(
+        found
+    )
 
 
 @pytest.mark.parametrize("change", CHANGES)

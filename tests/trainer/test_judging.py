@@ -11,7 +11,8 @@ from prism.discriminator.branches import ScoreLimits, TextBranches
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, train_tokenizer
 from prism.worlds.shapes.counters import perception_error, reasoning_error
-from prism.worlds.shapes.problems import VERDICTS, ShapesProblems, judged, judged_problem, one_wrong
+from prism.worlds.shapes.probes import VERDICTS, judged, one_wrong
+from prism.worlds.shapes.problems import ShapesProblems, judged_problem
 from prism.worlds.shapes.world import ShapesWorld
 
 WORLD = ShapesWorld()

@@ -53,7 +53,7 @@ ROWS = [
     ("chat", chat(images=["images/thin.png"]), "image size", "images.0", "1 to 200, got (900, 4)"),
     ("chat", chat(images=["images/dot.png"]), "image size", "images.0", "at least 4 pixels, got (1, 1)"),
     ("chat", chat(images=["images/huge.png"]), "image size", "images.0", "at most 40000000 pixels"),
-    ("chat", chat(images=["https://example.invalid/a.png"]), "remote image", "images.0", "allow_remote=True"),
+    ("chat", chat(images=["https://example.invalid/a.png"]), "remote image", "images.0", "allow_remote_images = true"),
     ("chat", chat(images=["file:///etc/hostname"]), "remote image", "images.0", "got 'file:///etc/hostname'"),
     ("chat", chat(videos=["a.mp4"]), "unsupported field", "", "expected no videos"),
     ("warmup", without(warmup(), "question"), "missing field", "question", "it is not there"),

@@ -1,7 +1,7 @@
-"""The embedded world: samples of coloured shapes with questions, gold answers and teachers' responses, by seed.
+"""The embedded world: samples of coloured shapes with questions, right answers and teachers' responses, by seed.
 
-Everything follows from the world's seed, a split's name and a sample's index. Which split a scene may be in depends on
-the scene alone: no scene is in two splits, whatever the seeds.
+A sample follows from the world's seed, the split's name and its index. The split of a scene depends on the scene alone:
+no scene is in two splits, whatever the seeds.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from prism.worlds.shapes.questions import Question, ask, infer
 from prism.worlds.shapes.scenes import Bytes, Scene, draw, random_scene
 from prism.worlds.shapes.teachers import TEACHERS, Carelessness, TeacherResponse, respond
 
-# of each split: its share of the scenes in percent, whose responses it has, and how many samples by default
+# by split: its share of the scenes in percent, its teacher, and the default number of samples
 SPLITS = {
     "base": (30, "base", 131072),
     "sft": (25, "public", 8192),
@@ -31,7 +31,7 @@ class ShapesSample:
     id: str
     split: str
     index: int
-    # (96, 96, 3), not writeable
+    # [96, 96, 3], read-only
     image: Bytes
     scene: Scene
     question: Question
@@ -41,23 +41,23 @@ class ShapesSample:
 
 @dataclass(frozen=True)
 class ShapesWorld:
-    """All splits for a seed; two worlds with one seed are the same.
+    """All splits for one seed; worlds of equal seed and carelessness are equal.
 
     Args:
-        seed: of scenes, questions and texts.
-        carelessness: of the public teacher.
+        seed: seed of scenes, questions and texts.
+        carelessness: how often the public teacher errs.
     """
 
     seed: int = 0
     carelessness: Carelessness = field(default_factory=Carelessness)
 
     def samples(self, split: str, count: int | None = None, start: int = 0) -> Iterator[ShapesSample]:
-        """Yields the samples `start`, `start` + 1, ... of a split: any index exists, the same however it is reached.
+        """Yields the samples `start`, `start` + 1, ... of a split; every index exists and always gives the same sample.
 
         Args:
-            split: see SPLITS; `alignment` has the curated demonstrations.
-            count: None: the split's default, counted from 0.
-            start: the first index.
+            split: a key of SPLITS; `alignment` has the curated demonstrations.
+            count: number of samples; None for all up to the split's default.
+            start: index of the first sample.
         """
         _check(split)
         stop = SPLITS[split][2] if count is None else start + count
@@ -70,17 +70,17 @@ class ShapesWorld:
                 (answer,) = infer(question, scene.items)
                 response = self._respond(SPLITS[split][1], split, index, scene, question)
                 name = f"{split}-{self.seed}-{index:06d}"
-                # a copy, so that one sample that is kept does not keep its chunk
+                # a copy, so that a kept sample does not keep the images of its chunk alive
                 yield ShapesSample(name, split, index, _frozen(image), scene, question, answer, response)
 
     def respond(self, teacher: str, sample: ShapesSample, draw: int = 0) -> TeacherResponse:
-        """Returns a teacher's response to a sample; another number of the draw gives another phrasing, other errors."""
+        """Returns a teacher's response to a sample; each number of the draw gives another phrasing and other errors."""
         return self._respond(teacher, sample.split, sample.index, sample.scene, sample.question, draw)
 
     def texts(self, count: int) -> Iterator[str]:
-        """Yields what is said about the first samples of the base's split: questions, and all responses in three parts.
+        """Yields the questions and all teachers' tagged responses of the first samples of the base's split.
 
-        A tokenizer that learns from them knows this world's words and tags; no image is drawn.
+        A tokenizer that learns from them knows this world's words and tags. No image is drawn.
         """
         for index in range(count):
             scene, question = self._asked("base", index)
@@ -103,11 +103,11 @@ class ShapesWorld:
 
 
 def split_of(scene: Scene) -> str:
-    """Returns the one split that a scene may be in."""
-    place = scene.digest[0] * 100 // 256
+    """Returns the one split that a scene belongs to."""
+    percentile = scene.digest[0] * 100 // 256
     for split, (share, _, _) in SPLITS.items():
-        place -= share
-        if place < 0:
+        percentile -= share
+        if percentile < 0:
             return split
     raise AssertionError("the shares of the splits sum to 100")
 
@@ -118,6 +118,6 @@ def _check(split: str) -> None:
 
 
 def _frozen(image: Bytes) -> Bytes:
-    own = image.copy()
-    own.setflags(write=False)
-    return own
+    copy = image.copy()
+    copy.setflags(write=False)
+    return copy
