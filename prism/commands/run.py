@@ -3,10 +3,9 @@
 from prism.config import Config
 from prism.runtime.runtime import InterruptedRunError, Runtime
 from prism.stages.align import align
-from prism.stages.base import base
 from prism.stages.distill import distill
 from prism.stages.rlvr import rlvr
-from prism.stages.sft import sft
+from prism.stages.sft import base, sft
 from prism.stages.warmup import warmup
 
 STAGES = {"base": base, "sft": sft, "distill": distill, "warmup": warmup, "align": align, "rlvr": rlvr}

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
+from prism.config import STAGES
 from prism.config.sections import Data
 from prism.data.files import RowError
 from prism.data.rows import PLACEHOLDER, ChatRow, ProblemRow, WarmupRow
@@ -44,6 +46,11 @@ class Problem:
             return self.encoding
         prompt = encoder.encode(self.prompt, self.images, name=self.name)
         return prompt if self.said is None else encoder.behind(prompt, self.said)
+
+
+def step_random(seed: int, stage: str, step: int) -> np.random.Generator:
+    """Returns the random generator of a step. It depends on the arguments only, so a resumed run draws the same."""
+    return np.random.default_rng([seed, STAGES.index(stage), step])
 
 
 def problem_reader(use: str, encoder: PromptEncoder, data: Data) -> Callable[[Any], Problem]:

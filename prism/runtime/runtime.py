@@ -22,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 import prism_kernels
 from prism.config import Config
 from prism.config.sections import Adam, Sampling
-from prism.data.problem import Problem
-from prism.data.sources import problems_of, step_random
+from prism.data.problem import Problem, step_random
+from prism.data.sources import problems_of
 from prism.discriminator.model import Discriminator
 from prism.discriminator.storage import save_discriminator
 from prism.discriminator.training import StepSettings

@@ -1,7 +1,6 @@
 """Warm-up of the discriminator on pairs of a response and its teacher's, before it plays against the policy."""
 
-from prism.discriminator.branches import score_limits
-from prism.discriminator.score import prepare_groups, sample_of
+from prism.discriminator.score import prepare_groups, sample_of, score_limits
 from prism.discriminator.training import discriminator_step
 from prism.runtime.runtime import Runtime
 

@@ -7,12 +7,10 @@ import torch
 from discriminator_cases import TOKENIZER
 from PIL import Image
 
-from prism.discriminator.branches import ScoreLimits
 from prism.discriminator.controls import VIEWS, shortcut_controls, swap_images
-from prism.discriminator.metrics import channel_report, within_group_auc
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import GroupScores, Sample, prepare_groups, score_groups, score_prepared
-from prism.discriminator.training import StepSettings, discriminator_step
+from prism.discriminator.score import GroupScores, Sample, ScoreLimits, prepare_groups, score_groups, score_prepared
+from prism.discriminator.training import StepSettings, channel_report, discriminator_step, within_group_auc
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import TinySize, tiny_discriminator_base, tiny_image_processor
 from prism.runtime.optimiser import GuardedOptimiser

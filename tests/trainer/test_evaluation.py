@@ -7,16 +7,15 @@ import torch
 from discriminator_cases import SIZE, TOKENIZER
 
 from prism.config import load_config
-from prism.data.drift import drift, wasserstein
 from prism.data.problem import Problem
-from prism.discriminator.branches import TextBranches, score_limits
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import score_groups
+from prism.discriminator.score import TextBranches, score_groups, score_limits
 from prism.discriminator.upcycle import upcycle
 from prism.evaluation import assessment
-from prism.evaluation.accuracy import evaluate
+from prism.evaluation.assessment import evaluate
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
+from prism.rollout.batch import drift, wasserstein
 from prism.rollout.engine import Rollout
 from prism.worlds.shapes.counters import judge, read_caption
 from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion

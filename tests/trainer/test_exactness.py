@@ -19,9 +19,8 @@ from prism.config import load_config
 from prism.config.algorithms import RlvrAlgorithm
 from prism.config.sections import Memory, Optimiser
 from prism.data.problem import Problem
-from prism.discriminator.branches import ScoreLimits
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import Sample, prepare_groups
+from prism.discriminator.score import Sample, ScoreLimits, prepare_groups
 from prism.discriminator.training import StepSettings, discriminator_step
 from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder

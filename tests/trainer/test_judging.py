@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from prism.discriminator.branches import ScoreLimits, TextBranches
+from prism.discriminator.score import ScoreLimits, TextBranches
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, train_tokenizer
 from prism.worlds.shapes.counters import perception_error, reasoning_error

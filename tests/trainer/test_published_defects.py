@@ -18,8 +18,7 @@ from torch.nn.functional import logsigmoid
 from bench.end_to_end.discriminator import PackedScheme, PublishedScheme, Shape, make_group
 from prism.data.files import DataError
 from prism.data.loader import LoadOptions, RowStream
-from prism.discriminator.branches import ScoreLimits, TextBranches
-from prism.discriminator.score import Sample, prepare_groups, score_groups
+from prism.discriminator.score import Sample, ScoreLimits, TextBranches, prepare_groups, score_groups
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import train_tokenizer
 from prism_kernels import group_advantage, pair_loss, policy_loss, prism_advantage
