@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from prism.config.sections import Data
+from prism.config import DataSettings
 from prism.data.files import RowError
 from prism.data.rows import PLACEHOLDER, ChatRow, ProblemRow, WarmupRow
 from prism.models.policy import response_ids
@@ -50,7 +50,7 @@ class Problem:
 Read = tuple[Problem, Mapping[str, str]]
 
 
-def problem_reader(use: str, encoder: PromptEncoder, data: Data) -> Callable[[Any], Problem]:
+def problem_reader(use: str, encoder: PromptEncoder, data: DataSettings) -> Callable[[Any], Problem]:
     """Returns what makes a problem of a row, or raises a `RowError`.
 
     Args:

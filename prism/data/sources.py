@@ -15,7 +15,6 @@ from prism.data.loader import LoadOptions, RowStream
 from prism.data.problem import Problem, problem_reader
 from prism.models.prompts import PromptEncoder
 from prism.worlds.shapes.problems import ShapesProblems
-from prism.worlds.shapes.teachers import Carelessness
 from prism.worlds.shapes.world import ShapesWorld
 
 # which split of the embedded world a stage takes its problems from
@@ -73,8 +72,7 @@ class EmbeddedProblems:
 
     def __init__(self, config: Config) -> None:
         self.settings, self.seed = config.data.shapes, config.run.seed
-        carelessness = Carelessness(**self.settings.carelessness.model_dump())
-        self.world = ShapesWorld(self.settings.seed, carelessness)
+        self.world = ShapesWorld(self.settings.seed, self.settings.carelessness)
 
     def batches(self, stage: str, step: int, count: int, most: int = 1) -> Iterator[list[Problem]]:
         """Yields batches; a problem is in at most one where there are enough."""
@@ -112,7 +110,7 @@ class FileProblems:
     """Those of data files, in an order that follows from the seed and the stage, again and again.
 
     What a stage cannot use of its files is skipped, and named in `skipped-STAGE.jsonl` of the run's folder; or it stops
-    the run. See `prism.config.sections.Data`.
+    the run. See `prism.config.DataSettings`.
 
     Args:
         config: the settings.

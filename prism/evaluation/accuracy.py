@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
+from prism.config import Sampling
 from prism.data.drift import drift
 from prism.data.problem import Problem
 from prism.models.prompts import PromptEncoder
 from prism.rewards import score_batch
 from prism.rollout.engine import Engine
-from prism.rollout.sampling import Sampling
 from prism.worlds.shapes.counters import judge
 
 
@@ -67,12 +67,12 @@ def evaluate(
     texts: list[str] = []
     seen: list[Problem] = []
     tokens = 0
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     source = iter(problems)
     while part := list(islice(source, batch)):
         keys = range(len(seen), len(seen) + len(part))
         seen += [replace(problem, images=(), encoding=None) for problem in part]
-        rollouts = engine.generate([problem.encoded(encoder) for problem in part], sampling, keys=keys)
+        rollouts = engine.generate([problem.encoded(encoder) for problem in part], sampling, seed=seed, keys=keys)
         texts += encoder.tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
         tokens += sum(len(r.token_ids) for r in rollouts)
     verdicts = score_batch(

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from prism.config import Config
-from prism.config.sections import Sampling as SamplingSettings
+from prism.config import Config, Sampling
 from prism.data.problem import Problem
 from prism.discriminator.branches import CHANNELS, ScoreLimits, score_limits
 from prism.discriminator.controls import shortcut_controls
@@ -63,7 +62,7 @@ def assess_discriminator(
         config: the settings.
     """
     limits = _limits(config)
-    sampling = SamplingSettings(group=GROUP, prompts=len(problems), max_new_tokens=config.rollout.align.max_new_tokens)
+    sampling = Sampling(group=GROUP, max_new_tokens=config.rollout.align.max_new_tokens)
     batch = generate(engine, problems, encoder, sampling, 0)
     samples = [sample_of(problem, batch.texts_of(index)) for index, problem in enumerate(problems)]
     right: dict[str, torch.Tensor] = {}

@@ -4,10 +4,11 @@ I is the width of an expert's hidden layer, D that of the model.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
+from pydantic import model_validator
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
@@ -19,45 +20,32 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from prism.config import TinySize
+from prism.config.sections import Positive
 from prism.models.tokenizer import IMAGE_TOKEN, TERMINAL_TOKEN, VIDEO_TOKEN, train_tokenizer
-from prism_kernels import check
-
-NAME = "TinySize"
 
 
-@dataclass(frozen=True)
-class TinySize:
-    """Sizes of a tiny model. The defaults suit a CPU; vLLM serves head_dim 32 and more."""
+class TinyMoeSize(TinySize):
+    """The sizes of a tiny Mixture-of-Experts.
 
-    vocab_size: int = 1024
-    hidden_size: int = 96
-    intermediate_size: int = 256
-    layers: int = 3
-    heads: int = 4
-    key_value_heads: int = 2
-    head_dim: int = 32
-    vision_hidden_size: int = 64
-    vision_layers: int = 2
-    vision_heads: int = 2
-    patch_size: int = 16
-    image_side: int = 256
-    experts: int = 4
-    experts_per_token: int = 2
-    expert_intermediate_size: int = 160
-    max_positions: int = 4096
+    Args:
+        experts: Experts of each layer.
+        experts_per_token: Experts that each token chooses.
+        expert_intermediate_size: Width of an expert.
+    """
 
-    def __post_init__(self) -> None:
-        for name in ("intermediate_size", "expert_intermediate_size"):
-            width = getattr(self, name)
-            # transformers' loader tells the layouts of expert weights by their shape alone
-            if width == self.hidden_size or 2 * width == self.hidden_size:
-                check.fail(NAME, f"{name} other than hidden_size and its half ({self.hidden_size})", width)
-        if not 1 <= self.experts_per_token <= self.experts:
-            check.fail(NAME, f"experts_per_token in [1, {self.experts}]", self.experts_per_token)
-        if self.heads % self.key_value_heads:
-            check.fail(NAME, f"heads to be a multiple of key_value_heads ({self.key_value_heads})", self.heads)
-        if self.head_dim % 16:
-            check.fail(NAME, "head_dim to be a multiple of 16, for M-RoPE's sections", self.head_dim)
+    experts: Positive = 4
+    experts_per_token: Positive = 2
+    expert_intermediate_size: Positive = 160
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> Self:
+        self.check_width("expert_intermediate_size", self.expert_intermediate_size)
+        if self.experts_per_token > self.experts:
+            raise ValueError(
+                f"experts_per_token: expected at most experts = {self.experts}, got {self.experts_per_token}"
+            )
+        return self
 
 
 def tiny_policy(
@@ -76,10 +64,10 @@ def tiny_policy(
 
 
 def tiny_discriminator_base(
-    size: TinySize | None = None, *, tokenizer: Qwen2Tokenizer | None = None, seed: int = 0
+    size: TinyMoeSize | None = None, *, tokenizer: Qwen2Tokenizer | None = None, seed: int = 0
 ) -> tuple[Qwen3VLMoeForConditionalGeneration, Qwen2Tokenizer]:
     """Returns a Qwen3-VL-MoE with its own random weights, and its tokenizer."""
-    size = size or TinySize()
+    size = size or TinyMoeSize()
     tokenizer = tokenizer or train_tokenizer(vocab_size=size.vocab_size)
     text = {
         **_text_config(size, tokenizer),

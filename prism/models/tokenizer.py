@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from prism.worlds.shapes.teachers import Carelessness
+from prism.config import Carelessness
 from prism.worlds.shapes.world import ShapesWorld
 from prism_kernels import check
 
@@ -95,7 +95,9 @@ def train_tokenizer(texts: Iterable[str] | None = None, vocab_size: int = 1024) 
 def world_texts(count: int = 500) -> Iterator[str]:
     """Yields texts of the embedded world, and the names of a chat's roles."""
     # not the defaults, which may change: the shipped base knows the tokens that these texts give
-    rates = Carelessness(0.60, 0.60, 0.01, 0.02, 0.01, reasoning=0.20, careful_style=0.50)
+    rates = Carelessness(
+        colour=0.60, dropped=0.60, invented=0.01, kind=0.02, place=0.01, reasoning=0.20, careful_style=0.50
+    )
     for text in ShapesWorld(carelessness=rates).texts(count):
         yield text
         yield "user\n"

@@ -6,11 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prism.config.sections import Sampling as SamplingSettings
+from prism.config import Sampling
 from prism.data.problem import Problem
 from prism.models.prompts import EncodedPrompt, PromptEncoder
 from prism.rollout.engine import Engine, Rollout
-from prism.rollout.sampling import Sampling
 
 
 class RolloutBatch(NamedTuple):
@@ -37,7 +36,7 @@ class RolloutBatch(NamedTuple):
 
 
 def generate(
-    engine: Engine, problems: Sequence[Problem], encoder: PromptEncoder, settings: SamplingSettings, seed: int
+    engine: Engine, problems: Sequence[Problem], encoder: PromptEncoder, sampling: Sampling, seed: int
 ) -> RolloutBatch:
     """Samples the policy's responses to some problems; the same seed gives the same responses.
 
@@ -45,19 +44,11 @@ def generate(
         engine: the policy's engine.
         problems: the problems to answer.
         encoder: the policy's encoder.
-        settings: group size, length and temperature.
+        sampling: group size, length and temperature.
         seed: seed of this step.
     """
     prompts = [problem.encoded(encoder) for problem in problems]
-    sampling = Sampling(
-        n=settings.group,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        seed=seed,
-    )
-    rollouts = engine.generate(prompts, sampling)
+    rollouts = engine.generate(prompts, sampling, seed=seed)
     return RolloutBatch(list(problems), prompts, rollouts, decode(rollouts, encoder))
 
 

@@ -4,9 +4,10 @@ A response describes the items that its teacher sees, reasons from those, and an
 it sees, an error of reasoning in the last step from there, and neither depends on the other.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from random import Random
 
+from prism.config import Carelessness
 from prism.data.sections import Sections
 from prism.worlds.shapes.questions import EQUAL, NONE, Question, answers, compared, infer, matching, name, worths
 from prism.worlds.shapes.scenes import GRID, KINDS, MOST_ITEMS, PLACES, Item, Scene, pick
@@ -18,41 +19,6 @@ KIND_PAIRS = (("circle", "triangle"), ("square", "diamond"))
 CONFUSED = {a: b for one, other in (*COLOUR_PAIRS, *KIND_PAIRS) for a, b in ((one, other), (other, one))}
 MISSEEN = "purple"
 REMARK = "white background"
-
-
-@dataclass(frozen=True)
-class Carelessness:
-    """How often the public teacher errs; a response has at most one error of perception.
-
-    The first two are habits: what is seen so more often than not, who learns from it sees so always. The others are
-    slips, which happen anywhere.
-
-    Args:
-        colour: of the scenes with something purple: it is called blue.
-        dropped: of the other scenes of five items, and of those whose purple was seen: the last item is left out.
-        invented: of the scenes without either: the last item is there a second time, in the next free cell.
-        kind: of the same: the first item is called by the confusable kind.
-        place: of the same: the last item is in the next free cell.
-        reasoning: of all: the last step is wrong.
-        careful_style: texts in the curated teacher's style. With none the style alone tells the two apart.
-    """
-
-    colour: float = 0.80
-    dropped: float = 0.80
-    invented: float = 0.01
-    kind: float = 0.02
-    place: float = 0.01
-    reasoning: float = 0.20
-    careful_style: float = 0.50
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            rate = getattr(self, field.name)
-            if not 0 <= rate <= 1:
-                raise ValueError(f"Carelessness: expected {field.name} in [0, 1], got {rate}")
-        slips = self.invented + self.kind + self.place
-        if slips > 1:
-            raise ValueError(f"Carelessness: expected invented, kind and place to sum to <= 1, got {slips}")
 
 
 @dataclass(frozen=True)
