@@ -20,7 +20,7 @@ from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 from bench import results
 from bench.end_to_end import turns
 from bench.end_to_end.turns import Said, Turn
-from prism.config import Config, load_config
+from prism.config import Carelessness, Config, Sampling, load_config
 from prism.data.problem import Problem
 from prism.models.policy import Policy
 from prism.models.prompts import EncodedPrompt, PromptEncoder
@@ -28,12 +28,10 @@ from prism.models.tiny import tiny_image_processor, tiny_policy
 from prism.rewards import score_batch
 from prism.rollout.batch import generate
 from prism.rollout.engine import Engine, Rollout
-from prism.rollout.sampling import Sampling
 from prism.runtime.optimiser import StageOptimiser
 from prism.stages.rlvr import reward
 from prism.stages.update import policy_update
 from prism.worlds.shapes.problems import ShapesProblems
-from prism.worlds.shapes.teachers import Carelessness
 from prism.worlds.shapes.world import ShapesWorld
 from prism_kernels import group_advantage
 
@@ -83,10 +81,8 @@ def variety(texts: Sequence[str]) -> list[float]:
 class FullLength(Engine):
     """Whose responses never stop: tokens that would end them are banned like the other special ones."""
 
-    def generate(
-        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, *, keys: Sequence[int] | None = None
-    ) -> list[Rollout]:
-        return super().generate(prompts, replace(sampling, stop_token_ids=()), keys=keys)
+    def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, **options: Any) -> list[Rollout]:
+        return super().generate(prompts, sampling, **{**options, "stop_token_ids": ()})
 
 
 def settings(shape: Shape, steps: int) -> Config:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from prism.config import STAGES
-from prism.config.sections import Data
+from prism.config import STAGES, DataSettings
 from prism.data.files import RowError
 from prism.data.rows import PLACEHOLDER, ChatRow, ProblemRow, WarmupRow
 from prism.models.policy import response_ids
@@ -53,7 +52,7 @@ def step_random(seed: int, stage: str, step: int) -> np.random.Generator:
     return np.random.default_rng([seed, STAGES.index(stage), step])
 
 
-def problem_reader(use: str, encoder: PromptEncoder, data: Data) -> Callable[[Any], Problem]:
+def problem_reader(use: str, encoder: PromptEncoder, data: DataSettings) -> Callable[[Any], Problem]:
     """Returns a function that makes a problem of a row, or raises `RowError`.
 
     Args:

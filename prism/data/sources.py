@@ -57,7 +57,7 @@ class FileProblems:
     """Problems of data files, read in an order that follows from the seed and the stage, over and over.
 
     A row that a stage cannot use is skipped and recorded in `skipped-STAGE.jsonl` of the run's folder, or stops the
-    run. See `prism.config.sections.Data`.
+    run. See `prism.config.DataSettings`.
 
     Args:
         config: the settings.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prism.config import DiscriminatorSettings
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import CHANNELS, GroupScores, PreparedGroups, score_prepared
 from prism.runtime.optimiser import GuardedOptimiser
@@ -21,30 +22,7 @@ from prism_kernels.integrations.transformers.moe_block import MoeBlock, collect_
 from prism_kernels.ops.moe_route.routing import Routing
 from prism_kernels.packing import Kind
 
-NAME = "discriminator_step"
 NO_PAIR = "no valid pair"
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """What the discriminator's loss is made of.
-
-    Args:
-        aux_coef: factor of the load-balance loss, which is averaged over the layers.
-        z_coef: factor of the router's z loss, which is averaged over the layers.
-        regularisation: see `pair_loss`; it keeps raw scores bounded.
-        soft_clip: see `pair_loss`; None: no clip.
-    """
-
-    aux_coef: float = 0.01
-    z_coef: float = 0.0
-    regularisation: float = 1e-3
-    soft_clip: float | None = 10.0
-
-    def __post_init__(self) -> None:
-        for name in ("aux_coef", "z_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                check.fail(NAME, f"{name} >= 0 and finite", getattr(self, name))
 
 
 class StepResult(NamedTuple):
@@ -96,7 +74,7 @@ def discriminator_step(
     model: Discriminator,
     prepared: PreparedGroups,
     optimiser: GuardedOptimiser,
-    settings: StepSettings | None = None,
+    settings: DiscriminatorSettings | None = None,
 ) -> StepResult:
     """Runs forward and backward pack by pack and updates once; returns the scores and the measurements.
 
@@ -111,7 +89,7 @@ def discriminator_step(
         optimiser: the model's.
         settings: the loss.
     """
-    settings = settings or StepSettings()
+    settings = settings or DiscriminatorSettings()
     device = model.value_head.weight.device
     valid = prepared.pairs.to(device)
     total = int(prepared.pairs.sum())
@@ -166,7 +144,7 @@ def _saved(prepared: PreparedGroups) -> dict[str, Any]:
 
 
 def pairwise_losses(
-    scores: GroupScores, valid: Tensor, pairs: int, settings: StepSettings
+    scores: GroupScores, valid: Tensor, pairs: int, settings: DiscriminatorSettings
 ) -> tuple[Tensor, dict[str, PairMetrics]]:
     """Returns the sum of both channels' pair losses, each over `pairs`, and their metrics.
 

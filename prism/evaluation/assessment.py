@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from prism.config import Config
-from prism.config.sections import Sampling as SamplingSettings
+from prism.config import Config, Sampling
 from prism.data.problem import Problem
 from prism.discriminator.controls import shortcut_controls
 from prism.discriminator.model import Discriminator
@@ -19,7 +18,6 @@ from prism.models.prompts import PromptEncoder
 from prism.rewards import score_batch
 from prism.rollout.batch import drift, generate
 from prism.rollout.engine import Engine
-from prism.rollout.sampling import Sampling
 from prism.worlds.shapes.counters import judge
 from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
 
@@ -64,7 +62,7 @@ def assess_discriminator(
         config: the settings.
     """
     limits = _limits(config)
-    sampling = SamplingSettings(group=GROUP, prompts=len(problems), max_new_tokens=config.rollout.align.max_new_tokens)
+    sampling = Sampling(group=GROUP, max_new_tokens=config.rollout.align.max_new_tokens)
     batch = generate(engine, problems, encoder, sampling, 0)
     samples = [sample_of(problem, batch.texts_of(index)) for index, problem in enumerate(problems)]
     right: dict[str, torch.Tensor] = {}

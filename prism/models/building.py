@@ -21,14 +21,13 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-from prism.config import Config, ConfigError
-from prism.config.sections import Tiny
+from prism.config import Config, ConfigError, TinySize
 from prism.discriminator.model import Discriminator
 from prism.discriminator.storage import IMAGES_KEY, has_value_head, load_discriminator
 from prism.discriminator.upcycle import upcycle
 from prism.models.policy import CausalModel, Policy
 from prism.models.prompts import PromptEncoder
-from prism.models.tiny import TinySize, tiny_image_processor, tiny_policy
+from prism.models.tiny import tiny_image_processor, tiny_policy
 from prism_kernels import check
 
 FAMILIES = {"qwen3_vl": Qwen3VLForConditionalGeneration, "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration}
@@ -64,10 +63,10 @@ def plain_policy(config: Config) -> tuple[Qwen3VLForConditionalGeneration, Promp
     """Returns the policy before the first stage as transformers has it, not set to packs, and its encoder."""
     dtype = getattr(torch, config.model.dtype)
     if config.model.policy == "tiny":
-        size = tiny_size(config)
+        size = config.model.tiny
         model, tokenizer = tiny_policy(size, seed=config.run.seed)
         # other sizes have no base that could be shipped: they begin at random, or with the stage that pretrains
-        if config.model.tiny == Tiny() and "base" not in config.run.stages:
+        if size == TinySize() and "base" not in config.run.stages:
             load_tiny_base(model)
         encoder = PromptEncoder(tokenizer, tiny_image_processor(size))
     else:
@@ -76,12 +75,6 @@ def plain_policy(config: Config) -> tuple[Qwen3VLForConditionalGeneration, Promp
     # not the model's own `to`, whose annotation knows no device
     torch.nn.Module.to(model, device_of(config), dtype)
     return model, encoder
-
-
-def tiny_size(config: Config) -> TinySize:
-    """Returns the sizes of the tiny models."""
-    found = config.discriminator
-    return TinySize(**config.model.tiny.model_dump(), experts=found.experts, experts_per_token=found.top_k)
 
 
 def build_discriminator(config: Config, base: CausalModel) -> Discriminator:

@@ -8,10 +8,11 @@ I is the width of an expert's hidden layer, D that of the model.
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
+from pydantic import model_validator
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -24,12 +25,12 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from prism.config import Carelessness, TinySize
+from prism.config.sections import Positive
 from prism.models.prompts import IMAGE_TOKEN, VIDEO_TOKEN
-from prism.worlds.shapes.teachers import Carelessness
 from prism.worlds.shapes.world import ShapesWorld
 from prism_kernels import check
 
-NAME = "TinySize"
 # in the order of Qwen's vocabulary; those without <| are ordinary text to a decoder
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -73,39 +74,27 @@ CHAT_TEMPLATE = """\
 {%- endif -%}"""
 
 
-@dataclass(frozen=True)
-class TinySize:
-    """Sizes of a tiny model. The defaults suit a CPU; vLLM serves head_dim 32 and more."""
+class TinyMoeSize(TinySize):
+    """The sizes of a tiny Mixture-of-Experts.
 
-    vocab_size: int = 1024
-    hidden_size: int = 96
-    intermediate_size: int = 256
-    layers: int = 3
-    heads: int = 4
-    key_value_heads: int = 2
-    head_dim: int = 32
-    vision_hidden_size: int = 64
-    vision_layers: int = 2
-    vision_heads: int = 2
-    patch_size: int = 16
-    image_side: int = 256
-    experts: int = 4
-    experts_per_token: int = 2
-    expert_intermediate_size: int = 160
-    max_positions: int = 4096
+    Args:
+        experts: Experts of each layer.
+        experts_per_token: Experts that each token chooses.
+        expert_intermediate_size: Width of an expert.
+    """
 
-    def __post_init__(self) -> None:
-        for name in ("intermediate_size", "expert_intermediate_size"):
-            width = getattr(self, name)
-            # transformers' loader tells the layouts of expert weights by their shape alone
-            if width == self.hidden_size or 2 * width == self.hidden_size:
-                check.fail(NAME, f"{name} other than hidden_size and its half ({self.hidden_size})", width)
-        if not 1 <= self.experts_per_token <= self.experts:
-            check.fail(NAME, f"experts_per_token in [1, {self.experts}]", self.experts_per_token)
-        if self.heads % self.key_value_heads:
-            check.fail(NAME, f"heads to be a multiple of key_value_heads ({self.key_value_heads})", self.heads)
-        if self.head_dim % 16:
-            check.fail(NAME, "head_dim to be a multiple of 16, for M-RoPE's sections", self.head_dim)
+    experts: Positive = 4
+    experts_per_token: Positive = 2
+    expert_intermediate_size: Positive = 160
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> Self:
+        self.check_width("expert_intermediate_size", self.expert_intermediate_size)
+        if self.experts_per_token > self.experts:
+            raise ValueError(
+                f"experts_per_token: expected at most experts = {self.experts}, got {self.experts_per_token}"
+            )
+        return self
 
 
 def tiny_policy(
@@ -124,10 +113,10 @@ def tiny_policy(
 
 
 def tiny_discriminator_base(
-    size: TinySize | None = None, *, tokenizer: Qwen2Tokenizer | None = None, seed: int = 0
+    size: TinyMoeSize | None = None, *, tokenizer: Qwen2Tokenizer | None = None, seed: int = 0
 ) -> tuple[Qwen3VLMoeForConditionalGeneration, Qwen2Tokenizer]:
     """Returns a Qwen3-VL-MoE with its own random weights, and its tokenizer."""
-    size = size or TinySize()
+    size = size or TinyMoeSize()
     tokenizer = tokenizer or train_tokenizer(vocab_size=size.vocab_size)
     text = {
         **_text_config(size, tokenizer),
@@ -236,7 +225,9 @@ def train_tokenizer(texts: Iterable[str] | None = None, vocab_size: int = 1024) 
 def world_texts(count: int = 500) -> Iterator[str]:
     """Yields texts of the embedded world, and the names of a chat's roles."""
     # not the defaults, which may change: the shipped base knows the tokens that these texts give
-    rates = Carelessness(0.60, 0.60, 0.01, 0.02, 0.01, reasoning=0.20, careful_style=0.50)
+    rates = Carelessness(
+        colour=0.60, dropped=0.60, invented=0.01, kind=0.02, place=0.01, reasoning=0.20, careful_style=0.50
+    )
     for text in ShapesWorld(carelessness=rates).texts(count):
         yield text
         yield "user\n"

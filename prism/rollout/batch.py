@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prism.config.sections import Sampling as SamplingSettings
+from prism.config import Sampling
 from prism.data.problem import Problem
 from prism.models.prompts import EncodedPrompt, PromptEncoder
 from prism.rollout.engine import Engine, Rollout
-from prism.rollout.sampling import Sampling
 from prism_kernels.grammar import Sections, caption_items, reasoning_steps, split_response
 
 
@@ -58,7 +57,7 @@ def _finite(value: Any) -> Any:
 
 
 def generate(
-    engine: Engine, problems: Sequence[Problem], encoder: PromptEncoder, settings: SamplingSettings, seed: int
+    engine: Engine, problems: Sequence[Problem], encoder: PromptEncoder, sampling: Sampling, seed: int
 ) -> RolloutBatch:
     """Samples the policy's responses to some problems; the same seed gives the same responses.
 
@@ -66,19 +65,11 @@ def generate(
         engine: the policy's engine.
         problems: the problems to answer.
         encoder: the policy's encoder.
-        settings: group size, length and temperature.
+        sampling: group size, length and temperature.
         seed: seed of this step.
     """
     prompts = [problem.encoded(encoder) for problem in problems]
-    sampling = Sampling(
-        n=settings.group,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        seed=seed,
-    )
-    rollouts = engine.generate(prompts, sampling)
+    rollouts = engine.generate(prompts, sampling, seed=seed)
     return RolloutBatch(list(problems), prompts, rollouts, decode(rollouts, encoder))
 
 

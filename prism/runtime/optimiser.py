@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from prism.config.sections import Adam, Warmup
+from prism.config import Adam, WarmupAdam
 from prism_kernels import check
 
 Batch = Callable[[], Mapping[str, Any]]
@@ -85,7 +85,7 @@ def _is_wide(parameter: Tensor) -> bool:
 def parameter_groups(model: nn.Module, settings: Adam) -> list[dict[str, Any]]:
     """Returns the trained parameters; a value head with its own learning rate forms a second group."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    if not isinstance(settings, Warmup) or settings.head_rate == 1:
+    if not isinstance(settings, WarmupAdam) or settings.head_rate == 1:
         return [{"params": trained}]
     head = model.get_parameter("value_head.weight")
     rest = [p for p in trained if p is not head]

@@ -20,13 +20,11 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import prism_kernels
-from prism.config import Config
-from prism.config.sections import Adam, Sampling
+from prism.config import Adam, Config, Sampling
 from prism.data.problem import Problem, step_random
 from prism.data.sources import problems_of
 from prism.discriminator.model import Discriminator
 from prism.discriminator.storage import save_discriminator
-from prism.discriminator.training import StepSettings
 from prism.evaluation.assessment import assess_discriminator, assess_policy, figures_line
 from prism.models.building import build_discriminator, build_policy
 from prism.models.policy import Policy
@@ -129,14 +127,6 @@ class Runtime:
         if self._discriminator is None:
             raise RuntimeError("discriminator: expected warmup or align among run.stages, which alone have one")
         return self._discriminator
-
-    @property
-    def discriminator_loss(self) -> StepSettings:
-        """The settings of the discriminator's loss."""
-        d = self.config.discriminator
-        return StepSettings(
-            aux_coef=d.aux_coef, z_coef=d.z_coef, regularisation=d.regularisation, soft_clip=d.soft_clip
-        )
 
     @property
     def policy_optimiser(self) -> StageOptimiser:

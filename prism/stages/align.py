@@ -44,7 +44,7 @@ def align(rt: Runtime) -> None:
         ]
         groups = prepare_groups(samples, rt.encoder, limits, images=discriminator.images)
         results = [
-            discriminator_step(discriminator, groups, rt.discriminator_optimiser, rt.discriminator_loss)
+            discriminator_step(discriminator, groups, rt.discriminator_optimiser, config.discriminator)
             for _ in range(config.discriminator.steps)
         ]
         scores = results[0].scores

@@ -1,6 +1,6 @@
 """Fine-tuning on demonstrations, and the pretraining of the tiny policy in the same way."""
 
-from prism.config.sections import Optimiser
+from prism.config import StageAdam
 from prism.runtime.runtime import Runtime
 from prism.stages.update import imitate
 
@@ -16,7 +16,7 @@ def base(rt: Runtime) -> None:
     rt.rebuild_discriminator()
 
 
-def _fine_tune(rt: Runtime, stage: str, settings: Optimiser) -> None:
+def _fine_tune(rt: Runtime, stage: str, settings: StageAdam) -> None:
     for step in rt.steps(stage, policy=settings, show=("loss", "grad_norm")):
         problems = step.problems(settings.batch)
         step.finish(imitate(rt.policy, problems, rt.encoder, rt.policy_optimiser, rt.config.memory))

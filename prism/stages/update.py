@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prism.config.algorithms import PolicyLoss
-from prism.config.sections import Memory
+from prism.config import MemorySettings, PolicyLoss
 from prism.data.problem import Problem
 from prism.models.policy import Policy, ResponsePack, pack_responses, response_ids
 from prism.models.prompts import EncodedPrompt, PromptEncoder
@@ -26,7 +25,11 @@ Advantages = Tensor | Sequence[Tensor]
 
 
 def imitate(
-    policy: Policy, problems: Sequence[Problem], encoder: PromptEncoder, optimiser: StageOptimiser, memory: Memory
+    policy: Policy,
+    problems: Sequence[Problem],
+    encoder: PromptEncoder,
+    optimiser: StageOptimiser,
+    memory: MemorySettings,
 ) -> dict[str, float]:
     """Updates the policy once on the teachers' responses; returns metrics.
 
@@ -57,7 +60,7 @@ def policy_update(
     encoder: PromptEncoder,
     optimiser: StageOptimiser,
     loss: PolicyLoss,
-    memory: Memory,
+    memory: MemorySettings,
     *,
     temperature: float,
     longest: int,
@@ -142,7 +145,7 @@ def _loss(
     ref_logp: Tensor | None,
     options: dict[str, Any],
     temperature: float,
-    memory: Memory,
+    memory: MemorySettings,
 ) -> tuple[Tensor, PolicyMetrics, Tensor]:
     """Returns a pack's share of the loss, its metrics, and the largest error of the engine's log-probabilities."""
     part = part.to(policy.device)

@@ -24,5 +24,5 @@ def warmup(rt: Runtime) -> None:
             for problem, prompt, response in zip(problems, prompts, responses)
         ]
         groups = prepare_groups(samples, rt.encoder, limits, images=discriminator.images)
-        result = discriminator_step(discriminator, groups, rt.discriminator_optimiser, rt.discriminator_loss)
+        result = discriminator_step(discriminator, groups, rt.discriminator_optimiser, rt.config.discriminator)
         step.finish({**result.metrics(), "skipped": float(result.skipped is not None)})

@@ -2,8 +2,6 @@
 
 from types import SimpleNamespace
 
-from prism.discriminator.training import StepSettings
-
 
 class FixedRun(SimpleNamespace):
     """The parts of a run that a stage reads. Its rollouts are given; each step's metrics are kept.
@@ -16,12 +14,10 @@ class FixedRun(SimpleNamespace):
     """
 
     def __init__(self, config, batch, steps=1, **parts):
-        loss = {name: getattr(config.discriminator, name) for name in StepSettings.__dataclass_fields__}
         super().__init__(
             config=config,
             batch=batch,
             count=steps,
-            discriminator_loss=StepSettings(**loss),
             metrics=[],
             **{"reference": None, **parts},
         )

@@ -35,11 +35,11 @@ class Written:
     def __init__(self, say):
         self.say = say
 
-    def generate(self, prompts, sampling, *, keys=None):
+    def generate(self, prompts, sampling, *, seed=0, keys=None):
         found = []
         for prompt in range(len(prompts)):
             key = prompt if keys is None else keys[prompt]
-            for index in range(sampling.n):
+            for index in range(sampling.group):
                 ids = TOKENIZER(self.say(PROBLEMS[key], index, sampling.temperature))["input_ids"]
                 found.append(Rollout(prompt, index, ids, torch.zeros(len(ids)), torch.zeros(len(ids)), "stop"))
         return found

@@ -12,8 +12,7 @@ from stage_cases import FixedRun
 from test_run import settings
 
 from prism.commands.run import run_stages
-from prism.config import load_config
-from prism.config.sections import Adam
+from prism.config import Adam, Sampling, load_config
 from prism.data.problem import Problem
 from prism.discriminator.score import prepare_groups
 from prism.discriminator.training import discriminator_step
@@ -21,7 +20,6 @@ from prism.models.policy import Policy
 from prism.models.tiny import tiny_policy
 from prism.rollout.batch import RolloutBatch
 from prism.rollout.engine import Engine
-from prism.rollout.sampling import Sampling
 from prism.runtime.log import read_metrics
 from prism.runtime.optimiser import NotFiniteError, StageOptimiser
 from prism.runtime.runtime import Runtime
@@ -96,7 +94,7 @@ def game():
         Problem("b", "x", teacher=teacher),
     ]
     prompts = [problem.encoded(ENCODER) for problem in problems]
-    rollouts = Engine(model, TOKENIZER).generate(prompts, Sampling(n=3, max_new_tokens=8, seed=0))
+    rollouts = Engine(model, TOKENIZER).generate(prompts, Sampling(group=3, max_new_tokens=8))
     texts = [response(f"- item {i}", f"Step {i}.", str(i)) for i in range(len(rollouts))]
     return Policy(model), RolloutBatch(problems, prompts, rollouts, texts)
 

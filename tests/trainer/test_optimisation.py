@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from prism.config.sections import Optimiser, Warmup
+from prism.config import StageAdam, WarmupAdam
 from prism.runtime import checkpoint
 from prism.runtime.optimiser import MasterAdamW, NotFiniteError, StageOptimiser
 
 # 1e-6 of weights of about 1: bf16 numbers lie 1/128 apart there
-SETTINGS = Optimiser(lr=1e-6, steps=1000, weight_decay=0.0, clip_norm=1e9)
+SETTINGS = StageAdam(lr=1e-6, steps=1000, weight_decay=0.0, clip_norm=1e9)
 
 
 class Mixed(nn.Module):
@@ -79,7 +79,7 @@ class Headed(Mixed):
 
 
 def test_a_value_head_learns_at_a_rate_of_its_own_and_goes_on_so(tmp_path):
-    settings = Warmup(lr=1e-3, steps=40, schedule="cosine", warmup=0.1, weight_decay=0.0, head_rate=25)
+    settings = WarmupAdam(lr=1e-3, steps=40, schedule="cosine", warmup=0.1, weight_decay=0.0, head_rate=25)
 
     def begun():
         torch.manual_seed(0)
@@ -135,7 +135,7 @@ def test_a_step_of_what_has_no_gradient_changes_nothing():
 @pytest.mark.parametrize("name", ["adamw8bit", "adamw_bf16"])
 def test_torchaos_optimisers_keep_small_updates_by_chance_and_resume_to_the_bit(tmp_path, name):
     pytest.importorskip("torchao")
-    settings = Optimiser(name=name, lr=1e-4, steps=40, schedule="linear", weight_decay=0.0, clip_norm=1e9)
+    settings = StageAdam(name=name, lr=1e-4, steps=40, schedule="linear", weight_decay=0.0, clip_norm=1e9)
     with torch.compiler.set_stance("force_eager"):
         torch.manual_seed(0)
         whole = Mixed()
@@ -157,7 +157,7 @@ def test_torchaos_optimisers_keep_small_updates_by_chance_and_resume_to_the_bit(
 
 def test_the_batches_of_steps_that_are_not_taken_are_saved(tmp_path):
     model = nn.Linear(2, 1)
-    optimiser = StageOptimiser(model, Optimiser(lr=1.0, steps=20), 20, failures=tmp_path / "not_finite")
+    optimiser = StageOptimiser(model, StageAdam(lr=1.0, steps=20), 20, failures=tmp_path / "not_finite")
     for step in range(StageOptimiser.MOST_FAILED - 1):
         with optimiser.step(lambda step=step: {"x": torch.ones(1, 2), "step": step}) as update:
             update.backward(model(torch.ones(1, 2)).sum() * (torch.nan if step != 3 else 1.0))
@@ -179,7 +179,7 @@ def test_the_batches_of_steps_that_are_not_taken_are_saved(tmp_path):
 
 
 def test_the_count_in_a_row_is_a_part_of_the_state():
-    optimiser, other = (StageOptimiser(nn.Linear(2, 1), Optimiser(lr=1.0, steps=20), 20) for _ in range(2))
+    optimiser, other = (StageOptimiser(nn.Linear(2, 1), StageAdam(lr=1.0, steps=20), 20) for _ in range(2))
     for _ in range(StageOptimiser.MOST_FAILED - 1):
         fail(optimiser)
     other.load_state_dict(optimiser.state_dict())
@@ -188,7 +188,7 @@ def test_the_count_in_a_row_is_a_part_of_the_state():
 
 
 def test_a_skip_that_is_no_failure_is_not_counted():
-    optimiser = StageOptimiser(nn.Linear(2, 1), Optimiser(lr=1.0, steps=20), 20)
+    optimiser = StageOptimiser(nn.Linear(2, 1), StageAdam(lr=1.0, steps=20), 20)
     fail(optimiser)
     with optimiser.step() as update:
         update.skip("nothing to compare", failed=False)

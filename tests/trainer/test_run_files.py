@@ -12,14 +12,13 @@ from test_run import SMALL, SPENT, metrics_stage, weights
 
 from prism import cli
 from prism.commands.run import run_stages
-from prism.config import load_config
+from prism.config import TinySize, load_config
 from prism.data.files import DataError
 from prism.data.loader import dry_run
 from prism.data.problem import problem_reader
 from prism.data.sources import problems_of
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import (
-    TinySize,
     save_tiny,
     tiny_discriminator_base,
     tiny_image_processor,

@@ -6,19 +6,17 @@ import pytest
 import torch
 from discriminator_cases import SIZE, TOKENIZER
 
-from prism.config.algorithms import RlvrAlgorithm
-from prism.config.sections import Memory, Optimiser
+from prism.config import MemorySettings, RlvrAlgorithm, Sampling, StageAdam
 from prism.models.policy import Policy, pack_responses, response_ids
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
 from prism.rollout.batch import RolloutBatch
 from prism.rollout.engine import Engine
-from prism.rollout.sampling import Sampling
 from prism.runtime.optimiser import NotFiniteError, StageOptimiser
 from prism.stages.update import policy_update
 
 ENCODER = PromptEncoder(TOKENIZER, tiny_image_processor(SIZE))
-SETTINGS = Optimiser(lr=0.0, steps=4, clip_norm=1e9, weight_decay=0.0)
+SETTINGS = StageAdam(lr=0.0, steps=4, clip_norm=1e9, weight_decay=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +25,7 @@ def played():
     model, _ = tiny_policy(SIZE, tokenizer=TOKENIZER)
     policy = Policy(model)
     prompts = [ENCODER.encode(text) for text in ("how many?", "where is the red one?", "why")]
-    rollouts = Engine(model, TOKENIZER).generate(prompts, Sampling(n=4, max_new_tokens=9, seed=3))
+    rollouts = Engine(model, TOKENIZER).generate(prompts, Sampling(group=4, max_new_tokens=9), seed=3)
     advantage = torch.randn(len(rollouts), generator=torch.Generator().manual_seed(1))
     return policy, RolloutBatch([], prompts, rollouts, []), advantage
 
@@ -46,8 +44,8 @@ def test_packs_do_not_change_the_step(played, name):
     policy, batch, advantage = played
     algorithm = RlvrAlgorithm(name=name)
     longest = max(len(p.input_ids) for p in batch.prompts) + 9
-    one, wanted = update(policy, batch, advantage, Memory(pack_tokens=4096), algorithm)
-    many, got = update(policy, batch, advantage, Memory(pack_tokens=longest), algorithm)
+    one, wanted = update(policy, batch, advantage, MemorySettings(pack_tokens=4096), algorithm)
+    many, got = update(policy, batch, advantage, MemorySettings(pack_tokens=longest), algorithm)
     assert one["loss"] == pytest.approx(many["loss"], rel=1e-5, abs=1e-7)
     assert one["grad_norm"] > 0 and wanted.keys() == got.keys()
     for key in wanted:
@@ -65,8 +63,8 @@ def test_what_is_logged_of_several_optimiser_steps_is_of_all_their_tokens(played
     off[2] += 3.0
     rollouts[7] = replace(rollouts[7], model_log_probs=off)
     batch = batch._replace(rollouts=rollouts)
-    one, _ = update(policy, batch, advantage, Memory(pack_tokens=4096), algorithm)
-    parts, _ = update(policy, batch, advantage, Memory(pack_tokens=longest), algorithm, responses=4)
+    one, _ = update(policy, batch, advantage, MemorySettings(pack_tokens=4096), algorithm)
+    parts, _ = update(policy, batch, advantage, MemorySettings(pack_tokens=longest), algorithm, responses=4)
     # the learning rate is 0: all steps see the policy that sampled
     for name in ("entropy", "approx_kl", "correction_raw", "correction_used", "ess", "tokens"):
         assert parts[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
@@ -76,18 +74,18 @@ def test_what_is_logged_of_several_optimiser_steps_is_of_all_their_tokens(played
     norms = []
     for start in (0, 4, 8):
         chosen = batch._replace(rollouts=rollouts[start : start + 4])
-        one_step = update(policy, chosen, advantage[start : start + 4], Memory(pack_tokens=4096), algorithm)
+        one_step = update(policy, chosen, advantage[start : start + 4], MemorySettings(pack_tokens=4096), algorithm)
         norms.append(one_step[0]["grad_norm"])
     assert parts["grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4)
     # not a number is told, not passed over
     rollouts[7] = replace(rollouts[7], model_log_probs=off.fill_(torch.nan))
-    assert math.isnan(update(policy, batch, advantage, Memory(pack_tokens=longest), algorithm)[0]["engine_gap"])
+    assert math.isnan(update(policy, batch, advantage, MemorySettings(pack_tokens=longest), algorithm)[0]["engine_gap"])
 
 
 def test_a_step_per_token_spreads_the_same_advantages(played):
     policy, batch, advantage = played
     spread = [a.expand(len(r.token_ids)) for a, r in zip(advantage, batch.rollouts)]
-    memory, algorithm = Memory(pack_tokens=4096), RlvrAlgorithm()
+    memory, algorithm = MemorySettings(pack_tokens=4096), RlvrAlgorithm()
     (_, wanted), (_, got) = (update(policy, batch, one, memory, algorithm) for one in (advantage, spread))
     for key in wanted:
         torch.testing.assert_close(got[key], wanted[key])
@@ -96,8 +94,8 @@ def test_a_step_per_token_spreads_the_same_advantages(played):
 def test_the_step_makes_rewarded_responses_more_probable(played):
     policy, batch, advantage = played
     policy = copy.deepcopy(policy)
-    optimiser = StageOptimiser(policy, Optimiser(lr=1e-3, steps=4, weight_decay=0.0), 4)
-    memory = Memory(pack_tokens=4096)
+    optimiser = StageOptimiser(policy, StageAdam(lr=1e-3, steps=4, weight_decay=0.0), 4)
+    memory = MemorySettings(pack_tokens=4096)
 
     def gain():
         (part,) = pack_responses(
@@ -123,7 +121,7 @@ def test_the_kl_term_holds_on_to_its_reference(played):
     with torch.no_grad():
         other.model.lm_head.weight.add_(0.05 * torch.randn(other.model.lm_head.weight.shape))
     algorithm = RlvrAlgorithm(kl_coef=1.0, kl_estimator="k3")
-    memory = Memory(pack_tokens=4096)
+    memory = MemorySettings(pack_tokens=4096)
     same, _ = update(policy, batch, advantage, memory, algorithm, reference=policy)
     away, _ = update(policy, batch, advantage, memory, algorithm, reference=other)
     plain, _ = update(policy, batch, advantage, memory, RlvrAlgorithm())
@@ -152,7 +150,7 @@ def test_demonstrations_end_their_turn():
 
 def test_steps_that_are_not_finite_are_not_taken_and_end_the_run_in_the_end():
     model = torch.nn.Linear(2, 1)
-    optimiser = StageOptimiser(model, Optimiser(lr=1.0, steps=20), 20)
+    optimiser = StageOptimiser(model, StageAdam(lr=1.0, steps=20), 20)
     before = model.weight.detach().clone()
 
     def step(loss=1.0, gradient=1.0):

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from prism.config import TinySize
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import (
     SPECIAL_TOKENS,
-    TinySize,
+    TinyMoeSize,
     save_tiny,
     tiny_discriminator_base,
     tiny_image_processor,
@@ -130,12 +131,12 @@ def test_tokenizer_round_trips_any_text_and_keeps_special_tokens_whole(tmp_path)
 
 
 def test_tiny_size_refuses_shapes_that_loaders_confuse():
-    with pytest.raises(ValueError, match=r"TinySize: expected expert_intermediate_size other than hidden_size"):
-        TinySize(expert_intermediate_size=96)
-    with pytest.raises(ValueError, match=r"intermediate_size other than .*half \(96\), got 48"):
+    with pytest.raises(ValueError, match=r"expert_intermediate_size: expected other than hidden_size"):
+        TinyMoeSize(expert_intermediate_size=96)
+    with pytest.raises(ValueError, match=r" intermediate_size: expected other than .* = 96 and its half, got 48"):
         TinySize(intermediate_size=48)
-    with pytest.raises(ValueError, match=r"experts_per_token in \[1, 4\], got 5"):
-        TinySize(experts_per_token=5)
+    with pytest.raises(ValueError, match=r"experts_per_token: expected at most experts = 4, got 5"):
+        TinyMoeSize(experts_per_token=5)
     with pytest.raises(ValueError, match=r"vocab_size >= 272"):
         train_tokenizer(vocab_size=200)
 

@@ -9,7 +9,6 @@ from PIL import Image
 from prism.config import Config
 from prism.data.problem import Problem, step_random
 from prism.worlds.shapes.probes import judged
-from prism.worlds.shapes.teachers import Carelessness
 from prism.worlds.shapes.world import ShapesSample, ShapesWorld
 
 # the split of the embedded world that each stage draws from
@@ -52,8 +51,7 @@ class EmbeddedProblems:
 
     def __init__(self, config: Config) -> None:
         self.settings, self.seed = config.data.shapes, config.run.seed
-        carelessness = Carelessness(**self.settings.carelessness.model_dump())
-        self.world = ShapesWorld(self.settings.seed, carelessness)
+        self.world = ShapesWorld(self.settings.seed, self.settings.carelessness)
 
     def batches(self, stage: str, step: int, count: int, most: int = 1) -> Iterator[list[Problem]]:
         """Yields batches of distinct problems, or with repeats if the split is smaller than all of them together."""
