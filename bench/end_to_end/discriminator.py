@@ -16,18 +16,20 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModel, Qwen3VLMoeConfig
 
+from prism.config import DiscriminatorSettings
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import PreparedGroups, ScorePack
-from prism.discriminator.training import StepSettings, discriminator_step
-from prism.models.tiny import TinySize, tiny_discriminator_base
-from prism.models.tokenizer import IMAGE_TOKEN
+from prism.discriminator.training import discriminator_step
+from prism.models.prompts import IMAGE_TOKEN
+from prism.models.tiny import TinyMoeSize, tiny_discriminator_base
+from prism.runtime.optimiser import GuardedOptimiser
 from prism_kernels.packing import Branch, Kind, PrefixGroup, pack_groups
 
 # of the published training step
 MICRO_BATCH = 4
 # the loss without what the published one lacks, so that both have the same gradient
-PLAIN_LOSS = StepSettings(aux_coef=0.0, regularisation=0.0, soft_clip=None)
-SIZE = TinySize(
+PLAIN_LOSS = DiscriminatorSettings(aux_coef=0.0, regularisation=0.0, soft_clip=None)
+SIZE = TinyMoeSize(
     hidden_size=256, intermediate_size=768, layers=4, expert_intermediate_size=512, vision_hidden_size=128, experts=4
 )
 
@@ -129,7 +131,7 @@ class Group:
         }
 
 
-def make_group(shape: Shape | None = None, size: TinySize = SIZE, seed: int = 0) -> Group:
+def make_group(shape: Shape | None = None, size: TinyMoeSize = SIZE, seed: int = 0) -> Group:
     """Returns a group of random texts and a random tiny model."""
     model, tokenizer = tiny_discriminator_base(size, seed=seed)
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -263,7 +265,7 @@ class PackedScheme:
         self.model = Discriminator(group.backbone, value_weight=group.value_weight)
         if checkpointed:
             self.model.checkpoint_layers()
-        self.optimiser = optimiser_of(list(self.model.parameters()))
+        self.optimiser = GuardedOptimiser(optimiser_of(list(self.model.parameters())))
         self.prepared = prepared_group(group)
 
     def step(self) -> StepOutput:

@@ -8,18 +8,17 @@ log-probabilities too.
 import argparse
 import json
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bench.timing import Timed, interleave
-from prism.models.prompts import EncodedPrompt, join_images
+from prism.config import Sampling
+from prism.models.packed import batch_images
+from prism.models.prompts import IMAGE_TOKEN, EncodedPrompt, join_images
 from prism.models.tiny import tiny_policy
-from prism.models.tokenizer import IMAGE_TOKEN
-from prism.models.vision import batch_images
 from prism.rollout.engine import Engine
-from prism.rollout.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,13 @@ class Duel:
         batch_images(self.model.model.visual)
         self.prompts = make_prompts(shape, self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         self.engine = Engine(self.model, self.tokenizer, path=path)
-        self.sampling = Sampling(n=shape.n, max_new_tokens=shape.new_tokens, stop_token_ids=())
+        self.sampling = Sampling(group=shape.n, max_new_tokens=shape.new_tokens)
         self.inputs = padded(self.prompts, self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), device)
 
     def ours(self, sampling: Sampling | None = None) -> list[list[int]]:
         """Returns the engine's responses."""
-        return [rollout.token_ids for rollout in self.engine.generate(self.prompts, sampling or self.sampling)]
+        found = self.engine.generate(self.prompts, sampling or self.sampling, stop_token_ids=())
+        return [rollout.token_ids for rollout in found]
 
     def stock(self, sampling: Sampling | None = None) -> list[list[int]]:
         """Returns `generate`'s responses."""
@@ -61,7 +61,7 @@ class Duel:
         tokens = self.model.generate(
             **self.inputs,
             **chance,
-            num_return_sequences=sampling.n,
+            num_return_sequences=sampling.group,
             min_new_tokens=sampling.max_new_tokens,
             max_new_tokens=sampling.max_new_tokens,
             suppress_tokens=sorted(self.engine.banned_token_ids(())),
@@ -105,7 +105,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = Shape()
     duel = Duel(shape, arguments.device, arguments.path)
-    greedy = replace(duel.sampling, n=1, temperature=0.0)
+    greedy = duel.sampling.model_copy(update={"group": 1, "temperature": 0.0})
     if duel.ours(greedy) != duel.stock(greedy):
         raise SystemExit("greedy responses differ: no speed is reported")
     calls = {f"engine, {duel.engine.path}": Timed(duel.ours), "transformers generate": Timed(duel.stock)}

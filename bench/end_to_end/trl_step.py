@@ -3,8 +3,9 @@
 `python -m bench.end_to_end.trl_step`, in the environment of TRL (`make test-peers` makes it: .venv-trl). Both sides
 begin with the same random weights of the embedded default's policy and take the same prompts and images of its world,
 step by step, with the same rewards, as their users would call them: `GRPOTrainer.train` on the model as transformers
-has it, and `answer`, `reward`, `rlvr_step`. Every completion has the full length, since neither side may sample what
-would end it. Two processes take steps in turns; two others, one after the other, tell the peak of their resident set.
+has it, and `generate`, `reward`, `policy_update`. Every completion has the full length, since neither side may sample
+what would end it. Two processes take steps in turns; two others, one after the other, tell the peak of their resident
+set.
 """
 
 import statistics
@@ -19,18 +20,20 @@ from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 from bench import results
 from bench.end_to_end import turns
 from bench.end_to_end.turns import Said, Turn
-from prism.config import Config, load_config
-from prism.data.problem import Problem, ShapesProblems
+from prism.config import Carelessness, Config, Sampling, load_config
+from prism.data.problem import Problem
 from prism.models.policy import Policy
 from prism.models.prompts import EncodedPrompt, PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
 from prism.rewards import score_batch
+from prism.rollout.batch import generate
 from prism.rollout.engine import Engine, Rollout
-from prism.rollout.sampling import Sampling
-from prism.runtime.optimiser import Stepper
-from prism.stages.rlvr import reward, rlvr_step
-from prism.stages.rollouts import answer
-from prism.worlds.shapes.world import Carelessness, ShapesWorld
+from prism.runtime.optimiser import StageOptimiser
+from prism.stages.rlvr import reward
+from prism.stages.update import policy_update
+from prism.worlds.shapes.problems import ShapesProblems
+from prism.worlds.shapes.world import ShapesWorld
+from prism_kernels import group_advantage
 
 PUBLISHED, OURS = "TRL", "ours"
 FASTER, MEMORY_LIMIT = 2.5, 1.0
@@ -78,10 +81,8 @@ def variety(texts: Sequence[str]) -> list[float]:
 class FullLength(Engine):
     """Whose responses never stop: tokens that would end them are banned like the other special ones."""
 
-    def generate(
-        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, *, keys: Sequence[int] | None = None
-    ) -> list[Rollout]:
-        return super().generate(prompts, replace(sampling, stop_token_ids=()), keys=keys)
+    def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, **options: Any) -> list[Rollout]:
+        return super().generate(prompts, sampling, **{**options, "stop_token_ids": ()})
 
 
 def settings(shape: Shape, steps: int) -> Config:
@@ -99,24 +100,35 @@ def our_steps(shape: Shape, steps: int) -> Iterator[Callable[[], Said]]:
     model, tokenizer = start()
     encoder = PromptEncoder(tokenizer, tiny_image_processor())
     policy, engine = Policy(model), FullLength(model, tokenizer)
-    stepper = Stepper(policy, config.optimiser.rlvr, steps)
+    optimiser = StageOptimiser(policy, config.optimiser.rlvr, steps)
+    algorithm, sampling = config.algorithm.rlvr, config.rollout.rlvr
     data = problems(shape, steps)
     policy.train()
 
     def step(index: int) -> Said:
         own = data[index * shape.prompts : (index + 1) * shape.prompts]
-        found = answer(engine, own, encoder, config.rollout.rlvr, seed=index)
-        rewarded = reward(found, config)
-        rewarded = rewarded._replace(reward=rewarded.reward + torch.tensor(variety(found.texts)))
-        logged, _ = rlvr_step(policy, rewarded, encoder, stepper, config)
-        stepper.next_rate()
-        read = sum(len(found.prompts[rollout.prompt].input_ids) for rollout in found.rollouts)
+        batch = generate(engine, own, encoder, sampling, seed=index)
+        value = reward(batch, config).reward + torch.tensor(variety(batch.texts))
+        logged = policy_update(
+            policy,
+            batch,
+            group_advantage(value, batch.group, **algorithm.advantage_options()),
+            encoder,
+            optimiser,
+            algorithm,
+            config.memory,
+            temperature=sampling.temperature,
+            longest=sampling.max_new_tokens,
+            responses=config.optimiser.rlvr.batch,
+        )
+        optimiser.next_rate()
+        read = sum(len(batch.prompts[rollout.prompt].input_ids) for rollout in batch.rollouts)
         return {
             "loss": logged["loss"],
             "grad_norm": logged["grad_norm"],
             "entropy": logged["entropy"],
-            "shortest": float(found.lengths.min()),
-            "tokens": float(read + found.lengths.sum()),
+            "shortest": float(batch.lengths.min()),
+            "tokens": float(read + batch.lengths.sum()),
         }
 
     for index in range(steps):

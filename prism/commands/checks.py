@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from prism.config import Config, ConfigError
-from prism.data.errors import DataError
+from prism.data.files import DataError
 
 # of the embedded world, those that problems with answers can be taken from
 SPLITS = ("test", "validation", "rl", "alignment", "sft")
@@ -55,7 +55,7 @@ def evaluate(
 
 def export(run: str, to: str) -> int:
     """Writes a run's policy for others; see `prism.commands.export`."""
-    from prism.report.reading import read_run
+    from prism.report.run_folder import read_run
 
     record = read_run(run)
     if Path(to).exists():

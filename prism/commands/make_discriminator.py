@@ -11,12 +11,12 @@ from rich.table import Table
 from transformers import Qwen3VLForConditionalGeneration
 
 from prism.config import Config
-from prism.data.problem import problem_of
 from prism.discriminator.model import Discriminator
 from prism.discriminator.storage import save_discriminator
 from prism.discriminator.upcycle import UpcycleReport, measure_upcycle, upcycle
 from prism.models.building import device_of, load_dense, load_encoder, plain_policy
 from prism.models.prompts import PLACEHOLDER, Message, PromptEncoder
+from prism.worlds.shapes.problems import problem_of
 from prism.worlds.shapes.world import ShapesWorld
 
 # questions of the embedded world on whose images and answers the change is measured: one chat, so nothing is padded

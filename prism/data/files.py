@@ -1,33 +1,63 @@
-"""Rows of files one after the other, never the file at once; positions at which to go on."""
+"""Data files, read one row at a time from any position, and the errors that name a file and a row."""
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prism.data.errors import DataError, RowError
-
-# of a line; longer ones are not kept in memory
+# longer lines are skipped and never held in memory
 MAX_LINE = 64 * 2**20
+# rows of a parquet file that are decoded at once
 _BATCH = 64
+# long enough to recognise a value, short enough for a log
+_SHOWN = 60
+
+
+class DataError(ValueError):
+    """A file that cannot be used, or a file with too many unusable rows."""
+
+
+class RowError(DataError):
+    """A row that cannot be used.
+
+    Args:
+        cause: a few words, the same for every row with this defect; `dry_run` counts by them.
+        field: the path inside the row, such as `messages.1.content`; empty for the whole row.
+        problem: what was expected and what came.
+    """
+
+    def __init__(self, cause: str, field: str, problem: str):
+        super().__init__(f"{field}: {problem}" if field else problem)
+        self.cause, self.field, self.problem = cause, field, problem
+
+    def at(self, path: Path, row: int) -> str:
+        """Returns the message with the file and the row."""
+        return f"{path}, row {row}: {self}"
+
+
+def shown(value: Any) -> str:
+    """Returns a value as error messages show it, shortened."""
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 class Raw(NamedTuple):
-    """A row as the file has it."""
+    """A row as it stands in the file."""
 
-    # in the file, counted from 1
+    # counted from 1
     row: int
-    # where the row behind it begins: bytes of a JSONL file, rows of a parquet file
+    # where the next row begins: a byte of a JSONL file, a row of a parquet file
     end: int
-    # a line, a parsed row, or why there is neither
+    # a line, a parsed row, or the reason why there is neither
     content: bytes | dict[str, Any] | RowError
 
 
 def data_files(paths: Sequence[str | Path] | str | Path) -> tuple[Path, ...]:
-    """Returns the files of paths, folders replaced by the files in them that are read."""
-    given = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    """Returns the data files that the paths name; a folder stands for the data files in it."""
     files: list[Path] = []
-    for path in given:
+    for path in [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]:
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.suffix in _READERS)
             if not inside:
@@ -46,12 +76,12 @@ def data_files(paths: Sequence[str | Path] | str | Path) -> tuple[Path, ...]:
 
 
 def read_rows(path: Path, row: int = 0, offset: int = 0) -> Iterator[Raw]:
-    """Yields the rows of a file behind the first `row`, which end at `offset`."""
+    """Yields the rows of a file after the first `row` rows, which end at `offset`."""
     return _READERS[path.suffix](path, row, offset)
 
 
 def parse(content: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
-    """Returns a row as a dictionary, or raises why it is none."""
+    """Returns a row as a dictionary, or raises the reason why it is not one."""
     if isinstance(content, RowError):
         raise content
     if isinstance(content, dict):
@@ -64,7 +94,7 @@ def parse(content: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RowError("not JSON", "", f"expected a JSON object, got {type(value).__name__}")
     if b"\\ud" in content.lower():
-        # JSON can spell half a character, which no tokenizer and no file takes
+        # JSON can spell half of a surrogate pair, which no tokenizer and no file accepts
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -82,7 +112,7 @@ def _jsonl(path: Path, row: int, offset: int) -> Iterator[Raw]:
                 content = RowError("too long", "", f"expected a line of at most {MAX_LINE} bytes")
                 while not line.endswith(b"\n") and (line := file.readline(MAX_LINE)):
                     pass
-            # an empty line holds no row that could be lost
+            # an empty line is not a lost row
             if isinstance(content, RowError) or content.strip():
                 yield Raw(row, file.tell(), content)
 
@@ -107,7 +137,7 @@ def _parquet(path: Path, row: int, offset: int) -> Iterator[Raw]:
 
 
 def _groups_from(metadata: Any, offset: int) -> tuple[list[int], int]:
-    """Returns the row groups from that of a row on, and how many rows of the first come before it."""
+    """Returns the row groups from the one with row `offset` on, and how many rows of it to skip."""
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows
         if offset < rows:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from prism.report.console import summary
 from prism.report.page import page
-from prism.report.reading import RunRecord, read_run
+from prism.report.run_folder import RunRecord, read_run
+from prism.report.summary import summary
 
 NAME = "report.html"
 

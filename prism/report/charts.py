@@ -12,6 +12,7 @@ WIDTH, HEIGHT = 360, 214
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 10, 38
 # more points than this are means of neighbours: there are no more pixels
 _MOST_POINTS = 360
+MISSING = '<span class="missing">not measured</span>'
 # a logarithmic axis needs room for its ticks
 _LOG_FROM = 8
 # from this number of steps on a mean over neighbours is drawn as well
@@ -197,6 +198,19 @@ def bar(share: float) -> str:
     """Returns a share of a whole as a bar for a line of text."""
     filled = f'<rect class="fill c0" width="{100 * share:.1f}" height="10"/>'
     return f'<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{filled}</svg>'
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]], kind: str = "texts") -> str:
+    """Returns a table of `texts` or `numbers`; the cells are HTML, the first of a line is its head."""
+    head = "".join(f"<th>{one}</th>" for one in heads)
+    body = "".join(f"<tr><th>{line[0]}</th>{''.join(f'<td>{cell}</td>' for cell in line[1:])}</tr>" for line in lines)
+    return f'<div class="wide {kind}"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def figure(title: str, meaning: str, drawn: str, below: str) -> str:
+    """Returns a chart with its title and what it means."""
+    said = f"<strong>{escape(title)}</strong> <span>{escape(meaning)}</span>"
+    return f"<figure><figcaption>{said}</figcaption>{drawn}{below}</figure>"
 
 
 def told_lines(steps: int) -> str:

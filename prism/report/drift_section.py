@@ -6,12 +6,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from prism.evaluation.drift import COUNTS, wasserstein
-from prism.report.charts import Series, column_chart, dot_chart, legend
-from prism.report.improvements import CHANNELS
-from prism.report.reading import RunRecord, mean, number, read_rows
-from prism.report.shapes_errors import World
-from prism.report.tables import figure, table
+from prism.report.charts import Series, column_chart, dot_chart, figure, legend, table
+from prism.report.run_folder import RunProblems, RunRecord, mean, number, read_rows
+from prism.report.summary import CHANNELS
+from prism.rollout.batch import COUNTS, wasserstein
 from prism_kernels.grammar import split_response
 
 # recorded steps at either end that are put together
@@ -20,7 +18,7 @@ _STEPS = 3
 _MOST = 12
 
 
-def drift_section(record: RunRecord, world: World) -> str:
+def drift_section(record: RunRecord, world: RunProblems) -> str:
     """Returns the drift on held-out problems, as alignment logged it, and as the recorded responses show it."""
     rows = record.steps.get("align", [])
     if not rows:
@@ -107,7 +105,7 @@ def _mean_and_error(values: Sequence[float | None]) -> str:
     return f"{middle:.3f} ± {math.sqrt(variance / len(found)):.3f}"
 
 
-def _numbers(files: Iterable[Path], world: World) -> list[tuple[Counter[int], Counter[int]]]:
+def _numbers(files: Iterable[Path], world: RunProblems) -> list[tuple[Counter[int], Counter[int]]]:
     """Returns by channel the policy's and the teachers' numbers of items and of steps, over some recorded steps."""
     policy, teachers = [], []
     for path in files:

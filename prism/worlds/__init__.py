@@ -1,1 +1,1 @@
-"""Generated worlds, whose right answers and errors are known exactly."""
+"""Generated worlds, in which right answers and errors are known exactly."""

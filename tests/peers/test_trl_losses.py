@@ -13,8 +13,7 @@ from test_trl_patch import TOLERANCE as TRAINED
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from prism.models.tiny import tiny_image_processor, tiny_policy
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import tiny_image_processor, tiny_policy, train_tokenizer
 from prism_kernels.integrations import trl as ours
 from prism_kernels.integrations import trl_loss
 

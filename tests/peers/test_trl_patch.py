@@ -31,7 +31,8 @@ from trl import (
     SFTTrainer,
 )
 
-from prism.models.tiny import TinySize, tiny_image_processor, tiny_policy
+from prism.config import TinySize
+from prism.models.tiny import tiny_image_processor, tiny_policy
 from prism_kernels.integrations import patching
 from prism_kernels.integrations import trl as ours
 

@@ -5,8 +5,7 @@ import struct
 import zlib
 
 import numpy as np
-
-from prism.data.export import png
+from shapes_files import png
 
 RESPONSE = "<caption>\n- red circle north\n</caption>\n<think>\n1. So 1.\n</think>\n<answer>1</answer>"
 

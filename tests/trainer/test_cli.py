@@ -111,7 +111,8 @@ def test_a_dry_run_reads_the_data_and_counts_rejections(table, capsys, tmp_path)
 
 def test_a_dry_run_rejects_what_a_stage_would(table, capsys, tmp_path):
     pytest.importorskip("transformers")
-    from prism.data.export import write_problems
+    from shapes_files import write_problems
+
     from prism.worlds.shapes.world import ShapesWorld
 
     write_problems(tmp_path / "align.jsonl", ShapesWorld().samples("alignment", 3))

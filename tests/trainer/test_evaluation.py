@@ -7,20 +7,22 @@ import torch
 from discriminator_cases import SIZE, TOKENIZER
 
 from prism.config import load_config
-from prism.data.problem import Problem, problem_of
-from prism.discriminator.branches import TextBranches
+from prism.data.problem import Problem
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import score_groups
+from prism.discriminator.score import TextBranches, score_groups, score_limits
 from prism.discriminator.upcycle import upcycle
 from prism.evaluation import assessment
-from prism.evaluation.accuracy import evaluate
-from prism.evaluation.drift import drift, wasserstein
+from prism.evaluation.assessment import evaluate
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
+from prism.rollout.batch import drift, wasserstein
 from prism.rollout.engine import Rollout
-from prism.stages.align import score_limits
+from prism.worlds.shapes.counters import judge, read_caption
 from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
-from prism.worlds.shapes.world import TEACHERS, ShapesWorld, judge, read_caption, split_response
+from prism.worlds.shapes.problems import problem_of
+from prism.worlds.shapes.teachers import TEACHERS
+from prism.worlds.shapes.world import ShapesWorld
+from prism_kernels.grammar import split_response
 
 ENCODER = PromptEncoder(TOKENIZER, tiny_image_processor(SIZE))
 PROBLEMS = [problem_of(sample) for sample in ShapesWorld().samples("validation", 24)]
@@ -33,11 +35,11 @@ class Written:
     def __init__(self, say):
         self.say = say
 
-    def generate(self, prompts, sampling, *, keys=None):
+    def generate(self, prompts, sampling, *, seed=0, keys=None):
         found = []
         for prompt in range(len(prompts)):
             key = prompt if keys is None else keys[prompt]
-            for index in range(sampling.n):
+            for index in range(sampling.group):
                 ids = TOKENIZER(self.say(PROBLEMS[key], index, sampling.temperature))["input_ids"]
                 found.append(Rollout(prompt, index, ids, torch.zeros(len(ids)), torch.zeros(len(ids)), "stop"))
         return found
@@ -108,7 +110,9 @@ def test_sampled_responses_are_judged_beside_the_greedy_ones():
     assert "drift_perception" in found and "drift_perception" not in found["sampled"]
     without = load_config(None, {"evaluation.sampled": False})
     assert "sampled" not in assessment.assess_policy(Written(say), PROBLEMS, ENCODER, without, "validation")
-    assert "accuracy 1.000 ± 0.000" in assessment.told(found) and "at temperature 1" in assessment.told(found)
+    assert "accuracy 1.000 ± 0.000" in assessment.figures_line(found) and "at temperature 1" in assessment.figures_line(
+        found
+    )
 
 
 @pytest.mark.parametrize("change", CHANGES)

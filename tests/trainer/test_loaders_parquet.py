@@ -8,9 +8,9 @@ import pyarrow as arrow
 import pytest
 from loader_cases import RESPONSE, chat, picture, problem, write_images
 from pyarrow import parquet
+from shapes_files import write_problems, write_sft
 
-from prism.data.errors import DataError
-from prism.data.export import write_problems, write_sft
+from prism.data.files import DataError
 from prism.data.loader import LoadOptions, RowStream, dry_run
 from prism.worlds.shapes.world import ShapesWorld
 

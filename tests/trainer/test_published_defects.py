@@ -16,12 +16,11 @@ from score_cases import ENCODER, TERMINAL, make_model, picture, response
 from torch.nn.functional import logsigmoid
 
 from bench.end_to_end.discriminator import PackedScheme, PublishedScheme, Shape, make_group
-from prism.data.errors import DataError
+from prism.data.files import DataError
 from prism.data.loader import LoadOptions, RowStream
-from prism.discriminator.branches import ScoreLimits, TextBranches
-from prism.discriminator.score import Sample, prepare_groups, score_groups
+from prism.discriminator.score import Sample, ScoreLimits, TextBranches, prepare_groups, score_groups
 from prism.models.prompts import PromptEncoder
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import train_tokenizer
 from prism_kernels import group_advantage, pair_loss, policy_loss, prism_advantage
 from prism_kernels.grammar import TAGS, Reason, parse_response, split_response
 from prism_kernels.packing import Kind, plan_tokens

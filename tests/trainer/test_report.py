@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 import pytest
 from report_cases import STAGES, build, lines, steps_of
 
-from prism.data.errors import DataError
+from prism.data.files import DataError
 from prism.report import report, write_report
 from prism.report.charts import Axis, Series, line_chart
-from prism.report.samples import segments
+from prism.report.samples_section import segments
 from prism.worlds.shapes.world import ShapesWorld
 
 VOID = {"meta", "img", "line", "path", "rect", "circle"}

@@ -3,8 +3,7 @@ import math
 
 import pytest
 
-from prism.report.console import summary
-from prism.report.improvements import improvements
+from prism.report.summary import improvements, summary
 
 
 def evaluation(accuracy, drift=(0.5, 0.5), samples=400, **more):

@@ -7,26 +7,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism.models.tokenizer import train_tokenizer
-from prism.worlds.shapes.questions import ask, infer
-from prism.worlds.shapes.scenes import COLOURS, KINDS, PLACES, Item, Scene, random_scene
-from prism.worlds.shapes.teachers import CONFUSED
-from prism.worlds.shapes.world import (
+from prism.models.tiny import train_tokenizer
+from prism.worlds.shapes.counters import (
     PerceptionError,
-    Question,
-    ShapesWorld,
     UnreadableError,
-    caption_items,
     judge,
     perception_error,
     read_answer,
     read_caption,
     reasoning_error,
-    reasoning_steps,
-    split_response,
 )
-from prism_kernels.grammar import TAGS, Reason, Sections
-from prism_kernels.segments import find_segments, token_bytes
+from prism.worlds.shapes.questions import Question, ask, infer
+from prism.worlds.shapes.scenes import COLOURS, KINDS, PLACES, Item, Scene, random_scene
+from prism.worlds.shapes.teachers import CONFUSED
+from prism.worlds.shapes.world import ShapesWorld
+from prism_kernels.grammar import Sections, caption_items, reasoning_steps, split_response
+from prism_kernels.segments import TAGS, Reason, find_segments, token_bytes
 
 SCENE = Scene((Item(0, "red", "circle"), Item(4, "blue", "square"), Item(8, "green", "triangle")))
 RIGHT = "- red circle northwest\n- blue square, centre\n- green triangle at southeast"

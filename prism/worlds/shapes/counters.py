@@ -1,4 +1,4 @@
-"""Exact counters: what a caption says against the scene, and an answer against what the caption says.
+"""Exact counters of errors: a caption is compared with the scene (perception), an answer with the caption (reasoning).
 
 The two kinds of error are independent: a right inference from a wrong caption is an error of perception alone.
 """
@@ -13,19 +13,19 @@ from prism_kernels.grammar import split_response
 
 _BULLET = re.compile(r"^\s*(?:(?:[-*•–]|\d+[.)])\s+)?")
 _WORDS = re.compile(r"[a-z]+|[^a-z\s,.;:()]")
-# what may stand in an item besides its colour, kind and place
+# words that an item may have besides its colour, kind and place
 _FILLERS = frozenset({"a", "an", "the", "in", "at", "is", "there", "it", "of", "corner", "cell", "shape"})
 _REMARKS = frozenset({REMARK, f"{REMARK}.", "the background is white", "the background is white."})
 _NUMBER = re.compile(r"[0-9]{1,4}")
 
 
 class UnreadableError(ValueError):
-    """A caption or answer whose content cannot be read, and why."""
+    """The reason why a caption or an answer cannot be read."""
 
 
 @dataclass(frozen=True)
 class PerceptionError:
-    """How many errors of each kind a caption has; an unreadable one has none that could be counted, but is wrong."""
+    """The errors of a caption by kind. An unreadable caption counts as one error."""
 
     missing: int = 0
     invented: int = 0
@@ -36,19 +36,19 @@ class PerceptionError:
 
     @property
     def count(self) -> int:
-        """All errors together; an unreadable caption is one."""
-        told = self.missing + self.invented + self.wrong_colour + self.wrong_kind + self.wrong_place
-        return 1 if self.unreadable is not None else told
+        """The number of errors; an unreadable caption is one."""
+        total = self.missing + self.invented + self.wrong_colour + self.wrong_kind + self.wrong_place
+        return 1 if self.unreadable is not None else total
 
     @property
     def wrong(self) -> bool:
-        """True where there is any error."""
+        """Whether there is any error."""
         return self.count > 0
 
 
 @dataclass(frozen=True)
 class ReasoningError:
-    """Whether an answer does not follow from the caption; unreadable: the answer, or the caption it is held against."""
+    """Whether an answer fails to follow from the caption; `unreadable` says why the answer or caption is unreadable."""
 
     wrong: bool
     unreadable: str | None = None
@@ -56,7 +56,7 @@ class ReasoningError:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A response of the shapes world, judged; one without a valid form is unreadable in both."""
+    """The judgement of a response; one without the three sections is unreadable in perception and reasoning."""
 
     valid: bool
     correct: bool
@@ -65,10 +65,10 @@ class Judgement:
 
 
 def read_caption(caption: str) -> tuple[Item, ...]:
-    """Returns the items that a caption names, one a line, in any teacher's style.
+    """Returns the items that a caption names, one per line, in any teacher's style.
 
-    A line is a colour, a kind and a place in any order, a bullet before and a few small words between them, or the
-    remark on the background. Anything else raises `UnreadableError`: nothing is guessed.
+    A line has a colour, a kind and a place in any order, and may have a bullet and a few small words; or it is the
+    remark on the background. Any other line raises `UnreadableError`: nothing is guessed.
     """
     lines = [_BULLET.sub("", line, count=1).strip() for line in caption.lower().splitlines() if line.strip()]
     if not lines:
@@ -86,7 +86,7 @@ def _read_item(line: str) -> Item:
 
 
 def read_answer(answer: str, question: Question) -> str:
-    """Returns an answer as the questions write it, without capitals, article or full stop; else `UnreadableError`."""
+    """Returns an answer in its standard spelling: lower case, no article, no full stop; or raises `UnreadableError`."""
     text = answer.strip().lower().removesuffix(".").removeprefix("the ").removeprefix("more ").strip()
     if question.kind in ("count", "sum"):
         if not _NUMBER.fullmatch(text):
@@ -98,39 +98,39 @@ def read_answer(answer: str, question: Question) -> str:
 
 
 def perception_error(caption: str, scene: Scene) -> PerceptionError:
-    """Returns how a caption differs from the scene.
+    """Returns the differences between a caption and the scene.
 
-    Items are compared cell by cell; of those left over, a caption's and a scene's that are alike but for the cell are
-    one wrong place, the others are invented and missing.
+    Items in the same cell are compared first. Of the rest, two items of one colour and kind are one wrong place; other
+    items of the caption are invented, other items of the scene are missing.
     """
     try:
-        told = list(read_caption(caption))
+        named = list(read_caption(caption))
     except UnreadableError as why:
         return PerceptionError(unreadable=str(why))
-    left, colour, kind, place = [], 0, 0, 0
+    missing, colour, kind, place = [], 0, 0, 0
     for item in scene.items:
-        here = [other for other in told if other.cell == item.cell]
+        here = [other for other in named if other.cell == item.cell]
         if not here:
-            left.append(item)
+            missing.append(item)
             continue
-        # of two in a cell the better one is meant, the other is invented
+        # of two items in a cell the closer one is meant, the other is invented
         best = min(here, key=lambda other: (other.colour != item.colour) + (other.kind != item.kind))
-        told.remove(best)
+        named.remove(best)
         colour += best.colour != item.colour
         kind += best.kind != item.kind
-    for item in tuple(left):
-        alike = [other for other in told if (other.colour, other.kind) == (item.colour, item.kind)]
+    for item in tuple(missing):
+        alike = [other for other in named if (other.colour, other.kind) == (item.colour, item.kind)]
         if alike:
-            told.remove(alike[0])
-            left.remove(item)
+            named.remove(alike[0])
+            missing.remove(item)
             place += 1
-    return PerceptionError(len(left), len(told), colour, kind, place)
+    return PerceptionError(len(missing), len(named), colour, kind, place)
 
 
 def reasoning_error(answer: str, caption: str, question: Question) -> ReasoningError:
-    """Returns whether an answer does not follow from what the caption says, whether or not that is so in the scene.
+    """Returns whether an answer fails to follow from the caption, right or wrong as the caption may be.
 
-    Where the caption does not have what is asked about, `none` follows; where it has several, any of them does.
+    If the caption lacks the thing asked about, `none` follows; if it has several, any of them follows.
     """
     try:
         items = read_caption(caption)
@@ -141,10 +141,10 @@ def reasoning_error(answer: str, caption: str, question: Question) -> ReasoningE
 
 
 def judge(response: str, scene: Scene, question: Question) -> Judgement:
-    """Returns everything about a response: its form, whether its answer is right, and its errors of both kinds."""
+    """Returns whether a response has the three sections and the right answer, and its errors of both kinds."""
     sections = split_response(response)
     if sections is None:
-        broken = "the response has not the three sections"
+        broken = "the response does not have the three sections"
         return Judgement(False, False, PerceptionError(unreadable=broken), ReasoningError(True, broken))
     try:
         correct = read_answer(sections.answer, question) in infer(question, scene.items)

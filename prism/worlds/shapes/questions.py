@@ -1,6 +1,5 @@
-"""Questions about scenes, and what follows for them from a list of items: from a scene, or from a caption."""
+"""Questions about scenes, and the answers that follow from a list of items, be it a scene's or a caption's."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,30 +8,15 @@ from random import Random
 from prism.worlds.shapes.scenes import COLOURS, KINDS, PLACES, Item, Scene, pick
 
 QUESTION_KINDS = ("count", "colour", "position", "comparison", "sum")
-# the right answer where what is asked about is not there
+# the right answer if the thing asked about is not there
 NONE = "none"
 EQUAL = "equal"
 WORTHS = ("1", "2", "3", "4")
 
-_COLOUR, _KIND, _PLACE = "|".join(COLOURS), "|".join(KINDS), "|".join(PLACES)
-_FORMS = {
-    kind: [re.compile(form) for form in forms]
-    for kind, forms in {
-        "count": (rf"How many (?:({_COLOUR}) )?(?:({_KIND})|shape)s are there\?",),
-        "colour": (rf"What colour is the shape in the ({_PLACE})\?", rf"What colour is the ({_KIND})\?"),
-        "position": (rf"Where is the ({_COLOUR}) ({_KIND})\?",),
-        "comparison": (
-            rf"Are there more ({_KIND})s or ({_KIND})s\?",
-            rf"Are there more ({_COLOUR}) or ({_COLOUR}) shapes\?",
-        ),
-        "sum": (rf"If a ({_KIND}) is worth ([0-9]) and a ({_KIND}) ([0-9]), what is the sum\?",),
-    }.items()
-}
-
 
 @dataclass(frozen=True)
 class Question:
-    """A question and what it is about; `arguments` depend on its kind, an empty one stands for anything."""
+    """A question and its subjects; `arguments` depend on the kind, and an empty one stands for anything."""
 
     kind: str
     arguments: tuple[str, ...]
@@ -54,34 +38,24 @@ class Question:
 
 
 def name(colour: str, kind: str) -> str:
-    """Returns how items of a colour and a kind are called, either of which may be empty."""
+    """Returns the name of items of a colour and a kind; either may be empty."""
     return f"{colour} {kind or 'shape'}".strip()
 
 
-def read_question(text: str) -> Question:
-    """Returns the question that a text of this world asks."""
-    for kind, forms in _FORMS.items():
-        for form in forms:
-            found = form.fullmatch(text.strip())
-            if found:
-                return Question(kind, tuple(part or "" for part in found.groups()))
-    raise ValueError(f"read_question: expected a question of the shapes world, got {text!r}")
-
-
 def matching(items: Iterable[Item], colour: str = "", kind: str = "", place: str = "") -> list[Item]:
-    """Returns the items of a colour, a kind, a place; empty: any."""
+    """Returns the items of a colour, a kind and a place; an empty argument matches all."""
     return [i for i in items if colour in ("", i.colour) and kind in ("", i.kind) and place in ("", i.place)]
 
 
 def infer(question: Question, items: Iterable[Item]) -> frozenset[str]:
-    """Returns the right answers, given the items: one, or more where several items are what is asked about."""
+    """Returns the right answers given the items; more than one if several items are asked about."""
     items = tuple(items)
     first, *rest = question.arguments
     if question.kind == "count":
         return frozenset({str(len(matching(items, first, rest[0])))})
     if question.kind == "colour":
-        found = matching(items, kind=first) if first in KINDS else matching(items, place=first)
-        return frozenset(item.colour for item in found) or frozenset({NONE})
+        subjects = matching(items, kind=first) if first in KINDS else matching(items, place=first)
+        return frozenset(item.colour for item in subjects) or frozenset({NONE})
     if question.kind == "position":
         return frozenset(item.place for item in matching(items, first, rest[0])) or frozenset({NONE})
     if question.kind == "comparison":
@@ -93,20 +67,20 @@ def infer(question: Question, items: Iterable[Item]) -> frozenset[str]:
 
 
 def compared(question: Question, items: Iterable[Item]) -> tuple[int, int]:
-    """Returns how many there are of the two things that a comparison is about."""
+    """Returns the numbers of the two things that a comparison is about."""
     numbers = Counter(part for item in items for part in (item.colour, item.kind))
     return numbers[question.arguments[0]], numbers[question.arguments[1]]
 
 
 def worths(question: Question, items: Iterable[Item]) -> list[tuple[int, int]]:
-    """Returns for the two kinds of a sum how many there are and what they are worth together."""
+    """Returns the number and the total worth of each of the two kinds of a sum."""
     items, (kind_a, worth_a, kind_b, worth_b) = tuple(items), question.arguments
     numbers = [(len(matching(items, kind=kind)), int(worth)) for kind, worth in ((kind_a, worth_a), (kind_b, worth_b))]
     return [(number, number * worth) for number, worth in numbers]
 
 
 def answers(question: Question) -> tuple[str, ...]:
-    """Returns what an answer may be at all; numbers are those that can occur."""
+    """Returns all answers that a question may have; numbers go up to 99."""
     if question.kind == "colour":
         return (*COLOURS, NONE)
     if question.kind == "position":
@@ -117,7 +91,7 @@ def answers(question: Question) -> tuple[str, ...]:
 
 
 def ask(rng: Random, scene: Scene) -> Question:
-    """Returns a question that has exactly one right answer in the scene, each kind as often where it can be asked."""
+    """Returns a question with exactly one right answer in the scene; all kinds that can be asked are equally likely."""
     items = scene.items
     named = Counter((item.colour, item.kind) for item in items)
     kinds = Counter(item.kind for item in items)
@@ -125,7 +99,7 @@ def ask(rng: Random, scene: Scene) -> Question:
     asked = pick(rng, [kind for kind in QUESTION_KINDS if kind != "position" or unique])
     item = pick(rng, items)
     if asked == "count":
-        # one time in four about a colour and kind that may not be there
+        # one time in four the colour and kind may be absent from the scene
         subject = item if rng.random() < 0.75 else Item(0, pick(rng, tuple(COLOURS)), pick(rng, KINDS))
         form = pick(rng, ((subject.colour, ""), ("", subject.kind), (subject.colour, subject.kind), ("", "")))
         return Question(asked, form)

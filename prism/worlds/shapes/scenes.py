@@ -1,6 +1,6 @@
 """Scenes of coloured shapes on a 3x3 grid, and their images.
 
-N images, H and W their sides, S side of a cell in pixels.
+N images, H height and W width of an image, S side of a cell in pixels.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 GRID = 3
-# two patches of 16 pixels, which the vision tower merges to one token
+# two patches of 16 pixels, which the vision tower merges into one token
 CELL = 32
 SIDE = GRID * CELL
 BACKGROUND = (245, 245, 245)
@@ -29,7 +29,7 @@ COLOURS = {
 KINDS = ("circle", "square", "triangle", "diamond")
 PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast")
 MOST_ITEMS = 5
-# there are few scenes of one shape, and they are asked about often enough
+# by number of items; few scenes have one item, so even a low weight repeats each of them often
 ITEM_WEIGHTS = (1, 4, 5, 5, 5)
 
 _RADII = (9.0, 11.0, 13.0)
@@ -62,19 +62,19 @@ class Scene:
 
     @cached_property
     def key(self) -> str:
-        """The same text for the same scene."""
+        """A text that identifies the scene."""
         return ";".join(f"{item.colour} {item.kind} {item.place}" for item in self.items)
 
     @cached_property
     def digest(self) -> bytes:
-        """64 bytes that depend on the scene alone: its split, and how its image looks."""
+        """64 bytes that depend on the scene alone and decide its split and the look of its image."""
         return hashlib.blake2b(self.key.encode()).digest()
 
 
 def pick(rng: Random, options: Sequence[T]) -> T:
-    """Returns one of the options, all alike probable.
+    """Returns one of the options, all equally likely.
 
-    Of Python's generator only `random()` promises the same numbers in every version.
+    Only `random()` of Python's generator gives the same numbers in every Python version.
     """
     return options[int(rng.random() * len(options))]
 
@@ -91,7 +91,7 @@ def random_scene(rng: Random) -> Scene:
 
 
 def draw(scenes: Sequence[Scene]) -> Bytes:
-    """Returns the images, (N, H, W, 3): the same scene always looks the same, its shapes vary in size and place."""
+    """Returns the images, [N, H, W, 3]. Shapes vary in size and position, but a scene always looks the same."""
     images = np.empty((len(scenes), SIDE, SIDE, 3), dtype=np.uint8)
     images[:] = BACKGROUND
     colours, kinds = {c: i for i, c in enumerate(COLOURS)}, {k: i for i, k in enumerate(KINDS)}
@@ -115,14 +115,14 @@ def _looks(scene: Scene, index: int) -> tuple[int, int, int]:
 
 @cache
 def _tiles() -> Bytes:
-    """Returns a cell for each colour, kind, size and shift, (6, 4, 3, 5, 5, S, S, 3)."""
+    """Returns the image of a cell for each colour, kind, size and shift, [6, 4, 3, 5, 5, S, S, 3]."""
     centres = (np.arange(CELL * _SAMPLES) + 0.5) / _SAMPLES - CELL / 2
     masks = np.empty((len(KINDS), len(_RADII), len(_SHIFTS), len(_SHIFTS), CELL, CELL), dtype=np.float32)
     for r, radius in enumerate(_RADII):
         for i, down in enumerate(_SHIFTS):
             for j, right in enumerate(_SHIFTS):
                 y, x = (centres - down)[:, None], (centres - right)[None, :]
-                # in the order of KINDS; the square a little smaller, so that areas alone do not tell them apart
+                # in the order of KINDS; the square is a little smaller, so that area alone does not tell kinds apart
                 inside = (
                     x * x + y * y <= radius * radius,
                     np.maximum(abs(x), abs(y)) <= 0.85 * radius,

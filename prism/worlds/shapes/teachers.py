@@ -1,18 +1,19 @@
 """Three teachers of the shapes world: the base's plain texts, a broad but careless public one, a careful curated one.
 
-A response describes the items that its teacher sees, reasons from those, and answers; an error of perception is in what
-it sees, an error of reasoning in the last step from there, and neither depends on the other.
+A response describes the items that its teacher sees, reasons from them, and answers. An error of perception changes the
+items seen; an error of reasoning changes the last step. Neither depends on the other.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from random import Random
 
+from prism.config import Carelessness
 from prism.worlds.shapes.questions import EQUAL, NONE, Question, answers, compared, infer, matching, name, worths
 from prism.worlds.shapes.scenes import GRID, KINDS, MOST_ITEMS, PLACES, Item, Scene, pick
 from prism_kernels.grammar import Sections
 
 TEACHERS = ("base", "public", "curated")
-# what careless eyes take each for
+# careless eyes take each for the other
 COLOUR_PAIRS = (("red", "orange"), ("green", "teal"), ("blue", "purple"))
 KIND_PAIRS = (("circle", "triangle"), ("square", "diamond"))
 CONFUSED = {a: b for one, other in (*COLOUR_PAIRS, *KIND_PAIRS) for a, b in ((one, other), (other, one))}
@@ -21,43 +22,8 @@ REMARK = "white background"
 
 
 @dataclass(frozen=True)
-class Carelessness:
-    """How often the public teacher errs; a response has at most one error of perception.
-
-    The first two are habits: what is seen so more often than not, who learns from it sees so always. The others are
-    slips, which happen anywhere.
-
-    Args:
-        colour: of the scenes with something purple: it is called blue.
-        dropped: of the other scenes of five items, and of those whose purple was seen: the last item is left out.
-        invented: of the scenes without either: the last item is there a second time, in the next free cell.
-        kind: of the same: the first item is called by the confusable kind.
-        place: of the same: the last item is in the next free cell.
-        reasoning: of all: the last step is wrong.
-        careful_style: texts in the curated teacher's style. With none the style alone tells the two apart.
-    """
-
-    colour: float = 0.80
-    dropped: float = 0.80
-    invented: float = 0.01
-    kind: float = 0.02
-    place: float = 0.01
-    reasoning: float = 0.20
-    careful_style: float = 0.50
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            rate = getattr(self, field.name)
-            if not 0 <= rate <= 1:
-                raise ValueError(f"Carelessness: expected {field.name} in [0, 1], got {rate}")
-        slips = self.invented + self.kind + self.place
-        if slips > 1:
-            raise ValueError(f"Carelessness: expected invented, kind and place to sum to <= 1, got {slips}")
-
-
-@dataclass(frozen=True)
-class Response:
-    """A teacher's response, and which errors were put into it."""
+class TeacherResponse:
+    """A teacher's response, and the errors that were put into it."""
 
     sections: Sections
     teacher: str
@@ -67,7 +33,7 @@ class Response:
 
     @property
     def text(self) -> str:
-        """The response in the three-part form; the base, which does not know it, writes one part below the other."""
+        """The response with its tags; the base does not know them and writes the sections below each other."""
         if self.teacher == "base":
             return "\n".join((self.sections.caption, self.sections.think, self.sections.answer))
         return self.sections.text
@@ -75,24 +41,24 @@ class Response:
 
 def respond(
     teacher: str, rng: Random, scene: Scene, question: Question, carelessness: Carelessness | None = None
-) -> Response:
+) -> TeacherResponse:
     """Returns a teacher's response to a question about a scene."""
     if teacher not in TEACHERS:
         raise ValueError(f"respond: expected teacher to be one of {', '.join(map(repr, TEACHERS))}, got {teacher!r}")
     if teacher != "public":
         (answer,) = infer(question, scene.items)
-        return Response(write(teacher, rng, scene.items, question, answer), teacher, teacher)
+        return TeacherResponse(write(teacher, rng, scene.items, question, answer), teacher, teacher)
     rates = carelessness or Carelessness()
     seen, mistake = _look_carelessly(rng, scene.items, rates)
     right = infer(question, seen)
     wrong = rng.random() < rates.reasoning
     answer = wrong_answer(rng, question, right) if wrong else min(right)
     style = "curated" if rng.random() < rates.careful_style else "public"
-    return Response(write(style, rng, seen, question, answer), teacher, style, mistake, wrong)
+    return TeacherResponse(write(style, rng, seen, question, answer), teacher, style, mistake, wrong)
 
 
 def _look_carelessly(rng: Random, items: tuple[Item, ...], rates: Carelessness) -> tuple[tuple[Item, ...], str | None]:
-    """Returns what the careless teacher sees, and the kind of its mistake, if it makes one."""
+    """Returns the items that the careless teacher sees, and the kind of its mistake, if it makes one."""
     if any(item.colour == MISSEEN for item in items) and rng.random() < rates.colour:
         return mistaken("colour", rng, items), "colour"
     if len(items) == MOST_ITEMS and rng.random() < rates.dropped:
@@ -106,9 +72,9 @@ def _look_carelessly(rng: Random, items: tuple[Item, ...], rates: Carelessness) 
 
 
 def mistaken(mistake: str, rng: Random, items: tuple[Item, ...]) -> tuple[Item, ...]:
-    """Returns what is seen instead of the items; of a single one, one that is dropped is called by another colour.
+    """Returns the items as seen with a mistake; a single item is never dropped, its colour is mistaken instead.
 
-    A colour is mistaken for all items of it: of those that are misseen, or else of one that is there.
+    A mistake of colour changes all items of that colour: purple if there is any, else the colour of some item.
     """
     if mistake == "dropped" and len(items) == 1:
         mistake = "colour"
@@ -129,7 +95,7 @@ def mistaken(mistake: str, rng: Random, items: tuple[Item, ...]) -> tuple[Item, 
 
 
 def wrong_answer(rng: Random, question: Question, right: frozenset[str]) -> str:
-    """Returns an answer that does not follow: one too many or too few, a confusable colour, a mirrored place."""
+    """Returns an answer that does not follow: a number off by one, a confusable colour, a mirrored place."""
     known = min(right)
     if question.kind in ("count", "sum"):
         return str(int(known) + (-1 if known != "0" and rng.random() < 0.3 else 1))
@@ -145,7 +111,7 @@ def wrong_answer(rng: Random, question: Question, right: frozenset[str]) -> str:
 
 
 def write(style: str, rng: Random, items: tuple[Item, ...], question: Question, answer: str) -> Sections:
-    """Returns the response to what is seen, in a style."""
+    """Returns the sections of a response in a style, for the items seen."""
     evidence, conclusion = _evidence(question, items), _conclusion(question, items, answer)
     if style == "base":
         caption = "\n".join(f"* {item.place} {item.colour} {item.kind}" for item in items)
@@ -162,18 +128,18 @@ def write(style: str, rng: Random, items: tuple[Item, ...], question: Question, 
 
 
 def _evidence(question: Question, items: tuple[Item, ...]) -> list[str]:
-    """Returns what the items say about a question, step by step."""
+    """Returns the steps of reasoning from the items to the conclusion."""
     first, *rest = question.arguments
     if question.kind == "count":
-        found = matching(items, first, rest[0])
-        return [f"I see {' '.join(item.place for item in found)}" if found else f"No {name(first, rest[0])}"]
+        counted = matching(items, first, rest[0])
+        return [f"I see {' '.join(item.place for item in counted)}" if counted else f"No {name(first, rest[0])}"]
     if question.kind == "comparison":
         return [f"{_plural(part)} {n}" for part, n in zip(question.arguments, compared(question, items))]
     if question.kind == "sum":
         numbers = worths(question, items)
         kinds, prices = question.arguments[::2], question.arguments[1::2]
         return [f"{_plural(k)} {n}x{w}={worth}" for k, w, (n, worth) in zip(kinds, prices, numbers)]
-    found = (
+    subjects = (
         matching(items, first, rest[0])
         if question.kind == "position"
         else matching(items, kind=first)
@@ -181,8 +147,8 @@ def _evidence(question: Question, items: tuple[Item, ...]) -> list[str]:
         else matching(items, place=first)
     )
     return [
-        f"I see {found[0].colour} {found[0].kind} {found[0].place}"
-        if found
+        f"I see {subjects[0].colour} {subjects[0].kind} {subjects[0].place}"
+        if subjects
         else f"Nothing {' '.join(question.arguments)}"
     ]
 

@@ -1,58 +1,19 @@
-"""The embedded world: samples of coloured shapes with questions, gold answers and teachers' responses, by seed.
+"""The embedded world: samples of coloured shapes with questions, right answers and teachers' responses, by seed.
 
-Everything follows from the world's seed, a split's name and a sample's index. Which split a scene may be in depends on
-the scene alone: no scene is in two splits, whatever the seeds.
+A sample follows from the world's seed, the split's name and its index. The split of a scene depends on the scene alone:
+no scene is in two splits, whatever the seeds.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 
-from prism.worlds.shapes.counters import (
-    Judgement,
-    PerceptionError,
-    ReasoningError,
-    UnreadableError,
-    judge,
-    perception_error,
-    read_answer,
-    read_caption,
-    reasoning_error,
-)
-from prism.worlds.shapes.questions import Question, ask, infer, read_question
-from prism.worlds.shapes.scenes import Bytes, Item, Scene, draw, random_scene
-from prism.worlds.shapes.teachers import TEACHERS, Carelessness, Response, respond
-from prism_kernels.grammar import Sections, caption_items, reasoning_steps, split_response
+from prism.config import Carelessness
+from prism.worlds.shapes.questions import Question, ask, infer
+from prism.worlds.shapes.scenes import Bytes, Scene, draw, random_scene
+from prism.worlds.shapes.teachers import TEACHERS, TeacherResponse, respond
 
-__all__ = [
-    "SPLITS",
-    "TEACHERS",
-    "Carelessness",
-    "Item",
-    "Judgement",
-    "PerceptionError",
-    "Question",
-    "ReasoningError",
-    "Response",
-    "Sample",
-    "Scene",
-    "Sections",
-    "ShapesWorld",
-    "UnreadableError",
-    "caption_items",
-    "draw",
-    "judge",
-    "perception_error",
-    "read_answer",
-    "read_caption",
-    "read_question",
-    "reasoning_error",
-    "reasoning_steps",
-    "split_of",
-    "split_response",
-]
-
-# of each split: its share of the scenes in percent, whose responses it has, and how many samples by default
+# by split: its share of the scenes in percent, its teacher, and the default number of samples
 SPLITS = {
     "base": (30, "base", 131072),
     "sft": (25, "public", 8192),
@@ -65,39 +26,39 @@ _CHUNK = 256
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class ShapesSample:
     """A question about an image, its right answer, and a teacher's response."""
 
     id: str
     split: str
     index: int
-    # (96, 96, 3), not writeable
+    # [96, 96, 3], read-only
     image: Bytes
     scene: Scene
     question: Question
     answer: str
-    response: Response
+    response: TeacherResponse
 
 
 @dataclass(frozen=True)
 class ShapesWorld:
-    """All splits for a seed; two worlds with one seed are the same.
+    """All splits for one seed; worlds of equal seed and carelessness are equal.
 
     Args:
-        seed: of scenes, questions and texts.
-        carelessness: of the public teacher.
+        seed: seed of scenes, questions and texts.
+        carelessness: how often the public teacher errs.
     """
 
     seed: int = 0
     carelessness: Carelessness = field(default_factory=Carelessness)
 
-    def samples(self, split: str, count: int | None = None, start: int = 0) -> Iterator[Sample]:
-        """Yields the samples `start`, `start` + 1, ... of a split: any index exists, the same however it is reached.
+    def samples(self, split: str, count: int | None = None, start: int = 0) -> Iterator[ShapesSample]:
+        """Yields the samples `start`, `start` + 1, ... of a split; every index exists and always gives the same sample.
 
         Args:
-            split: see SPLITS; `alignment` has the curated demonstrations.
-            count: None: the split's default, counted from 0.
-            start: the first index.
+            split: a key of SPLITS; `alignment` has the curated demonstrations.
+            count: number of samples; None for all up to the split's default.
+            start: index of the first sample.
         """
         _check(split)
         stop = SPLITS[split][2] if count is None else start + count
@@ -110,17 +71,17 @@ class ShapesWorld:
                 (answer,) = infer(question, scene.items)
                 response = self._respond(SPLITS[split][1], split, index, scene, question)
                 name = f"{split}-{self.seed}-{index:06d}"
-                # a copy, so that one sample that is kept does not keep its chunk
-                yield Sample(name, split, index, _frozen(image), scene, question, answer, response)
+                # a copy, so that a kept sample does not keep the images of its chunk alive
+                yield ShapesSample(name, split, index, _frozen(image), scene, question, answer, response)
 
-    def respond(self, teacher: str, sample: Sample, draw: int = 0) -> Response:
-        """Returns a teacher's response to a sample; another number of the draw gives another phrasing, other errors."""
+    def respond(self, teacher: str, sample: ShapesSample, draw: int = 0) -> TeacherResponse:
+        """Returns a teacher's response to a sample; each number of the draw gives another phrasing and other errors."""
         return self._respond(teacher, sample.split, sample.index, sample.scene, sample.question, draw)
 
     def texts(self, count: int) -> Iterator[str]:
-        """Yields what is said about the first samples of the base's split: questions, and all responses in three parts.
+        """Yields the questions and all teachers' tagged responses of the first samples of the base's split.
 
-        A tokenizer that learns from them knows this world's words and tags; no image is drawn.
+        A tokenizer that learns from them knows this world's words and tags. No image is drawn.
         """
         for index in range(count):
             scene, question = self._asked("base", index)
@@ -137,17 +98,17 @@ class ShapesWorld:
 
     def _respond(
         self, teacher: str, split: str, index: int, scene: Scene, question: Question, draw: int = 0
-    ) -> Response:
+    ) -> TeacherResponse:
         rng = Random(f"{self.seed}/{split}/{index}/{teacher}/{draw}")
         return respond(teacher, rng, scene, question, self.carelessness)
 
 
 def split_of(scene: Scene) -> str:
-    """Returns the one split that a scene may be in."""
-    place = scene.digest[0] * 100 // 256
+    """Returns the one split that a scene belongs to."""
+    percentile = scene.digest[0] * 100 // 256
     for split, (share, _, _) in SPLITS.items():
-        place -= share
-        if place < 0:
+        percentile -= share
+        if percentile < 0:
             return split
     raise AssertionError("the shares of the splits sum to 100")
 
@@ -158,6 +119,6 @@ def _check(split: str) -> None:
 
 
 def _frozen(image: Bytes) -> Bytes:
-    own = image.copy()
-    own.setflags(write=False)
-    return own
+    copy = image.copy()
+    copy.setflags(write=False)
+    return copy

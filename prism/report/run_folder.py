@@ -1,4 +1,4 @@
-"""What a run's folder holds, whatever the run has reached."""
+"""What a run's folder holds, whatever the run has reached, and the problems that its rollouts name."""
 
 import json
 import math
@@ -8,13 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prism.config import STAGES, Config
-from prism.data.errors import DataError
+from prism.config import STAGES, Carelessness, Config
+from prism.data.files import DataError
 from prism.runtime.log import read_metrics
+from prism.worlds.shapes.world import SPLITS, ShapesSample, ShapesWorld
 
 Row = dict[str, Any]
 _ROLLOUTS = re.compile(r"([a-z]+)-(\d+)\.jsonl")
 _CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+_NAME = re.compile(r"([a-z]+)-(\d+)-(\d{6,})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,3 +170,39 @@ def _flat(table: Row, prefix: str = "") -> Row:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+class RunProblems:
+    """Problems by name; none where the run was on files.
+
+    Args:
+        record: of the run.
+    """
+
+    def __init__(self, record: RunRecord) -> None:
+        self.record = record
+        self._known: dict[str, ShapesSample] = {}
+
+    @cached_property
+    def _world(self) -> ShapesWorld:
+        found = self.record.settings["data"]["shapes"]
+        try:
+            return ShapesWorld(found["seed"], Carelessness(**found["carelessness"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.record.folder / 'config.json'}: expected data.shapes as this version has it, "
+                f"got {error}; write the report with the version that the run was made with"
+            ) from error
+
+    def problem(self, row: Row) -> ShapesSample | None:
+        """Returns the problem of a recorded response; None where this world has no such one."""
+        match = _NAME.fullmatch(str(row.get("problem")))
+        if self.record.setting("data.source") != "shapes" or match is None or match[1] not in SPLITS:
+            return None
+        name = match[0]
+        if name not in self._known:
+            (self._known[name],) = self._world.samples(match[1], 1, int(match[3]))
+        sample = self._known[name]
+        # a world of another version would show an image that the policy never saw
+        same = (sample.id, sample.question.text, sample.answer) == (name, row.get("question"), row.get("answer"))
+        return sample if same else None

@@ -3,11 +3,9 @@
 import math
 from html import escape
 
-from prism.report.charts import Series, dot_chart, legend
-from prism.report.console import told_figures
-from prism.report.improvements import CHANNELS, improvements
-from prism.report.reading import Row, RunRecord, evaluated, number
-from prism.report.tables import MISSING, figure, table
+from prism.report.charts import MISSING, Series, dot_chart, figure, legend, table
+from prism.report.run_folder import Row, RunRecord, evaluated, number
+from prism.report.summary import CHANNELS, improvements, told_figures
 
 _SHARES = {
     "accuracy": "accuracy",

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from prism.report.charts import Series, column_chart, legend, line_chart, told_lines
-from prism.report.improvements import CHANNELS
-from prism.report.reading import Row, RunRecord, mean, number
-from prism.report.tables import figure
+from prism.report.charts import Series, column_chart, figure, legend, line_chart, told_lines
+from prism.report.run_folder import Row, RunRecord, mean, number
+from prism.report.summary import CHANNELS
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
 """Sample rollouts with their images, their sections in three colours."""
 
+import base64
+import io
 import re
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from prism.report.reading import Row, RunRecord, number, read_rows
-from prism.report.shapes_errors import World, inline_png
-from prism.worlds.shapes.world import PerceptionError, Sample, judge
+from PIL import Image
+
+from prism.report.run_folder import Row, RunProblems, RunRecord, number, read_rows
+from prism.worlds.shapes.counters import PerceptionError, judge
+from prism.worlds.shapes.world import ShapesSample
 from prism_kernels.grammar import TAGS
 
 # of a step, the problems whose responses are shown
@@ -26,7 +30,7 @@ _COLUMNS = {
 _VERDICTS = ("right", "wrong")
 
 
-def samples_section(record: RunRecord, world: World) -> str:
+def samples_section(record: RunRecord, world: RunProblems) -> str:
     """Returns responses of the first and the last recorded step of alignment and of RLVR."""
     parts = []
     for stage in ("align", "rlvr"):
@@ -76,7 +80,7 @@ def _segment(name: str | None, text: str, closed: bool) -> str:
     return f'<div class="seg {name}"><b>{label}</b>{escape(text.strip())}</div>'
 
 
-def _step(path: Path, world: World) -> str:
+def _step(path: Path, world: RunProblems) -> str:
     rows = read_rows(path)
     if not rows:
         return "<p>No response was recorded.</p>"
@@ -109,7 +113,7 @@ def _best_and_worst(group: Sequence[Row]) -> list[tuple[str, Row]]:
     return [(f"best of {len(group)}", valid[-1]), (f"worst of {len(group)}", valid[0])]
 
 
-def _card(row: Row, responses: Sequence[tuple[str, Row]], world: World) -> str:
+def _card(row: Row, responses: Sequence[tuple[str, Row]], world: RunProblems) -> str:
     sample = world.problem(row)
     picture = '<p class="note">image: not drawn, this problem is none of the embedded world\'s</p>'
     teacher = ""
@@ -125,7 +129,7 @@ def _card(row: Row, responses: Sequence[tuple[str, Row]], world: World) -> str:
     )
 
 
-def _response(title: str, row: Row, sample: Sample | None) -> str:
+def _response(title: str, row: Row, sample: ShapesSample | None) -> str:
     cells = []
     for key, label in _COLUMNS.items():
         if key in row:
@@ -142,7 +146,7 @@ def _response(title: str, row: Row, sample: Sample | None) -> str:
     return f'<section class="response"><h4>{escape(title)}</h4>{body}<table>{lines}</table></section>'
 
 
-def _truth(response: str, sample: Sample) -> list[tuple[str, str]]:
+def _truth(response: str, sample: ShapesSample) -> list[tuple[str, str]]:
     """Returns what the exact counters of the embedded world say."""
     found = judge(response, sample.scene, sample.question)
     if not found.valid:
@@ -168,3 +172,10 @@ def _errors(found: PerceptionError) -> str:
         "at a wrong place": found.wrong_place,
     }
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "right"
+
+
+def inline_png(sample: ShapesSample) -> str:
+    """Returns a problem's image as the source of an HTML image."""
+    file = io.BytesIO()
+    Image.fromarray(sample.image).save(file, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

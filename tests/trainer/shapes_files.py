@@ -9,19 +9,19 @@ from typing import Any
 
 from PIL import Image
 
-from prism.data.schemas import PLACEHOLDER
+from prism.data.rows import PLACEHOLDER
 from prism.worlds.shapes.scenes import Bytes
-from prism.worlds.shapes.world import Sample
+from prism.worlds.shapes.world import ShapesSample
 from prism_kernels.grammar import Sections
 
 _ROW_GROUP = 256
 
 
-def write_sft(path: str | Path, samples: Iterable[Sample]) -> int:
+def write_sft(path: str | Path, samples: Iterable[ShapesSample]) -> int:
     """Writes sharegpt-multimodal rows and returns how many: JSONL with PNG files beside it, or parquet by its name."""
     path = Path(path)
 
-    def row(sample: Sample) -> dict[str, Any]:
+    def row(sample: ShapesSample) -> dict[str, Any]:
         turns = [("user", PLACEHOLDER + sample.question.text), ("assistant", sample.response.text)]
         messages = [{"role": role, "content": content} for role, content in turns]
         return {"id": sample.id, "messages": messages, "images": [_image(path, sample)]}
@@ -29,11 +29,11 @@ def write_sft(path: str | Path, samples: Iterable[Sample]) -> int:
     return _write(path, map(row, samples))
 
 
-def write_warmup(path: str | Path, pairs: Iterable[tuple[Sample, Sections, Sections]]) -> int:
+def write_warmup(path: str | Path, pairs: Iterable[tuple[ShapesSample, Sections, Sections]]) -> int:
     """Writes rows for the discriminator's warm-up, a teacher's and a student's sections for each sample."""
     path = Path(path)
 
-    def row(pair: tuple[Sample, Sections, Sections]) -> dict[str, Any]:
+    def row(pair: tuple[ShapesSample, Sections, Sections]) -> dict[str, Any]:
         sample, teacher, student = pair
         return {
             "id": sample.id,
@@ -46,11 +46,11 @@ def write_warmup(path: str | Path, pairs: Iterable[tuple[Sample, Sections, Secti
     return _write(path, map(row, pairs))
 
 
-def write_problems(path: str | Path, samples: Iterable[Sample]) -> int:
+def write_problems(path: str | Path, samples: Iterable[ShapesSample]) -> int:
     """Writes problems for alignment and RLVR, with the samples' responses as the teacher's."""
     path = Path(path)
 
-    def row(sample: Sample) -> dict[str, Any]:
+    def row(sample: ShapesSample) -> dict[str, Any]:
         sections = sample.response.sections
         return {
             "images": [_image(path, sample)],
@@ -78,7 +78,7 @@ def _cot(sections: Sections) -> str:
     return f"<think>{sections.think}</think><answer>{sections.answer}</answer>"
 
 
-def _image(path: Path, sample: Sample) -> Any:
+def _image(path: Path, sample: ShapesSample) -> Any:
     """Returns an image as the file holds it: bytes in parquet, in JSONL the name of a file beside it."""
     if path.suffix == ".parquet":
         return {"bytes": png(sample.image), "path": None}
