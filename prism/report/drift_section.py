@@ -1,4 +1,4 @@
-"""How far the policy is from its teachers, before and after the alignment."""
+"""The section on drift: how far the policy is from its teachers, before and after alignment."""
 
 import math
 from collections import Counter
@@ -12,14 +12,14 @@ from prism.report.summary import CHANNELS
 from prism.rollout.batch import COUNTS, wasserstein
 from prism_kernels.grammar import split_response
 
-# recorded steps at either end that are put together
+# recorded steps that are pooled at either end
 _STEPS = 3
-# larger numbers are drawn as one column
+# larger numbers share the last column
 _MOST = 12
 
 
 def drift_section(record: RunRecord, world: RunProblems) -> str:
-    """Returns the drift on held-out problems, as alignment logged it, and as the recorded responses show it."""
+    """Returns the drift on held-out problems, in the log of alignment, and in the recorded responses."""
     rows = record.steps.get("align", [])
     if not rows:
         return f"{_held_out(record)}<p>Not measured: the run has not come to alignment.</p>"
@@ -54,8 +54,8 @@ def _held_out(record: RunRecord) -> str:
         Series(
             channel,
             [
-                (place, number((one.get("sampled", {}) if warm else one).get(f"drift_{channel}")))
-                for place, one in enumerate(record.evaluations.values())
+                (x, number((one.get("sampled", {}) if warm else one).get(f"drift_{channel}")))
+                for x, one in enumerate(record.evaluations.values())
             ],
         )
         for channel in CHANNELS
@@ -95,18 +95,18 @@ def _logged(record: RunRecord) -> str:
 
 
 def _mean_and_error(values: Sequence[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    if not found:
+    known = [value for value in values if value is not None]
+    if not known:
         return "not measured"
-    middle = sum(found) / len(found)
-    if len(found) < 2:
+    middle = sum(known) / len(known)
+    if len(known) < 2:
         return f"{middle:.3f}"
-    variance = sum((value - middle) ** 2 for value in found) / (len(found) - 1)
-    return f"{middle:.3f} ± {math.sqrt(variance / len(found)):.3f}"
+    variance = sum((value - middle) ** 2 for value in known) / (len(known) - 1)
+    return f"{middle:.3f} ± {math.sqrt(variance / len(known)):.3f}"
 
 
 def _numbers(files: Iterable[Path], world: RunProblems) -> list[tuple[Counter[int], Counter[int]]]:
-    """Returns by channel the policy's and the teachers' numbers of items and of steps, over some recorded steps."""
+    """Returns by channel how often each number of items or steps occurs, for the policy and for the teachers."""
     policy, teachers = [], []
     for path in files:
         asked = {}
@@ -148,11 +148,11 @@ def _distribution(
     drawn = column_chart(names, series, title=f"{title} a response", below=f"{title.lower()} a response")
     steps = f"steps {_span(files[:count])} and {_span(files[-count:])}"
     if not teachers:
-        said = "the teachers' responses are not among the recorded ones, and the distances are not measured here"
+        distances = "the teachers' responses are not among the recorded ones, and the distances are not measured here"
     else:
-        before, after = (wasserstein([*own.elements()], [*theirs.elements()]) for own, theirs in ends)
-        said = f"distance to the teachers of the same prompts {_told(before)} at first, {_told(after)} at last"
-    meaning = f"shares of the valid responses with so many ({channel}), {steps} put together; {said}"
+        before, after = (wasserstein([*policy.elements()], [*theirs.elements()]) for policy, theirs in ends)
+        distances = f"distance to the teachers of the same prompts {_three(before)} at first, {_three(after)} at last"
+    meaning = f"shares of the valid responses with so many ({channel}), {steps} put together; {distances}"
     return figure(title, meaning, drawn, legend([one.label for one in series], shape="column"))
 
 
@@ -161,5 +161,5 @@ def _span(files: Sequence[tuple[int, Path]]) -> str:
     return str(first) if first == last else f"{first}–{last}"
 
 
-def _told(value: float) -> str:
+def _three(value: float) -> str:
     return "not measured" if math.isnan(value) else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""The page: its head, the tables over all stages, and the order of its sections."""
+"""The page: the order of its sections, its head, the tables over all stages, and its style sheet."""
 
 import json
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from prism.report.run_folder import Row, RunProblems, RunRecord, number
 from prism.report.samples_section import samples_section
 from prism.report.stage_section import NAMES, SKIPPED, stage_charts, troubles
 
-# no script runs and nothing is fetched, whatever a response says
+# whatever a response says, no script runs and nothing is fetched
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-# of the steps where something was wrong, how many are listed
+# greatest number of steps that are listed with their problems
 _LISTED = 8
 
 
@@ -50,13 +50,13 @@ def _section(name: str, title: str, content: str) -> str:
 def _status(record: RunRecord) -> str:
     if not record.unfinished:
         return f"<p>Finished: {escape(', '.join(record.stages))}.</p>"
-    told = []
+    progress = []
     for stage in record.stages:
         done, planned = len(record.steps.get(stage, ())), record.planned(stage)
         if stage in record.unfinished:
-            told.append(f"{stage}: {done} of {planned} steps" + (", not evaluated" if done >= planned else ""))
+            progress.append(f"{stage}: {done} of {planned} steps" + (", not evaluated" if done >= planned else ""))
     return (
-        f'<p class="warn"><strong>This run is not finished.</strong> {escape("; ".join(told))}. What is missing is '
+        f'<p class="warn"><strong>This run is not finished.</strong> {escape("; ".join(progress))}. What is missing is '
         "left out; <code>prism run</code> with the same settings goes on.</p>"
     )
 
@@ -84,9 +84,6 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-# --- over all stages
-
-
 def _seconds(rows: Sequence[Row]) -> float:
     return sum(number(row.get("seconds")) or 0.0 for row in rows)
 
@@ -109,7 +106,7 @@ def _time(record: RunRecord) -> str:
         rate = MISSING
         if seconds and tokens and None not in tokens:
             rate = f"{sum(token or 0.0 for token in tokens) / seconds:,.0f}"
-        peak = max((found for row in rows if (found := number(row.get("peak_bytes")))), default=None)
+        peak = max((size for row in rows if (size := number(row.get("peak_bytes")))), default=None)
         share = seconds / whole
         lines.append(
             [
@@ -133,14 +130,14 @@ def _time(record: RunRecord) -> str:
 def _troubles(record: RunRecord) -> str:
     lines = []
     for stage, rows in record.steps.items():
-        found = troubles(rows)
-        listed = "; ".join(f"step {step}: {what}" for step, what in found[:_LISTED])
-        more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+        steps = troubles(rows)
+        listed = "; ".join(f"step {step}: {problems}" for step, problems in steps[:_LISTED])
+        more = f"; and {len(steps) - _LISTED} more" if len(steps) > _LISTED else ""
         counted = any(key in row for row in rows for key in SKIPPED)
         skipped = sum(number(row.get(key)) or 0.0 for row in rows for key in SKIPPED)
-        told = f"{skipped:.0f}" if counted else MISSING
-        bad = sum(bool(row.get("non_finite")) for row in rows)
-        lines.append([escape(stage), told, str(bad), escape(listed + more) or "none"])
+        count = f"{skipped:.0f}" if counted else MISSING
+        non_finite = sum(bool(row.get("non_finite")) for row in rows)
+        lines.append([escape(stage), count, str(non_finite), escape(listed + more) or "none"])
     if not lines:
         return "<p>Not measured: no step was taken yet.</p>"
     heads = ("stage", "optimiser steps not taken", "steps with a value that is not finite", "which")

@@ -1,10 +1,10 @@
-"""What is drawn of each stage."""
+"""The section of a stage: its charts, and a table of all its metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from prism.report.charts import Series, column_chart, figure, legend, line_chart, told_lines
+from prism.report.charts import Series, column_chart, figure, legend, line_chart, smoothing_note
 from prism.report.run_folder import Row, RunRecord, mean, number
 from prism.report.summary import CHANNELS
 
@@ -14,14 +14,14 @@ class Chart:
     """A chart of some metrics.
 
     Args:
-        title: what is shown.
-        meaning: its unit, and how it is meant.
+        title: the title.
+        meaning: what the values mean, and their unit.
         keys: the metrics, each a line, with their labels.
-        low: the least value of the axis; None: as the data need.
-        high: the greatest.
-        log: a logarithmic axis.
-        reference: a level, and what it is.
-        optional: nothing is said where it was not measured.
+        low: least value of the axis; None fits the data.
+        high: greatest value of the axis; None fits the data.
+        log: whether the axis is logarithmic.
+        reference: a level to draw, and its label.
+        optional: whether the section keeps silent if the metrics were not measured.
     """
 
     title: str
@@ -134,7 +134,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         _ENGINE,
     ),
 }
-# counts of optimiser steps that were not taken, and whose
+# metrics that count skipped optimiser steps, and whose optimiser it is
 SKIPPED = {"skipped": "", "d_skipped": " of the discriminator"}
 NAMES = {
     "base": "Base: a policy of the embedded world",
@@ -147,33 +147,32 @@ NAMES = {
 
 
 def stage_charts(record: RunRecord, stage: str) -> str:
-    """Returns the figures of a stage."""
+    """Returns the section of a stage."""
     rows = _with_length(record, stage)
     figures, absent = [], []
     for chart in (*CHARTS.get(stage, ()), *_expert_chart(record, stage)):
-        found = _figure(chart, rows)
-        if found:
-            figures.append(found)
+        if drawn := _figure(chart, rows):
+            figures.append(drawn)
         elif not chart.optional:
             absent.append(chart.title)
     if loads := _expert_loads(rows):
         figures.append(loads)
-    said = f'<p class="note">Not measured in this stage: {escape(", ".join(absent))}.</p>' if absent else ""
-    lines = f'<p class="note">{told}</p>' if (told := told_lines(len(rows))) else ""
-    return f'{lines}<div class="figures">{"".join(figures)}</div>{said}{_all_metrics(rows)}'
+    missing = f'<p class="note">Not measured in this stage: {escape(", ".join(absent))}.</p>' if absent else ""
+    smoothing = f'<p class="note">{note}</p>' if (note := smoothing_note(len(rows))) else ""
+    return f'{smoothing}<div class="figures">{"".join(figures)}</div>{missing}{_all_metrics(rows)}'
 
 
 def troubles(rows: Sequence[Row]) -> list[tuple[int, str]]:
-    """Returns the steps at which something was not finite or no step was taken, and what."""
-    found = []
+    """Returns the steps with a non-finite value or a skipped optimiser step, each with its problems."""
+    steps = []
     for row in rows:
-        said = [f"{name} not finite" for name in row.get("non_finite", [])]
+        problems = [f"{name} not finite" for name in row.get("non_finite", [])]
         for key, who in SKIPPED.items():
             if count := number(row.get(key)):
-                said.append(f"{count:.0f} optimiser step{'s' if count > 1 else ''}{who} not taken")
-        if said:
-            found.append((int(row["step"]), ", ".join(said)))
-    return found
+                problems.append(f"{count:.0f} optimiser step{'s' if count > 1 else ''}{who} not taken")
+        if problems:
+            steps.append((int(row["step"]), ", ".join(problems)))
+    return steps
 
 
 def _figure(chart: Chart, rows: Sequence[Row]) -> str:
@@ -181,8 +180,8 @@ def _figure(chart: Chart, rows: Sequence[Row]) -> str:
     series = [Series(label, [(row["step"], number(row.get(key))) for row in rows]) for key, label in keys]
     if not any(value is not None for one in series for _, value in one.points):
         return ""
-    named = {key for key, _ in keys}
-    marks = [(row["step"], f"{name} not finite") for row in rows for name in row.get("non_finite", []) if name in named]
+    names = {key for key, _ in keys}
+    marks = [(row["step"], f"{name} not finite") for row in rows for name in row.get("non_finite", []) if name in names]
     drawn = line_chart(
         series,
         title=f"{chart.title} over the steps",
@@ -192,21 +191,22 @@ def _figure(chart: Chart, rows: Sequence[Row]) -> str:
         reference=chart.reference,
         marks=marks,
     )
-    return figure(chart.title, chart.meaning, drawn, legend([_told(one) for one in series]))
+    return figure(chart.title, chart.meaning, drawn, legend([_label(one) for one in series]))
 
 
-def _told(series: Series) -> str:
+def _label(series: Series) -> str:
+    """Returns a line's label with its first and last values."""
     values = [value for _, value in series.points if value is not None]
     last = values[-min(5, len(values)) :]
     return (
         f"{series.label}: first {values[0]:.3g}, last {len(last)} mean {sum(last) / len(last):.3g}"
         if values
-        else (f"{series.label}: never finite")
+        else f"{series.label}: never finite"
     )
 
 
 def _with_length(record: RunRecord, stage: str) -> list[Row]:
-    """Returns a stage's records, with the mean length where it follows from the number of tokens."""
+    """Returns a stage's records, with the mean length added if it follows from the number of tokens."""
     rows = record.steps[stage]
     prompts, group = (record.setting(f"rollout.{stage}.{key}") for key in ("prompts", "group"))
     if stage != "align" or not prompts or not group:
@@ -229,12 +229,12 @@ def _expert_chart(record: RunRecord, stage: str) -> list[Chart]:
 
 
 def _expert_loads(rows: Sequence[Row]) -> str:
-    """Returns the load of every expert by kind at the stage's end, where the stage measured it."""
+    """Returns the load of every expert by token kind at the stage's end; empty if it was not measured."""
     last = [row["d_expert_load"] for row in rows if isinstance(row.get("d_expert_load"), dict)][-5:]
     if not last:
         return ""
     series = []
-    # the channels first, in the colours that they have elsewhere
+    # the channels come first, in the same colours as in other charts
     kinds = sorted(last[-1], key=lambda kind: CHANNELS.index(kind) if kind in CHANNELS else len(CHANNELS))
     for kind in kinds:
         each = [row[kind] for row in last]
@@ -247,16 +247,16 @@ def _expert_loads(rows: Sequence[Row]) -> str:
 
 
 def _all_metrics(rows: Sequence[Row]) -> str:
-    """Returns a table, folded, of every number that the stage logged."""
+    """Returns a folded table of every metric of the stage."""
     names = list(dict.fromkeys(name for row in rows for name in row if name not in ("stage", "step", "non_finite")))
     lines = []
     for name in names:
-        values = [found for row in rows if (found := number(row.get(name))) is not None]
+        values = [value for row in rows if (value := number(row.get(name))) is not None]
         if not values:
             continue
         cells = (values[0], min(values), sum(values) / len(values), max(values), values[-1])
         lines.append(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{value:.4g}</td>' for value in cells)}</tr>")
     head = "<tr><th>metric</th><th>first</th><th>least</th><th>mean</th><th>greatest</th><th>last</th></tr>"
-    said = f"all {len(lines)} numbers that metrics.jsonl has of this stage's {len(rows)} steps"
+    title = f"all {len(lines)} numbers that metrics.jsonl has of this stage's {len(rows)} steps"
     table = f'<div class="wide numbers"><table>{head}{"".join(lines)}</table></div>'
-    return f"<details><summary>{said}</summary>{table}</details>"
+    return f"<details><summary>{title}</summary>{table}</details>"

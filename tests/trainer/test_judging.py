@@ -55,7 +55,7 @@ def test_parts_are_written_as_the_discriminator_reads_them():
 @pytest.mark.parametrize(("share", "number"), [(0.0, 0), (0.5, 20), (0.7, 28), (1.0, 40)])
 def test_their_share_is_as_set(share, number):
     problems = ShapesProblems(WORLD, "base", 40, share).take(range(40))
-    assert sum(problem.said is not None for problem in problems) == number
+    assert sum(problem.prefix is not None for problem in problems) == number
 
 
 def test_the_shipped_base_knows_the_tokenizer():
