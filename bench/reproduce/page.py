@@ -71,7 +71,7 @@ def _section(content: Figures) -> Iterator[str]:
         yield from _by_seed(arms)
         yield from _comparisons(content["comparisons"])
     if any(one["points"] for one in content["curve"]):
-        yield "**Alignment against distillation on the same demonstrations**, after an SFT without demonstrations; no RLVR:"
+        yield "**Alignment against distillation on the same demonstrations**, after SFT without them; no RLVR:"
         yield ""
         yield f"![alignment and distillation by number of demonstrations]({PICTURES}/{content['algorithm']}_curve.svg)"
         yield ""
