@@ -69,7 +69,7 @@ def temperature(text: str) -> float:
 
 
 RUN = Option("run", "DIR", "the run's folder")
-STAGES_RUN = "prism.runtime.runtime:run"
+STAGES_RUN = "prism.commands.run:run"
 COMMANDS = {
     "run": Command(STAGES_RUN, "all stages one after the other; the same command goes on where it was ended"),
     "sft": Command(STAGES_RUN, "one stage: fine-tunes model.policy on demonstrations", stage="sft"),
@@ -281,14 +281,13 @@ def _read_data(config: "Config") -> int:
 
 def _encoder(config: "Config") -> "PromptEncoder | None":
     """Returns what reads prompts for the policy; None: a hub's model may not be on this machine."""
-    from prism.models.building import load_encoder, tiny_size
+    from prism.models.building import load_encoder
     from prism.models.prompts import PromptEncoder
-    from prism.models.tiny import tiny_image_processor
-    from prism.models.tokenizer import train_tokenizer
+    from prism.models.tiny import tiny_image_processor, train_tokenizer
 
     if config.model.policy == "tiny":
         tokenizer = train_tokenizer(vocab_size=config.model.tiny.vocab_size)
-        return PromptEncoder(tokenizer, tiny_image_processor(tiny_size(config)))
+        return PromptEncoder(tokenizer, tiny_image_processor(config.model.tiny))
     try:
         return load_encoder(config.model.policy, config.model.max_image_pixels, local_files_only=True)
     except OSError:

@@ -82,11 +82,11 @@ def unavailable(op: str, backend: str, device: str) -> str | None:
     if backend not in _implementations(op):
         return f"{op} has no implementation for it; it has {', '.join(_implementations(op))}"
     if backend == "cpu":
-        return native_reason["_C"] if device == "cpu" else "it is for CPU tensors; move the tensors or take another"
+        return _native_reason("_C") if device == "cpu" else "it is for CPU tensors; move the tensors or take another"
     if backend == "cuda":
         if device != "cuda":
             return "it is for CUDA tensors; move the tensors or take another"
-        return native_reason["_C_cuda"] or _no_gpu()
+        return _native_reason("_C_cuda") or _no_gpu()
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton` (Linux)"
     if device == "cuda":
@@ -98,6 +98,13 @@ def unavailable(op: str, backend: str, device: str) -> str | None:
 
 def _implementations(op: str) -> list[str]:
     return [name for name in BACKENDS if any(name in names for names in _PREFERENCE[op].values())]
+
+
+def _native_reason(extension: str) -> str | None:
+    if extension not in native_reason:
+        # no op was imported yet, and with them the extensions
+        importlib.import_module("prism_kernels.ops")
+    return native_reason[extension]
 
 
 def _no_gpu() -> str | None:

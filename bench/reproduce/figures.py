@@ -1,4 +1,4 @@
-"""What the arms' folders say: figures by arm and seed, means with standard errors, and what is compared."""
+"""Reads the arms' folders: figures by arm and seed, means with standard errors, and comparisons."""
 
 import json
 import math
@@ -9,18 +9,18 @@ from typing import Any
 from bench.reproduce.arms import curve
 from bench.reproduce.jobs import FINISHED, Experiment, Job, JobError, dotted, time_of
 
-# how a response is drawn
+# the ways to draw a response
 DRAWS = {"greedy": "greedy", "sampled": "at temperature 1"}
-# perception first: whether it needed repair is what the experiment is about
+# perception comes first, because the experiment is about its repair
 SHARES = {"perception_error": "perception error", "reasoning_error": "reasoning error", "accuracy": "accuracy"}
-# where more is better
+# 1: more is better
 BETTER = {"perception_error": -1, "reasoning_error": -1, "accuracy": 1}
 
 Figures = dict[str, Any]
 
 
 def seed_figures(experiment: Experiment, job: Job) -> Figures:
-    """Returns what a finished arm shows on the test split, and what it took."""
+    """Returns a finished arm's figures on the test split, and its seconds and steps."""
     folder = experiment.folder(job)
     found = json.loads((folder / FINISHED).read_text())
     last = found[job.arm.stages[-1]]
@@ -39,12 +39,12 @@ def seed_figures(experiment: Experiment, job: Job) -> Figures:
 
 
 def collect(experiment: Experiment, seeds: Sequence[int], tell: Callable[[str], None]) -> Figures:
-    """Returns the part of a results file that is measured: settings, and of each finished arm each seed's figures.
+    """Returns the measured part of a results file: settings, and each seed's figures of each finished arm.
 
     Args:
         experiment: the experiment.
-        seeds: that count.
-        tell: gets a line for each finished arm that is left out, as it was made with other settings.
+        seeds: the seeds that count.
+        tell: gets a line for each finished arm that is left out because it was made with other settings.
     """
     found: Figures = {}
     for arm in experiment.arms.values():
@@ -72,7 +72,7 @@ def collect(experiment: Experiment, seeds: Sequence[int], tell: Callable[[str], 
 
 
 def summarise(measured: Figures) -> Figures:
-    """Returns a results file: what was measured, with its means and comparisons."""
+    """Returns a results file: the measured part with its means and comparisons."""
     arms = {
         name: {**arm, "mean": means(arm["seeds"].values()), "seconds_after_sft": _after_sft(measured["arms"], name)}
         for name, arm in measured["arms"].items()
@@ -101,7 +101,7 @@ def summarise(measured: Figures) -> Figures:
 
 
 def means(seeds: Iterable[Figures]) -> Figures:
-    """Returns mean and standard error over seeds of all figures that each seed has."""
+    """Returns mean and standard error over seeds of the figures that every seed has."""
     rows = list(seeds)
     found: Figures = {}
     for draw in DRAWS:
@@ -111,7 +111,7 @@ def means(seeds: Iterable[Figures]) -> Figures:
 
 
 def _after_sft(arms: Mapping[str, Figures], name: str) -> list[float | None]:
-    """Returns mean and standard error of the seconds in the steps of an arm and of those before it, behind SFT."""
+    """Returns mean and standard error of the seconds in the steps of an arm and its parents after SFT."""
     chain = []
     while name in arms and "sft" not in arms[name]["stages"]:
         chain.append(arms[name]["seeds"])
@@ -122,7 +122,7 @@ def _after_sft(arms: Mapping[str, Figures], name: str) -> list[float | None]:
 
 
 def mean_and_error(values: Sequence[float]) -> list[float | None]:
-    """Returns the mean and its standard error, which one value has not."""
+    """Returns the mean and its standard error; None for the error of one value."""
     middle, count = sum(values) / len(values), len(values)
     if count < 2:
         return [middle, None]
@@ -131,7 +131,7 @@ def mean_and_error(values: Sequence[float]) -> list[float | None]:
 
 
 def halved(arms: Mapping[str, Figures]) -> dict[str, dict[str, Figures]]:
-    """Returns by draw and seed the perception error of SFT and after alignment, and whether it is at most half."""
+    """Returns, by draw and seed, perception error after SFT and after alignment, and whether it was at least halved."""
     if not {"sft", "align"} <= arms.keys():
         return {}
     found: dict[str, dict[str, Figures]] = {}
@@ -146,7 +146,7 @@ def halved(arms: Mapping[str, Figures]) -> dict[str, dict[str, Figures]]:
 
 
 def compare(arms: Mapping[str, Figures], one: str, other: str, draw: str, share: str) -> Figures:
-    """Returns how far an arm is from another one: each seed's own difference, as they share SFT and test problems."""
+    """Returns the difference of two arms for each seed, because arms of one seed share SFT and test problems."""
     pair = arms[one]["seeds"], arms[other]["seeds"]
     seeds = [seed for seed in pair[0] if seed in pair[1]]
     apart = [pair[0][seed][draw][share] - pair[1][seed][draw][share] for seed in seeds]
@@ -157,9 +157,9 @@ def compare(arms: Mapping[str, Figures], one: str, other: str, draw: str, share:
 
 
 def crossing(arms: Mapping[str, Figures], curve_arms: Mapping[str, Sequence[str]], draw: str, share: str) -> Figures:
-    """Returns alignment less distillation by number of demonstrations, and at which numbers their lines cross.
+    """Returns alignment minus distillation by number of demonstrations, and the numbers at which their lines cross.
 
-    Between two numbers the means are taken as straight lines over the logarithm, as they are drawn.
+    Between two numbers the means are straight lines over the logarithm, as in the picture.
     """
     points = []
     for n, (align, distill) in sorted(curve_arms.items(), key=lambda item: int(item[0])):
@@ -176,10 +176,10 @@ def crossing(arms: Mapping[str, Figures], curve_arms: Mapping[str, Sequence[str]
 
 
 def crossings(points: Sequence[tuple[float, float]]) -> list[float]:
-    """Returns where a line through points, straight over the logarithm of x, changes its sign.
+    """Returns the zeros of a line through points that is straight over the logarithm of x and changes its sign.
 
     Args:
-        points: (x, y) in order, x > 0.
+        points: (x, y), sorted, x > 0.
     """
     found = []
     signed = [(x, y) for x, y in points if y != 0]
@@ -187,13 +187,13 @@ def crossings(points: Sequence[tuple[float, float]]) -> list[float]:
         if (y > 0) == (next_y > 0):
             continue
         zeros = [at for at, value in points if value == 0 and x < at < next_x]
-        # where it lies on zero for a while, the first such point
+        # if several points are zero, the first one
         found.append(float(zeros[0]) if zeros else x * (next_x / x) ** (y / (y - next_y)))
     return found
 
 
 def ahead(found: Figures) -> int:
-    """Returns 1 where an arm is ahead of the other one by more than two standard errors, -1 behind, 0: not told."""
+    """Returns 1 if an arm is better than the other by more than two standard errors, -1 if worse, else 0."""
     error = found.get("standard_error")
     if error is None or abs(found["mean"]) <= 2 * error:
         return 0
@@ -201,7 +201,7 @@ def ahead(found: Figures) -> int:
 
 
 def line(found: Figures) -> str:
-    """Returns a seed's figures as a progress line shows them."""
+    """Returns a seed's figures for the progress line."""
     parts = []
     for draw, told in DRAWS.items():
         shares = [f"{SHARES[key]} {found[draw][key]:.3f}" for key in ("perception_error", "accuracy")]

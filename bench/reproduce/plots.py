@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from bench.reproduce.arms import MAIN
 from bench.reproduce.figures import DRAWS, SHARES, Figures
 
-# Okabe and Ito's palette: told apart by colour-blind readers, and in grey; with shapes and dashes of their own
+# Okabe and Ito's palette: colour-blind readers and grey prints keep the colours apart; shapes and dashes differ too
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 FONT = 11
 SHOWN = ("perception_error", "accuracy")
@@ -21,16 +21,16 @@ _SETTINGS = {
     "font.size": FONT,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    # the same bytes for the same figures
+    # equal figures give equal bytes
     "svg.hashsalt": "reproduce",
 }
 
 
 def draw_all(content: Figures, stem: Path) -> list[Path]:
-    """Writes what can be drawn beside a results file, and returns the pictures: `<stem>_arms.svg`, `<stem>_curve.svg`.
+    """Draws the pictures beside a results file, and returns their paths: `<stem>_arms.svg`, `<stem>_curve.svg`.
 
     Args:
-        content: of the results file.
+        content: the results file.
         stem: its path without the suffix.
     """
     made = []
@@ -52,7 +52,7 @@ def _arms(content: Figures, path: Path) -> Path:
             for place, arm in enumerate(shown):
                 middle, error = arm["mean"][draw][share]
                 own = [one[draw][share] for one in arm["seeds"].values()]
-                # behind the mean: each seed
+                # the seeds, drawn under the mean
                 axes.plot(own, [place + shift] * len(own), marker, color=colour, alpha=0.35, markersize=4)
                 label = DRAWS[draw] if place == 0 else None
                 axes.errorbar(
@@ -90,7 +90,7 @@ def _lines(axes: Axes, arms: Mapping[str, Figures], found: Figures) -> None:
     for side, colour, style, what in (("arm", BLUE, "o-", "alignment"), ("than", ORANGE, "s--", "distillation")):
         own = [arms[one[side]] for one in found["points"]]
         shares = [arm["mean"][draw][share] for arm in own]
-        # beside each other, where error bars would hide each other
+        # side by side, so that error bars do not hide each other
         places = [n * (0.97 if side == "arm" else 1.03) for n in numbers]
         errors: Any = [error or 0.0 for _, error in shares]
         axes.errorbar(
@@ -101,7 +101,7 @@ def _lines(axes: Axes, arms: Mapping[str, Figures], found: Figures) -> None:
             axes.plot([place] * len(seeds), seeds, style[0], color=colour, alpha=0.35, markersize=4)
     if found["points"] and (before := arms.get(_parent(arms, found["points"]))):
         axes.axhline(before["mean"][draw][share][0], color=GREY, linewidth=1, linestyle=":", label="SFT before both")
-    # room for what is written at the top
+    # room for the text at the top
     axes.margins(y=0.16)
     for at in found["crossings"]:
         axes.axvline(at, color="#000000", linewidth=1, linestyle="-.")

@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
-from prism.config.sections import Data
+from prism.config import STAGES, DataSettings
 from prism.data.files import RowError
 from prism.data.rows import PLACEHOLDER, ChatRow, ProblemRow, WarmupRow
-from prism.models.batches import response_ids
-from prism.models.prompts import EncodedPrompt, Message, PromptEncoder, chat_messages
-from prism.models.tokenizer import IMAGE_TOKEN, VIDEO_TOKEN
+from prism.models.policy import response_ids
+from prism.models.prompts import IMAGE_TOKEN, VIDEO_TOKEN, EncodedPrompt, Message, PromptEncoder, chat_messages
 
 if TYPE_CHECKING:
     from prism.worlds.shapes.world import ShapesSample
@@ -47,7 +47,12 @@ class Problem:
         return prompt if self.prefix is None else encoder.behind(prompt, self.prefix)
 
 
-def problem_reader(use: str, encoder: PromptEncoder, data: Data) -> Callable[[Any], Problem]:
+def step_random(seed: int, stage: str, step: int) -> np.random.Generator:
+    """Returns the random generator of a step. It depends on the arguments only, so a resumed run draws the same."""
+    return np.random.default_rng([seed, STAGES.index(stage), step])
+
+
+def problem_reader(use: str, encoder: PromptEncoder, data: DataSettings) -> Callable[[Any], Problem]:
     """Returns a function that makes a problem of a row, or raises `RowError`.
 
     Args:

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from prism.data.files import RowError, shown
 from prism.data.images import ImageLimits, open_image
-from prism.data.sections import Sections, split_response
+from prism_kernels.grammar import Sections, split_response
 
 # stands in a text where an image goes
 PLACEHOLDER = "<image>"

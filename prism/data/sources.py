@@ -6,20 +6,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from prism.config import STAGES, Config
 from prism.data.files import DataError
 from prism.data.images import ImageLimits
 from prism.data.loader import LoadOptions, RowStream
 from prism.data.problem import Problem, problem_reader
 from prism.models.prompts import PromptEncoder
-from prism.worlds.shapes.problems import ShapesProblems
-from prism.worlds.shapes.teachers import Carelessness
-from prism.worlds.shapes.world import ShapesWorld
+from prism.worlds.shapes.problems import EmbeddedProblems
 
-# the split of the embedded world that each stage draws from
-SPLITS = {"base": "base", "sft": "sft", "rlvr": "rl"} | dict.fromkeys(("distill", "warmup", "align"), "alignment")
 # the files that each stage reads; warmup reads its own, or else those of alignment
 FILES = {"sft": "sft", "rlvr": "rlvr", "distill": "align", "align": "align"}
 SCHEMAS = {"sft": "chat", "warmup": "warmup"} | dict.fromkeys(("align", "rlvr", "validation", "test"), "problem")
@@ -59,60 +53,11 @@ def problems_of(config: Config, encoder: PromptEncoder) -> Problems:
     return EmbeddedProblems(config) if config.data.source == "shapes" else FileProblems(config, encoder)
 
 
-def step_random(seed: int, stage: str, step: int) -> np.random.Generator:
-    """Returns the random generator of a step. It depends on the arguments only, so a resumed run draws the same."""
-    return np.random.default_rng([seed, STAGES.index(stage), step])
-
-
-class EmbeddedProblems:
-    """Problems of the embedded world. A step draws by the seed, the stage and its number, so there is no position.
-
-    Args:
-        config: the settings.
-    """
-
-    def __init__(self, config: Config) -> None:
-        self.settings, self.seed = config.data.shapes, config.run.seed
-        carelessness = Carelessness(**self.settings.carelessness.model_dump())
-        self.world = ShapesWorld(self.settings.seed, carelessness)
-
-    def batches(self, stage: str, step: int, count: int, most: int = 1) -> Iterator[list[Problem]]:
-        """Yields batches of distinct problems, or with repeats if the split is smaller than all of them together."""
-        split, curated = self._split(SPLITS[stage]), self._split("alignment")
-        total = len(split) + (self.settings.sft_curated if stage == "sft" else 0)
-        rng = step_random(self.seed, stage, step)
-        chosen = rng.choice(total, count * most, replace=count * most > total)
-        for start in range(0, len(chosen), count):
-            part = chosen[start : start + count].tolist()
-            drawn = split.take([i for i in part if i < len(split)])
-            yield drawn + curated.take([i - len(split) for i in part if i >= len(split)])
-
-    def held_out(self, split: str, count: int | None = None) -> list[Problem]:
-        """Returns the first problems of a split."""
-        problems = self._split(split)
-        return problems.take(range(len(problems) if count is None else min(count, len(problems))))
-
-    def figures(self, stage: str) -> dict[str, Any]:
-        """Returns no figures: no row is ever skipped."""
-        return {}
-
-    def position(self, stage: str) -> dict[str, Any]:
-        """Returns an empty position: a step draws without one."""
-        return {}
-
-    def go_to(self, stage: str, position: dict[str, Any]) -> None:
-        """Does nothing: a step draws without a position."""
-
-    def _split(self, name: str) -> ShapesProblems:
-        judged = self.settings.judged if name == "base" else 0.0
-        return ShapesProblems(self.world, name, getattr(self.settings, name), judged)
-
-
 class FileProblems:
     """Problems of data files, read in an order that follows from the seed and the stage, over and over.
 
     A row that a stage cannot use is skipped and recorded in `skipped-STAGE.jsonl` of the run's folder, or stops the
-    run. See `prism.config.sections.Data`.
+    run. See `prism.config.DataSettings`.
 
     Args:
         config: the settings.

@@ -10,10 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from prism.discriminator.branches import ScoreLimits, Segment
-from prism.discriminator.metrics import ChannelReport, channel_report
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import Sample, prepare_groups, score_prepared
+from prism.discriminator.score import Sample, ScoreLimits, Segment, prepare_groups, score_prepared
+from prism.discriminator.training import ChannelReport, channel_report
 from prism.models.prompts import EncodedPrompt, PromptEncoder
 from prism_kernels import check
 

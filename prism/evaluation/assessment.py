@@ -2,24 +2,22 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 
-from prism.config import Config
-from prism.config.sections import Sampling as SamplingSettings
+from prism.config import Config, Sampling
 from prism.data.problem import Problem
-from prism.discriminator.branches import CHANNELS, ScoreLimits
 from prism.discriminator.controls import shortcut_controls
-from prism.discriminator.metrics import ChannelReport, wins
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import Sample, score_groups
-from prism.evaluation.accuracy import evaluate
+from prism.discriminator.score import CHANNELS, ScoreLimits, sample_of, score_groups, score_limits
+from prism.discriminator.training import ChannelReport, wins
 from prism.models.prompts import PromptEncoder
+from prism.rewards import score_batch
+from prism.rollout.batch import drift, generate
 from prism.rollout.engine import Engine
-from prism.stages.align import score_limits
-from prism.stages.rollouts import answer
 from prism.worlds.shapes.counters import judge
 from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
 
@@ -64,18 +62,15 @@ def assess_discriminator(
         config: the settings.
     """
     limits = _limits(config)
-    sampling = SamplingSettings(group=GROUP, prompts=len(problems), max_new_tokens=config.rollout.align.max_new_tokens)
-    answered = answer(engine, problems, encoder, sampling, 0)
-    samples = [
-        Sample(problem.prompt, answered.of(index), problem.images, problem.teacher, problem.name)
-        for index, problem in enumerate(problems)
-    ]
+    sampling = Sampling(group=GROUP, max_new_tokens=config.rollout.align.max_new_tokens)
+    batch = generate(engine, problems, encoder, sampling, 0)
+    samples = [sample_of(problem, batch.texts_of(index)) for index, problem in enumerate(problems)]
     right: dict[str, torch.Tensor] = {}
     if all(problem.shape is not None for problem in problems):
-        shapes = [problem.shape for problem in answered.problems if problem.shape is not None]
+        shapes = [problem.shape for problem in batch.problems if problem.shape is not None]
         verdicts = [
             judge(text, shapes[rollout.prompt].scene, shapes[rollout.prompt].question)
-            for text, rollout in zip(answered.texts, answered.rollouts)
+            for text, rollout in zip(batch.texts, batch.rollouts)
         ]
         for channel in CHANNELS:
             right[channel] = torch.tensor([not getattr(verdict, channel).wrong for verdict in verdicts])
@@ -99,7 +94,7 @@ def _equal_style(
         shape = problem.shape
         assert shape is not None, "only called if all problems are of the embedded world"
         wrong = [*(wrong_caption(shape, change) for change in CHANGES), wrong_conclusion(shape)]
-        samples.append(Sample(problem.prompt, wrong, problem.images, curated_text(shape), problem.name))
+        samples.append(sample_of(problem, wrong, teacher=curated_text(shape)))
     scores = score_groups(discriminator, samples, encoder, limits)
     # a branch reads its segment only: the last text differs in reasoning, the others in perception
     caption = scores.perception.view(len(samples), -1)[:, :-1]
@@ -154,3 +149,96 @@ def _policy_line(figures: Figures) -> str:
         if key in figures:
             shares.append(f"{key.replace('_', ' ')} {figures[key]:.3f}")
     return f"{', '.join(shares)} ({figures['samples']})"
+
+
+@dataclass(frozen=True)
+class PolicyReport:
+    """Figures of a policy, as shares of the samples unless said otherwise.
+
+    The errors are NaN outside the embedded world, drift is NaN without teachers. An answer that follows from a wrong
+    caption is an error of perception alone. A response without a valid form counts as wrong in everything.
+    """
+
+    samples: int
+    accuracy: float
+    format: float
+    # mean number of tokens of a response
+    length: float
+    perception_error: float
+    reasoning_error: float
+    # Wasserstein distances to the teachers, in caption items and in reasoning steps
+    drift_perception: float
+    drift_reasoning: float
+
+    @property
+    def standard_error(self) -> float:
+        """The standard error of the accuracy."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.samples)
+
+    def as_json(self) -> dict[str, float]:
+        """Returns the finite figures, with the accuracy's standard error."""
+        figures = {**asdict(self), "accuracy_se": self.standard_error}
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def evaluate(
+    engine: Engine,
+    problems: Iterable[Problem],
+    encoder: PromptEncoder,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    batch: int = 128,
+) -> PolicyReport:
+    """Returns the figures of a policy from one response to each problem.
+
+    Args:
+        engine: generates the policy's responses.
+        problems: problems with answers; the images of only one batch are in memory at a time.
+        encoder: encodes prompts for the policy.
+        max_new_tokens: length of the longest response.
+        temperature: sampling temperature; 0 is greedy.
+        batch: number of problems answered at a time.
+    """
+    texts: list[str] = []
+    answered: list[Problem] = []
+    tokens = 0
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+    source = iter(problems)
+    while part := list(islice(source, batch)):
+        keys = range(len(answered), len(answered) + len(part))
+        answered += [replace(problem, images=(), encoding=None) for problem in part]
+        rollouts = engine.generate([problem.encoded(encoder) for problem in part], sampling, keys=keys)
+        texts += encoder.tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
+        tokens += sum(len(r.token_ids) for r in rollouts)
+    verdicts = score_batch(
+        texts, [problem.answer or "" for problem in answered], [problem.equivalent_answers for problem in answered]
+    )
+    count = len(answered)
+    perception, reasoning = _errors(answered, texts)
+    drifted = drift(texts, [problem.teacher for problem in answered])
+    return PolicyReport(
+        samples=count,
+        accuracy=sum(verdict.accuracy for verdict in verdicts) / count,
+        format=sum(verdict.format for verdict in verdicts) / count,
+        length=tokens / count,
+        perception_error=perception,
+        reasoning_error=reasoning,
+        drift_perception=drifted["drift_perception"],
+        drift_reasoning=drifted["drift_reasoning"],
+    )
+
+
+def _errors(problems: Sequence[Problem], texts: Sequence[str]) -> tuple[float, float]:
+    """Returns the shares of responses with errors of perception and of reasoning."""
+    judgements = [
+        judge(text, problem.shape.scene, problem.shape.question)
+        for problem, text in zip(problems, texts)
+        if problem.shape is not None
+    ]
+    if len(judgements) < len(problems):
+        return math.nan, math.nan
+    return (
+        sum(one.perception.wrong for one in judgements) / len(judgements),
+        sum(one.reasoning.wrong for one in judgements) / len(judgements),
+    )

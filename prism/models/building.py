@@ -1,12 +1,19 @@
-"""The models of a run, as its settings say: the policy with its encoder, and the discriminator upcycled from it."""
+"""The models of a run, as its settings say: the policy with its encoder, and the discriminator upcycled from it.
+
+The tiny policy of the default sizes has a base that ships with the package: it answers well, in a style of its own.
+`prism run --config configs/tiny_base.toml` trains such a base (that file says how the shipped one was made); then
+`python -m prism.models.building FOLDER` writes the policy of that run's folder as the new shipped base.
+"""
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -14,19 +21,20 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-from prism.config import Config, ConfigError
-from prism.config.sections import Tiny
+from prism.config import Config, ConfigError, TinySize
 from prism.discriminator.model import Discriminator
 from prism.discriminator.storage import IMAGES_KEY, has_value_head, load_discriminator
 from prism.discriminator.upcycle import upcycle
 from prism.models.policy import CausalModel, Policy
-from prism.models.pretrained import load_tiny_base
 from prism.models.prompts import PromptEncoder
-from prism.models.tiny import TinySize, tiny_image_processor, tiny_policy
+from prism.models.tiny import tiny_image_processor, tiny_policy
+from prism_kernels import check
 
 FAMILIES = {"qwen3_vl": Qwen3VLForConditionalGeneration, "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration}
 # what a checkpoint is made of; other files of a hub's repository are not fetched
 FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "value_head.pt")
+TINY_BASE = "tiny base"
+BASE_PATH = Path(__file__).parent / "tiny_base.safetensors"
 
 
 class Built(NamedTuple):
@@ -55,10 +63,10 @@ def plain_policy(config: Config) -> tuple[Qwen3VLForConditionalGeneration, Promp
     """Returns the policy before the first stage as transformers has it, not set to packs, and its encoder."""
     dtype = getattr(torch, config.model.dtype)
     if config.model.policy == "tiny":
-        size = tiny_size(config)
+        size = config.model.tiny
         model, tokenizer = tiny_policy(size, seed=config.run.seed)
         # other sizes have no base that could be shipped: they begin at random, or with the stage that pretrains
-        if config.model.tiny == Tiny() and "base" not in config.run.stages:
+        if size == TinySize() and "base" not in config.run.stages:
             load_tiny_base(model)
         encoder = PromptEncoder(tokenizer, tiny_image_processor(size))
     else:
@@ -67,12 +75,6 @@ def plain_policy(config: Config) -> tuple[Qwen3VLForConditionalGeneration, Promp
     # not the model's own `to`, whose annotation knows no device
     torch.nn.Module.to(model, device_of(config), dtype)
     return model, encoder
-
-
-def tiny_size(config: Config) -> TinySize:
-    """Returns the sizes of the tiny models."""
-    found = config.discriminator
-    return TinySize(**config.model.tiny.model_dump(), experts=found.experts, experts_per_token=found.top_k)
 
 
 def build_discriminator(config: Config, base: CausalModel) -> Discriminator:
@@ -208,6 +210,26 @@ def load_encoder(named: str, max_image_pixels: int | None = None, *, local_files
     return PromptEncoder(AutoTokenizer.from_pretrained(named, local_files_only=local_files_only), processor)
 
 
+def load_tiny_base(model: torch.nn.Module) -> None:
+    """Loads the shipped weights into a tiny policy of the default sizes."""
+    if not BASE_PATH.exists():
+        wanted = f"{BASE_PATH}, which `prism run --config configs/tiny_base.toml` and `python -m {__name__}` make"
+        check.fail(TINY_BASE, wanted, "none", RuntimeError)
+    tensors = load_file(BASE_PATH)
+    for name, value in model.state_dict().items():
+        if name not in tensors or tensors[name].shape != value.shape:
+            got = tuple(tensors[name].shape) if name in tensors else "none"
+            check.fail(TINY_BASE, f"{name} of shape {tuple(value.shape)} in {BASE_PATH.name}", got)
+    model.load_state_dict(tensors)
+
+
+def write_tiny_base(folder: str | Path) -> None:
+    """Writes the shipped weights, in half precision, from a folder that transformers saved."""
+    tensors = load_file(Path(folder) / "model.safetensors")
+    save_file({name: value.to(torch.float16) for name, value in tensors.items()}, BASE_PATH)
+    print(f"wrote {BASE_PATH}, {BASE_PATH.stat().st_size / 2**20:.1f} MiB")
+
+
 def _own(model: torch.nn.Module) -> None:
     """Copies weights out of the file that they are mapped from.
 
@@ -220,3 +242,7 @@ def _own(model: torch.nn.Module) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+if __name__ == "__main__":
+    write_tiny_base(sys.argv[1])

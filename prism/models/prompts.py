@@ -13,13 +13,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prism.models.tokenizer import IMAGE_TOKEN
 from prism_kernels import check
 from prism_kernels.segments import TokenBytes, token_bytes
 
 NAME = "encode_prompt"
 # what the data schemas write where an image goes
 PLACEHOLDER = "<image>"
+IMAGE_TOKEN = "<|image_pad|>"
+VIDEO_TOKEN = "<|video_pad|>"
 
 Message = Mapping[str, Any]
 

@@ -1,13 +1,19 @@
-"""Tiny Qwen3-VL and Qwen3-VL-MoE models with random weights, built offline in seconds, as plain transformers has them.
+"""Tiny Qwen3-VL and Qwen3-VL-MoE models with random weights and a tokenizer, built offline in seconds.
+
+The tokenizer is a byte-level BPE with Qwen's special tokens, pre-tokenisation and chat template. Plain transformers
+loads both.
 
 I is the width of an expert's hidden layer, D that of the model.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Self
 
 import torch
+from pydantic import model_validator
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
@@ -19,45 +25,76 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from prism.models.tokenizer import IMAGE_TOKEN, TERMINAL_TOKEN, VIDEO_TOKEN, train_tokenizer
+from prism.config import Carelessness, TinySize
+from prism.config.sections import Positive
+from prism.models.prompts import IMAGE_TOKEN, VIDEO_TOKEN
+from prism.worlds.shapes.world import ShapesWorld
 from prism_kernels import check
 
-NAME = "TinySize"
+# in the order of Qwen's vocabulary; those without <| are ordinary text to a decoder
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+TEXT_TOKENS = ("<think>", "</think>")
+TERMINAL_TOKEN = "<|im_end|>"
+BYTES = 256
+
+CHAT_TEMPLATE = """\
+{%- macro text(content) -%}
+{%- if content is string -%}
+{{- content -}}
+{%- else -%}
+{%- for item in content -%}
+{%- if item.type == 'image' or 'image' in item or 'image_url' in item -%}
+<|vision_start|><|image_pad|><|vision_end|>
+{%- elif 'text' in item -%}
+{{- item.text -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' + text(message.content) + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}"""
 
 
-@dataclass(frozen=True)
-class TinySize:
-    """Sizes of a tiny model. The defaults suit a CPU; vLLM serves head_dim 32 and more."""
+class TinyMoeSize(TinySize):
+    """The sizes of a tiny Mixture-of-Experts.
 
-    vocab_size: int = 1024
-    hidden_size: int = 96
-    intermediate_size: int = 256
-    layers: int = 3
-    heads: int = 4
-    key_value_heads: int = 2
-    head_dim: int = 32
-    vision_hidden_size: int = 64
-    vision_layers: int = 2
-    vision_heads: int = 2
-    patch_size: int = 16
-    image_side: int = 256
-    experts: int = 4
-    experts_per_token: int = 2
-    expert_intermediate_size: int = 160
-    max_positions: int = 4096
+    Args:
+        experts: Experts of each layer.
+        experts_per_token: Experts that each token chooses.
+        expert_intermediate_size: Width of an expert.
+    """
 
-    def __post_init__(self) -> None:
-        for name in ("intermediate_size", "expert_intermediate_size"):
-            width = getattr(self, name)
-            # transformers' loader tells the layouts of expert weights by their shape alone
-            if width == self.hidden_size or 2 * width == self.hidden_size:
-                check.fail(NAME, f"{name} other than hidden_size and its half ({self.hidden_size})", width)
-        if not 1 <= self.experts_per_token <= self.experts:
-            check.fail(NAME, f"experts_per_token in [1, {self.experts}]", self.experts_per_token)
-        if self.heads % self.key_value_heads:
-            check.fail(NAME, f"heads to be a multiple of key_value_heads ({self.key_value_heads})", self.heads)
-        if self.head_dim % 16:
-            check.fail(NAME, "head_dim to be a multiple of 16, for M-RoPE's sections", self.head_dim)
+    experts: Positive = 4
+    experts_per_token: Positive = 2
+    expert_intermediate_size: Positive = 160
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> Self:
+        self.check_width("expert_intermediate_size", self.expert_intermediate_size)
+        if self.experts_per_token > self.experts:
+            raise ValueError(
+                f"experts_per_token: expected at most experts = {self.experts}, got {self.experts_per_token}"
+            )
+        return self
 
 
 def tiny_policy(
@@ -76,10 +113,10 @@ def tiny_policy(
 
 
 def tiny_discriminator_base(
-    size: TinySize | None = None, *, tokenizer: Qwen2Tokenizer | None = None, seed: int = 0
+    size: TinyMoeSize | None = None, *, tokenizer: Qwen2Tokenizer | None = None, seed: int = 0
 ) -> tuple[Qwen3VLMoeForConditionalGeneration, Qwen2Tokenizer]:
     """Returns a Qwen3-VL-MoE with its own random weights, and its tokenizer."""
-    size = size or TinySize()
+    size = size or TinyMoeSize()
     tokenizer = tokenizer or train_tokenizer(vocab_size=size.vocab_size)
     text = {
         **_text_config(size, tokenizer),
@@ -146,6 +183,60 @@ def save_tiny(
     model.save_pretrained(folder)
     save_processor(folder, tokenizer, image_processor or tiny_image_processor())
     return folder
+
+
+def train_tokenizer(texts: Iterable[str] | None = None, vocab_size: int = 1024) -> Qwen2Tokenizer:
+    """Returns a tokenizer of at most `vocab_size` entries, the same for the same texts.
+
+    Args:
+        texts: what the merges are learned from; None: what is said in the embedded world, so that a word is a token.
+        vocab_size: all entries together: the 256 bytes, the merges, and the special tokens, which come last.
+    """
+    added = len(SPECIAL_TOKENS) + len(TEXT_TOKENS)
+    if vocab_size < BYTES + added:
+        check.fail("train_tokenizer", f"vocab_size >= {BYTES + added} (bytes and special tokens)", vocab_size)
+    # Qwen's own pre-tokenisation, from the class that will load the result
+    frame = Qwen2Tokenizer().backend_tokenizer
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = frame.normalizer
+    learner.pre_tokenizer = frame.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - added,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    learner.train_from_iterator(world_texts() if texts is None else texts, trainer)
+    vocabulary = dict(sorted(learner.get_vocab().items(), key=lambda entry: entry[1]))
+    for token in SPECIAL_TOKENS:
+        vocabulary[token] = len(vocabulary)
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=merges_of(learner),  # type: ignore[arg-type]
+        eos_token=TERMINAL_TOKEN,
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS),
+        model_max_length=131072,
+    )
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in TEXT_TOKENS])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def world_texts(count: int = 500) -> Iterator[str]:
+    """Yields texts of the embedded world, and the names of a chat's roles."""
+    # not the defaults, which may change: the shipped base knows the tokens that these texts give
+    rates = Carelessness(
+        colour=0.60, dropped=0.60, invented=0.01, kind=0.02, place=0.01, reasoning=0.20, careful_style=0.50
+    )
+    for text in ShapesWorld(carelessness=rates).texts(count):
+        yield text
+        yield "user\n"
+        yield "assistant\n"
+
+
+def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Returns the merges of a trained BPE, in their order."""
+    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def _text_config(size: TinySize, tokenizer: Qwen2Tokenizer) -> dict:

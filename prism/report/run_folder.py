@@ -8,10 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prism.config import STAGES, Config
+from prism.config import STAGES, Carelessness, Config
 from prism.data.files import DataError
 from prism.runtime.log import read_metrics
-from prism.worlds.shapes.teachers import Carelessness
 from prism.worlds.shapes.world import SPLITS, ShapesSample, ShapesWorld
 
 Row = dict[str, Any]
@@ -189,7 +188,7 @@ class RunProblems:
         shapes = self.record.settings["data"]["shapes"]
         try:
             return ShapesWorld(shapes["seed"], Carelessness(**shapes["carelessness"]))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{self.record.folder / 'config.json'}: expected data.shapes as this version has it, "
                 f"got {error}; write the report with the version that made the run"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from prism.data.sections import TAGS
 from prism.report.run_folder import Row, RunProblems, RunRecord, number, read_rows
 from prism.worlds.shapes.counters import PerceptionError, judge
 from prism.worlds.shapes.world import ShapesSample
+from prism_kernels.grammar import TAGS
 
 # problems of a step whose responses are shown
 _PROBLEMS = 2

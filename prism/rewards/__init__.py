@@ -5,10 +5,10 @@ Neither torch nor SymPy is imported here; algebra runs in worker processes.
 
 from prism.rewards.custom import Reward, Rewards, evaluate_reward, load_reward
 from prism.rewards.grade import Verdict, score_batch, score_response, verifier_workers
-from prism.rewards.workers import Outcome, Workers
+from prism.rewards.workers import JobResult, Workers
 
 __all__ = [
-    "Outcome",
+    "JobResult",
     "Reward",
     "Rewards",
     "Verdict",

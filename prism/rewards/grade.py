@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from prism.rewards.equivalence import equivalent
-from prism.rewards.grammar import split_response
 from prism.rewards.workers import Workers, shared_workers
+from prism_kernels.grammar import parse_response
 
 ACCURACY_WEIGHT = 0.8
 FORMAT_WEIGHT = 0.2
@@ -28,8 +28,8 @@ class Verdict(NamedTuple):
     accuracy: float
     # 1.0: the response is valid
     format: float
-    # "right", "wrong"; of an invalid response one of grammar.REASONS; of a verifier that gave no verdict "timeout",
-    # "crash", "memory" or "error"
+    # "right" or "wrong"; of an invalid response the grammar's `Reason` in lower case; where a verifier gave no verdict
+    # "timeout", "crash", "memory" or "error"
     reason: str
 
 
@@ -106,14 +106,14 @@ def _score(
         golds = _right_answers(name, truth, others)
         if not isinstance(text, str):
             raise TypeError(f"{name}: expected a response to be text, got {type(text).__name__}")
-        response = split_response(text)
-        if response.reason:
-            verdicts.append(Verdict(0.0, 0.0, 0.0, response.reason))
+        sections, reason = parse_response(text)
+        if sections is None:
+            verdicts.append(Verdict(0.0, 0.0, 0.0, reason.name.lower()))
             continue
-        right = equivalent(golds, response.answer, None)
+        right = equivalent(golds, sections.answer, None)
         verdicts.append(None if right is None else _verdict(right, "right" if right else "wrong"))
         if right is None:
-            open_questions.append((place, golds, response.answer))
+            open_questions.append((place, golds, sections.answer))
     if open_questions:
         pool = shared_workers([ALGEBRA], MEMORY_BYTES) if workers is None else workers
         calls = [(golds, answer) for _, golds, answer in open_questions]

@@ -7,17 +7,18 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prism.config import Sampling
 from prism.models.prompts import EncodedPrompt
 from prism.rollout.lean import LeanBatch, why_not_lean
-from prism.rollout.sampling import Choice, Sampling, choose, uniforms
-from prism.rollout.stock import StockBatch, rope_deltas_kept
+from prism.rollout.sampling import Choice, choose, uniforms
+from prism.rollout.stock import StockBatch
 from prism_kernels import check
 
 NAME = "Engine"
@@ -89,19 +90,29 @@ class Engine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[EncodedPrompt], sampling: Sampling, *, keys: Sequence[int] | None = None
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        keys: Sequence[int] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
     ) -> list[Rollout]:
-        """Returns the n rollouts of each prompt, group by group in the order of the prompts.
+        """Returns the group of rollouts of each prompt, in the order of the prompts.
 
         Args:
             prompts: with their images; lengths and images may differ.
             sampling: the settings of all.
+            seed: of the streams of random numbers; a trainer takes another one for each step.
             keys: a number >= 0 for each prompt that chooses its random streams; None: its index. Take the sample's own
                 number where the same prompt shall get the same rollouts in another batch; equal prompts with equal
                 keys get equal rollouts.
+            stop_token_ids: a response ends with the first of them; None: those of the model's generation_config.
         """
         keys = range(len(prompts)) if keys is None else keys
-        stops = self._stop_token_ids(sampling)
+        stops = self._stops(stop_token_ids)
+        if not (isinstance(seed, int) and seed >= 0):
+            check.fail(NAME, "seed to be an integer >= 0", repr(seed))
         self._check(prompts, sampling, keys)
         if not prompts:
             return []
@@ -114,15 +125,15 @@ class Engine:
         stop = torch.tensor(sorted(stops), device=device, dtype=torch.int64)
         banned = torch.tensor(sorted(self.banned_token_ids(stops)), device=device, dtype=torch.int64)
         rollouts: dict[int, list[Rollout]] = {}
-        with _evaluating(self.model), rope_deltas_kept(self.model):
+        with _evaluating(self.model):
             for chosen in self._batches([len(prompt.input_ids) for prompt in prompts], sampling):
-                streams = uniforms(sampling.seed, [keys[p] for p in chosen], sampling.n, sampling.max_new_tokens)
+                streams = uniforms(seed, [keys[p] for p in chosen], sampling.group, sampling.max_new_tokens)
                 batch = (LeanBatch if self.path == "lean" else StockBatch)(
-                    self.model, [prompts[p] for p in chosen], sampling.n, sampling.max_new_tokens
+                    self.model, [prompts[p] for p in chosen], sampling.group, sampling.max_new_tokens
                 )
                 found = _decode(batch, streams.to(device), sampling, stop, banned)
                 for place, p in enumerate(chosen):
-                    rollouts[p] = [found.rollout(place * sampling.n + j, p, j) for j in range(sampling.n)]
+                    rollouts[p] = [found.rollout(place * sampling.group + j, p, j) for j in range(sampling.group)]
         return [rollout for p in range(len(prompts)) for rollout in rollouts[p]]
 
     def banned_token_ids(self, stop_token_ids: Sequence[int] | frozenset[int]) -> set[int]:
@@ -140,13 +151,12 @@ class Engine:
         found = (getattr(self.model.config, name, None) for name in VISION_TOKENS)
         return {token for token in found if token is not None}
 
-    def _stop_token_ids(self, sampling: Sampling) -> frozenset[int]:
-        stops = sampling.stop_token_ids
+    def _stops(self, stops: Sequence[int] | None) -> frozenset[int]:
         if stops is None:
             named = self.model.generation_config.eos_token_id if self.model.generation_config else None
             stops = (named,) if isinstance(named, int) else tuple(named or ())
             if not stops:
-                check.fail(NAME, "stop_token_ids in Sampling, since the model's generation_config names none", None)
+                check.fail(NAME, "stop_token_ids, since the model's generation_config names none", None)
         wrong = [token for token in stops if not 0 <= token < self._vocabulary]
         if wrong:
             check.fail(NAME, f"stop_token_ids in [0, {self._vocabulary})", wrong)
@@ -187,14 +197,14 @@ class Engine:
         order = range(len(lengths)) if limit is None else sorted(range(len(lengths)), key=lambda p: (-lengths[p], p))
         for p in order:
             width = lengths[chosen[0] if chosen else p] + sampling.max_new_tokens
-            if limit is not None and width * sampling.n > limit:
+            if limit is not None and width * sampling.group > limit:
                 check.fail(
                     NAME,
-                    f"cache_tokens of at least {width * sampling.n}, for the group of prompt {p} "
-                    f"({sampling.n} rollouts of up to {width} tokens)",
+                    f"cache_tokens of at least {width * sampling.group}, for the group of prompt {p} "
+                    f"({sampling.group} rollouts of up to {width} tokens)",
                     limit,
                 )
-            if chosen and limit is not None and width * sampling.n * (len(chosen) + 1) > limit:
+            if chosen and limit is not None and width * sampling.group * (len(chosen) + 1) > limit:
                 yield chosen
                 chosen = []
             chosen.append(p)
@@ -228,7 +238,7 @@ def _decode(
 ) -> _Decoded:
     """Returns the responses of a batch; streams: (R, max_new_tokens) uniform numbers."""
     total, steps = streams.shape
-    logits = batch.logits.repeat_interleave(sampling.n, 0)
+    logits = batch.logits.repeat_interleave(sampling.group, 0)
     # (A,): the rollout in each row of the batch, and whether it still runs
     rows = torch.arange(total, device=streams.device)
     runs = torch.ones_like(rows, dtype=torch.bool)
@@ -278,8 +288,14 @@ def _refilled(running: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Sets a model to evaluation, and back if it was in training."""
-    training = [module for module in model.modules() if module.training]
+    """Sets a model to evaluation; afterwards restores its modes and the position offsets that Qwen's models keep."""
+    training: list[nn.Module] = []
+    offsets: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        if module.training:
+            training.append(module)
+        if hasattr(module, "rope_deltas"):
+            offsets.append((module, module.rope_deltas))
     for module in training:
         module.training = False
     try:
@@ -287,3 +303,5 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        for module, offset in offsets:
+            module.rope_deltas = offset

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration, Qwen3
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextMLP
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextMLP
 
+from prism.models.packed import encode_images
 from prism.models.prompts import EncodedPrompt, join_images
-from prism.models.vision import encode_images
 from prism_kernels.ops.prefix_attention import prefix_attention
 from prism_kernels.packing import Kind, PrefixGroup, PrefixPack, build_pack, plan_packs
 

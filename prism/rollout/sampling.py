@@ -1,61 +1,19 @@
-"""How the next token is drawn: the settings, the distribution they make of logits, the streams of uniform numbers.
+"""How the next token is drawn: the distribution of the candidates, and the streams of uniform numbers.
 
 R rollouts, V vocabulary, C candidates that are left of it, B banned tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from prism_kernels import check
+from prism.config import Sampling
 
-NAME = "Sampling"
 # probabilities are added up as multiples of 2^-50: integers, whose sums have one value in whatever order
 UNIT = 2.0**50
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How rollouts are drawn.
-
-    Args:
-        n: rollouts of each prompt: its group.
-        max_new_tokens: the longest response, its stop token included.
-        temperature: what logits are divided by; 0: the most probable token each time.
-        top_p: the smallest set of the most probable tokens that reaches this probability; 1: all.
-        top_k: this many of the most probable tokens, chosen before top_p; None: all.
-        seed: of the streams of random numbers; a trainer takes another one for each step.
-        stop_token_ids: a response ends with the first of them; None: what the model's generation_config names.
-    """
-
-    n: int = 1
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name, known in (("n", ""), ("max_new_tokens", ""), ("top_k", " or None (all tokens)")):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value > 0) and not (known and value is None):
-                check.fail(NAME, f"{name} to be an integer > 0{known}", repr(value))
-        if not 0 <= self.temperature < float("inf"):
-            check.fail(NAME, "temperature >= 0 and finite (0 is greedy)", self.temperature)
-        if not 0 < self.top_p <= 1:
-            check.fail(NAME, "top_p in (0, 1] (1 keeps all tokens)", self.top_p)
-        if not (isinstance(self.seed, int) and self.seed >= 0):
-            check.fail(NAME, "seed to be an integer >= 0", repr(self.seed))
-
-    @property
-    def greedy(self) -> bool:
-        """Whether nothing is left to chance."""
-        return self.temperature == 0
 
 
 class Choice(NamedTuple):

@@ -4,8 +4,7 @@ R rollouts of the prompt, V vocabulary.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,9 +43,11 @@ class StockBatch:
             inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
         if "logits_to_keep" in takes:
             inputs["logits_to_keep"] = 1
-        # what an earlier prompt left there would place the tokens of this one
-        for module in _with_rope_deltas(model):
-            module.rope_deltas = None
+        # Qwen's models keep the position offset of the last prompt, and would apply it to this one
+        module: Any
+        for module in model.modules():
+            if hasattr(module, "rope_deltas"):
+                module.rope_deltas = None
         out = model(**inputs, use_cache=True)
         self.cache, self.logits = out.past_key_values, out.logits[:, -1]
         self.cache.batch_repeat_interleave(copies)
@@ -59,18 +60,3 @@ class StockBatch:
     def keep(self, order: Tensor) -> None:
         """Leaves the rows `order`, in this order."""
         self.cache.batch_select_indices(order)
-
-
-@contextmanager
-def rope_deltas_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Restores, in the end, the positions that Qwen's models remember between calls."""
-    before = [(module, module.rope_deltas) for module in _with_rope_deltas(model)]
-    try:
-        yield
-    finally:
-        for module, value in before:
-            module.rope_deltas = value
-
-
-def _with_rope_deltas(model: PreTrainedModel) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "rope_deltas")]

@@ -1,7 +1,10 @@
-"""Training states on the disk: written aside and renamed, with checksums, the newest few kept.
+"""Checkpoints: written aside, then renamed; verified by checksums; the newest few are kept. And the rule of resuming.
 
 A folder of checkpoints holds `step-00000040/` with `<model>.safetensors`, `training.pt` (optimisers, schedulers, random
 generators; read with weights_only=True), `state.json`, and `checksums.json`, which is written last.
+
+A run resumes with the settings that it began with. Only those of FREE, which do not change what is learnt, and the
+tables of stages that have not begun (`optimiser.STAGE` and the like) may differ.
 """
 
 import hashlib
@@ -11,7 +14,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,11 +24,22 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from prism.config import STAGES, Config, ConfigError
+
 LOG = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 CHECKSUMS = "checksums.json"
-# folders that are not checkpoints yet, or no more
+# prefix of folders that are not yet, or no longer, checkpoints
 ASIDE = ".aside-"
+# of a checkpoint; 1 named optimisers by number
+FORMAT = 2
+
+# settings that may change on resume: they do not change what is learnt, but for rounding
+FREE = ("log", "checkpoint", "memory", "run.folder", "run.device", "rollout.engine", "rollout.cache_tokens")
+RULE = (
+    f"take another run.folder, or the old values; what may differ: {', '.join(FREE)}, and the tables of stages that "
+    "have not begun"
+)
 
 
 class CheckpointError(ValueError):
@@ -32,17 +47,17 @@ class CheckpointError(ValueError):
 
 
 class Stateful(Protocol):
-    """An optimiser, a scheduler: what gives and takes its state as tensors and plain Python values."""
+    """An optimiser or a scheduler, whose state is tensors and plain Python values."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """Takes a state."""
+        """Restores a state."""
 
 
 class Restored(NamedTuple):
-    """What a training goes on from, beside what was loaded into its objects."""
+    """The part of a checkpoint that is not loaded into models and optimisers."""
 
     step: int
     # as given to `save`
@@ -59,16 +74,16 @@ def save(
     *,
     keep: int = 2,
 ) -> Path:
-    """Writes a checkpoint and returns its folder; a kill at any moment leaves the ones before as they are.
+    """Writes a checkpoint and returns its folder; a kill at any moment leaves earlier checkpoints intact.
 
     Args:
-        folder: of all checkpoints.
-        step: that has been done; a second checkpoint of one step does not replace the first until it is complete.
+        folder: folder of all checkpoints.
+        step: number of finished steps; a second checkpoint of one step replaces the first only once it is complete.
         models: weights and buffers, by name.
         training: optimisers and schedulers, by name.
-        extra: anything that JSON can write: the stage, positions in data and metrics, counts. The random generators of
-            torch, its devices, numpy and Python are saved unasked.
-        keep: how many of the newest are kept.
+        extra: JSON values: the stage, positions in data and metrics, counts. The random states of torch, its devices,
+            numpy and Python are always saved.
+        keep: number of newest checkpoints to keep.
     """
     if keep < 1 or step < 0:
         raise ValueError(f"save: expected keep >= 1 and step >= 0, got {keep} and {step}")
@@ -82,7 +97,8 @@ def save(
         save_model(model, str(aside / f"{name}.safetensors"))
     states = {name: one.state_dict() for name, one in training.items()}
     torch.save({"training": states, "random": _random_states()}, aside / "training.pt")
-    state = {"step": step, "models": sorted(models), "training": sorted(training), "extra": dict(extra)}
+    names = {"models": sorted(models), "training": sorted(training)}
+    state = {"format": FORMAT, "step": step, **names, "extra": dict(extra)}
     (aside / "state.json").write_text(json.dumps(state))
     sums = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
     (aside / CHECKSUMS).write_text(json.dumps(sums, indent=2))
@@ -102,34 +118,34 @@ def load(
     *,
     tell: Callable[[str], object] = LOG.warning,
 ) -> Restored | None:
-    """Loads the newest checkpoint that is whole (see `newest`) into the objects; None where there is none at all.
+    """Loads the newest intact checkpoint (see `newest`) into the objects; returns None if there is none.
 
-    The random generators are set as they were.
+    It also restores the random states.
 
     Args:
-        folder: of all checkpoints.
+        folder: folder of all checkpoints.
         models: as given to `save`, of the same shapes.
         training: as given to `save`.
-        tell: gets a message for each damaged one.
+        tell: called with a message for each damaged checkpoint.
     """
-    found = newest(folder, tell=tell)
-    if found is not None:
-        _load(found.path, models, training, tell)
-    return found
+    last = newest(folder, tell=tell)
+    if last is not None:
+        _load(last.path, models, training, tell)
+    return last
 
 
 def newest(folder: str | Path, *, tell: Callable[[str], object] = LOG.warning) -> Restored | None:
-    """Returns the newest checkpoint that is whole, without loading it; None where there is none at all.
+    """Returns the newest intact checkpoint without loading it; None if there is none.
 
-    A damaged one is renamed to `damaged-step-…`, and the one before is taken; where all are damaged, that is an error.
+    A damaged checkpoint is renamed to `damaged-step-…`, and the one before it is used. If all are damaged, it raises.
 
     Args:
-        folder: of all checkpoints.
-        tell: gets a message for each damaged one.
+        folder: folder of all checkpoints.
+        tell: called with a message for each damaged checkpoint.
     """
     folder = Path(folder)
-    found = list(checkpoints(folder))
-    for path in found:
+    paths = list(checkpoints(folder))
+    for path in paths:
         problem = damage(path)
         if problem is None:
             state = json.loads((path / "state.json").read_text())
@@ -138,16 +154,16 @@ def newest(folder: str | Path, *, tell: Callable[[str], object] = LOG.warning) -
         if kept.exists():
             shutil.rmtree(kept)
         path.rename(kept)
-        tell(f"{path} is damaged: {problem}; it is now {kept.name}, and the checkpoint before is used")
-    if found:
+        tell(f"{path} is damaged: {problem}; it was renamed to {kept.name}, and the checkpoint before it is used")
+    if paths:
         raise CheckpointError(
-            f"{folder}: expected a whole checkpoint, all {len(found)} are damaged; begin in another folder"
+            f"{folder}: expected an intact checkpoint, but all {len(paths)} are damaged; use another folder"
         )
     return None
 
 
 def checkpoints(folder: str | Path) -> Iterator[Path]:
-    """Yields the folders of the checkpoints, the newest first, damaged ones included."""
+    """Yields the folders of the checkpoints, newest first, damaged ones included."""
     found = []
     for path in Path(folder).glob("step-*"):
         if match := NAME.fullmatch(path.name):
@@ -156,20 +172,32 @@ def checkpoints(folder: str | Path) -> Iterator[Path]:
 
 
 def damage(path: Path) -> str | None:
-    """Returns what is wrong with a checkpoint; None: its files are those that were written."""
+    """Returns why a checkpoint is damaged; None if its files are as they were written."""
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
         for name, expected in sums.items():
             if _checksum(path / name) != expected:
-                return f"{name} is not what was written"
+                return f"{name} differs from what was written"
     except (OSError, ValueError, AttributeError) as error:
         return str(error)
     return None
 
 
+def _check_format(path: Path) -> None:
+    try:
+        saved = json.loads((path / "state.json").read_text()).get("format", 1)
+    except (OSError, ValueError):
+        # damaged: `newest` finds that out
+        return
+    if saved != FORMAT:
+        advice = "finish the run with the version that began it, or take another run.folder"
+        raise CheckpointError(f"{path}: expected a checkpoint of format {FORMAT}, got format {saved}; {advice}")
+
+
 def _load(
     path: Path, models: Mapping[str, nn.Module], training: Mapping[str, Stateful], tell: Callable[[str], object]
 ) -> None:
+    _check_format(path)
     state = json.loads((path / "state.json").read_text())
     for kind, ours in (("models", models), ("training", training)):
         if state[kind] != sorted(ours):
@@ -179,13 +207,13 @@ def _load(
         try:
             load_model(model, str(path / f"{name}.safetensors"))
         except RuntimeError as error:
-            raise CheckpointError(f"{path}: expected the weights of this model {name!r}, got others: {error}") from None
+            raise CheckpointError(f"{path}: expected weights that fit the model {name!r}: {error}") from None
     saved = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
     for name, one in training.items():
         one.load_state_dict(saved["training"][name])
     devices, now = len(saved["random"]["cuda"]), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if devices != now:
-        tell(f"{path} is of {devices} GPUs, here are {now}: their random numbers are others than they would have been")
+        tell(f"{path} was saved with {devices} GPUs, this machine has {now}: numbers drawn on GPUs will differ")
     _set_random_states(saved["random"])
 
 
@@ -194,7 +222,7 @@ def _random_states() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        # weights_only reads tensors, no arrays
+        # torch.load with weights_only reads tensors but no numpy arrays
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
         "python": random.getstate(),
     }
@@ -212,7 +240,7 @@ def _set_random_states(states: dict[str, Any]) -> None:
 
 
 def _unused(folder: Path, step: int) -> Path:
-    """Returns the folder of a new checkpoint, which sorts behind others of the same step."""
+    """Returns a new folder, which sorts after other checkpoints of the same step."""
     path, again = folder / f"step-{step:08d}", 0
     while path.exists():
         again += 1
@@ -221,14 +249,14 @@ def _unused(folder: Path, step: int) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Deletes a checkpoint, which is never seen half deleted."""
+    """Deletes a checkpoint; it is renamed first, so that no reader sees it half deleted."""
     aside = path.with_name(f"{ASIDE}{path.name}.old")
     path.rename(aside)
     shutil.rmtree(aside)
 
 
 def _clean(folder: Path) -> None:
-    """Deletes what a kill left aside."""
+    """Deletes unfinished checkpoints that a killed run left."""
     for path in folder.glob(f"{ASIDE}*"):
         shutil.rmtree(path)
 
@@ -244,3 +272,48 @@ def _to_disk(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def check_settings(config: Config) -> None:
+    """Raises where the run in this folder cannot be resumed: another checkpoint format, or other settings."""
+    folder = Path(config.run.folder)
+    if not (folder / "config.json").is_file():
+        return
+    for path in islice(checkpoints(folder / "checkpoints"), 1):
+        _check_format(path)
+    before = json.loads((folder / "config.json").read_text())
+    changed = list(_changed(before, config.model_dump(mode="json"), Config().model_dump(mode="json")))
+    last = newest(folder / "checkpoints") if changed else None
+    if last is None:
+        # nothing changed, or no checkpoint: the run begins anew
+        return
+    begun = [*last.extra["done"], *([last.extra["stage"]] if last.extra["stage"] else [])]
+    lines = [
+        f"{key}: expected {json.dumps(old)}, with which the run in {str(folder)!r} began, got {json.dumps(new)}"
+        for key, old, new in changed
+        if not _free(key, begun)
+    ]
+    if lines:
+        raise ConfigError("\n".join([*lines, RULE]))
+
+
+def _changed(
+    before: Mapping[str, Any], now: Mapping[str, Any], default: Mapping[str, Any], parents: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yields keys with their old and new values; a key that an older version did not have had its default."""
+    for name, new in now.items():
+        usual = default.get(name, new)
+        old = before.get(name, usual)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changed(old, new, usual if isinstance(usual, dict) else {}, (*parents, name))
+        elif old != new:
+            yield ".".join((*parents, name)), old, new
+
+
+def _free(key: str, begun: Sequence[str]) -> bool:
+    if any(key == free or key.startswith(f"{free}.") for free in FREE):
+        return True
+    # warm-up and distillation read alignment's tables; the discriminator's optimiser is alignment's
+    taken = {*begun, *(["align"] if {"warmup", "distill"} & set(begun) else [])}
+    parts = key.replace("optimiser.discriminator", "optimiser.align").split(".")
+    return any(stage in parts for stage in STAGES if stage not in taken)

@@ -1,4 +1,4 @@
-"""Metrics: every step a line of JSON in a file, and a line or a progress bar on the console."""
+"""Metrics: one line of JSON per step in a file, and a line or a progress bar on the console."""
 
 import json
 import math
@@ -13,19 +13,19 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-# of a step's metrics on the console, where none are named
+# metrics on the console where the caller names none
 _SHOWN = 6
 
 
 class RunLog:
-    """Writes `metrics.jsonl` and tells the console.
+    """Writes `metrics.jsonl` and prints to the console.
 
-    A value that is not finite is written as null, since JSON has no such number, and its name is counted; the line
-    lists the names under `non_finite`.
+    JSON has no non-finite numbers: they are written as null and counted, and the line lists their names under
+    `non_finite`.
 
     Args:
-        path: of the file, which is appended to.
-        console: `auto`: a progress bar on a terminal, elsewhere a line a step; `lines`; `quiet`.
+        path: the file, which is appended to.
+        console: `auto` shows a progress bar on a terminal and one line per step elsewhere; `lines`; `quiet`.
         stream: the console.
     """
 
@@ -47,7 +47,7 @@ class RunLog:
 
     @contextmanager
     def stage(self, name: str, steps: int, done: int = 0) -> Iterator[None]:
-        """Names the stage of the steps inside, of which some may have been done before."""
+        """Names the stage of the steps inside; `done` of them were finished before."""
         self._stage, self._total = name, steps
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=steps, completed=done, metrics="")
@@ -55,17 +55,16 @@ class RunLog:
         try:
             yield
         finally:
-            if self._bar is not None:
-                self._bar.stop()
+            self._stop_bar()
             self._task, self._stage, self._total = None, "", 0
 
     def step(self, step: int, metrics: Mapping[str, Any], shown: Sequence[str] | None = None) -> None:
         """Writes a step's metrics.
 
         Args:
-            step: counted from 1 in its stage.
+            step: number of the step in its stage, from 1.
             metrics: numbers, texts, and lists or dictionaries of them; a tensor of one element is a number.
-            shown: which of them the console shows; None: the first few numbers.
+            shown: names of the metrics that the console shows; None: the first few numbers.
         """
         bad: list[str] = []
         values = {name: _plain(name, value, bad) for name, value in metrics.items()}
@@ -87,7 +86,7 @@ class RunLog:
             print(f"{self._stage} {step:>{width}}/{self._total}  {text}", file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
-        """Tells the console something, above the progress bar where there is one."""
+        """Prints a message on the console, above a progress bar."""
         if self._quiet:
             return
         if self._bar is not None:
@@ -96,29 +95,34 @@ class RunLog:
             print(text, file=self._stream, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position in the file behind what is on the disk, for a checkpoint: JSON can write it."""
+        """Writes the file to disk and returns its position for a checkpoint, as JSON values."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return {"bytes": self._file.tell(), "non_finite": dict(self.non_finite)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on behind a position: what the file has after it is of steps that will be done again, and is cut.
+        """Cuts the file at a position: the steps after it will be repeated.
 
-        Without a checkpoint a run begins anew, at `{"bytes": 0, "non_finite": {}}`.
+        A run without a checkpoint begins at `{"bytes": 0, "non_finite": {}}`.
         """
         size = self.path.stat().st_size
         if size < state["bytes"]:
             raise ValueError(
                 f"{self.path}: expected at least the {state['bytes']} bytes that it had at the checkpoint, got {size}; "
-                "restore the file, or begin in another folder"
+                "restore the file, or use another folder"
             )
         self._file.truncate(state["bytes"])
         self._file.seek(0, os.SEEK_END)
         self.non_finite = Counter(state["non_finite"])
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file, and ends a progress bar that an error left."""
+        self._stop_bar()
         self._file.close()
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -128,17 +132,17 @@ class RunLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the records of a metrics file, without a last line that was not finished when its writer was killed."""
+    """Returns the records of a metrics file; a last line that a killed run left unfinished is dropped."""
     lines = Path(path).read_bytes().split(b"\n")
-    # behind the last newline there is nothing, or a part of a line
+    # after the last newline there is nothing, or an unfinished line
     return [json.loads(line) for line in lines[:-1]]
 
 
 def _plain(name: str, value: Any, bad: list[str]) -> Any:
-    """Returns a value as JSON can write it, and notes the names of those that are not finite."""
+    """Returns a value that JSON can write, and appends the names of non-finite numbers to `bad`."""
     if isinstance(value, Mapping):
         return {key: _plain(f"{name}.{key}", inner, bad) for key, inner in value.items()}
-    # of a tensor or an array, without importing either's library
+    # a tensor or an array; torch and numpy need not be imported
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, (list, tuple)):

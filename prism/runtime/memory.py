@@ -1,4 +1,4 @@
-"""The most memory that something takes."""
+"""Peak memory of a step."""
 
 import resource
 import sys
@@ -10,22 +10,22 @@ _PROCESS = Path("/proc/self")
 
 
 def begin_peak(device: torch.device) -> None:
-    """Forgets the peak so far, where the system allows it."""
+    """Starts a new measurement, where the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
-        # 5: the process's highest resident size becomes its present one
+        # 5 sets the process's peak resident size to its present size
         (_PROCESS / "clear_refs").write_text("5")
     except OSError:
-        # no Linux, or not allowed: peaks are those since the process began
+        # not Linux, or not permitted: the peak is that since the process began
         return
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Returns the most bytes since `begin_peak`: that torch allocated on a GPU, or resident of the process.
+    """Returns the most bytes since `begin_peak`: torch's allocations on a GPU, elsewhere the resident memory.
 
-    Where the system forgets no peak, of a process it is the most since it began.
+    Where the system cannot reset it, the resident memory's peak is that since the process began.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -35,6 +35,6 @@ def peak_bytes(device: torch.device) -> int:
             name, _, value = line.partition(":")
             if name == "VmHWM":
                 return int(value.removesuffix("kB")) * 1024
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, others KiB
-    return found if sys.platform == "darwin" else found * 1024
+    return largest if sys.platform == "darwin" else largest * 1024

@@ -1,72 +1,95 @@
-"""A run: its stages one after the other, evaluated between them, going on by itself where an earlier one was ended."""
+"""What a stage stands on: the models of a run, its data and rollouts, and the steps of a stage.
+
+`Runtime.steps` yields the steps of a stage: it builds the optimisers, and after each step it logs, evaluates, saves and
+stops where the run was asked to.
+"""
 
 import json
-import math
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 import prism_kernels
-from prism.config import Config
-from prism.config.sections import Adam
-from prism.data.problem import Problem
-from prism.data.sources import problems_of, step_random
+from prism.config import Adam, Config, Sampling
+from prism.data.problem import Problem, step_random
+from prism.data.sources import problems_of
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import Sample
 from prism.discriminator.storage import save_discriminator
 from prism.evaluation.assessment import assess_discriminator, assess_policy, figures_line
 from prism.models.building import build_discriminator, build_policy
 from prism.models.policy import Policy
 from prism.models.tiny import save_processor
 from prism.report import write_report
+from prism.rollout.batch import RolloutBatch, generate
 from prism.rollout.engine import Engine
 from prism.runtime import checkpoint
 from prism.runtime.log import RunLog
 from prism.runtime.memory import begin_peak, peak_bytes
-from prism.runtime.optimiser import Stepper, freeze_vision
-from prism.runtime.resuming import check_settings
-from prism.stages.align import align_step
-from prism.stages.rlvr import Rewarded, informative, joined, reward, rlvr_step, select
-from prism.stages.rollouts import answer
-from prism.stages.supervised import supervised_step
-from prism.stages.warmup import warmup_step
+from prism.runtime.optimiser import StageOptimiser, freeze_vision
 
 Metrics = dict[str, Any]
-# of each stage, what the console shows
-SHOWN = {
-    "base": ("loss", "grad_norm"),
-    "sft": ("loss", "grad_norm"),
-    "distill": ("loss", "grad_norm"),
-    "warmup": ("d_loss", "d_accuracy_perception", "d_accuracy_reasoning"),
-    "align": ("valid", "d_gap_perception", "d_gap_reasoning", "drift_perception", "drift_reasoning", "entropy"),
-    "rlvr": ("reward", "accuracy", "format", "length", "entropy"),
-}
 
 
 class InterruptedRunError(Exception):
-    """The run was asked to end, and has a checkpoint of the step that it had begun."""
+    """The run was asked to stop, and has saved a checkpoint."""
 
 
-class Run:
-    """Everything that a run holds.
+class Step:
+    """One step of a stage.
+
+    Args:
+        rt: the run.
+        stage: name of the stage.
+        index: number of the step, from 0.
+    """
+
+    def __init__(self, rt: "Runtime", stage: str, index: int) -> None:
+        self._rt, self.stage, self.index = rt, stage, index
+        # seed of the step's rollouts
+        self.seed = int(step_random(rt.config.run.seed, stage, index).integers(2**62))
+        # set by `finish`
+        self.metrics: Metrics = {}
+
+    def problems(self, count: int | None) -> list[Problem]:
+        """Returns the step's problems."""
+        assert count is not None, "the settings were checked"
+        return next(self.batches(count))
+
+    def batches(self, count: int, most: int = 1) -> Iterator[list[Problem]]:
+        """Yields at most `most` batches of `count` problems; the step may leave some of them."""
+        return self._rt.data.batches(self.stage, self.index, count, most)
+
+    def finish(
+        self, metrics: Metrics, batch: RolloutBatch | None = None, columns: Mapping[str, Sequence[Any]] | None = None
+    ) -> None:
+        """Takes the metrics of the step, and writes its rollouts with one value of each column per rollout."""
+        self.metrics = metrics
+        every = self._rt.config.log.rollouts_every
+        if batch is not None and every and self.index % every == 0:
+            path = self._rt.folder / "rollouts" / f"{self.stage}-{self.index + 1:06d}.jsonl"
+            batch.write(path, columns or {})
+
+
+class Runtime:
+    """The models of a run, its data, its log and its checkpoints.
 
     Args:
         config: the settings.
     """
 
     def __init__(self, config: Config) -> None:
-        check_settings(config)
-        # the console is the log's; downloads keep their bars
+        checkpoint.check_settings(config)
+        # the console belongs to the log; downloads keep their progress bars
         transformers_logging.set_tqdm_hook(lambda make, given, options: make(*given, **{**options, "disable": True}))
         self.config = config
         self.folder = Path(config.run.folder)
@@ -75,215 +98,203 @@ class Run:
         plays = {"warmup", "align"}.intersection(config.run.stages)
         self._discriminator = build_discriminator(config, self.policy.model) if plays else None
         path = None if config.rollout.engine == "auto" else config.rollout.engine
-        tokens = config.rollout.cache_tokens
-        self.engine = Engine(self.policy.model, self.encoder.tokenizer, path=path, cache_tokens=tokens)
-        self.problems = problems_of(config, self.encoder)
+        self.engine = Engine(
+            self.policy.model, self.encoder.tokenizer, path=path, cache_tokens=config.rollout.cache_tokens
+        )
+        self.data = problems_of(config, self.encoder)
         self.log = RunLog(self.folder / "metrics.jsonl", console=config.log.console)
         self.evaluations: dict[str, Metrics] = {}
+        # the frozen policy of before the stage, where the stage's loss has a KL term
         self.reference: Policy | None = None
+        self._policy_optimiser: StageOptimiser | None = None
+        self._discriminator_optimiser: StageOptimiser | None = None
+        # finished stages, and the checkpoint inside the next one, if the run was stopped there
+        self.done: list[str] = []
+        self._inside: checkpoint.Restored | None = None
         self._stop = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log.close()
+
+    # --- what a stage uses
 
     @property
     def discriminator(self) -> Discriminator:
-        """The scorer of a run that has a stage with one."""
+        """The discriminator of a run that has a stage with one."""
         if self._discriminator is None:
-            raise RuntimeError("discriminator: expected warmup or align among run.stages, without which there is none")
+            raise RuntimeError("discriminator: expected warmup or align among run.stages, which alone have one")
         return self._discriminator
 
-    # --- what a step draws
+    @property
+    def policy_optimiser(self) -> StageOptimiser:
+        """The policy's optimiser in a stage that trains it."""
+        assert self._policy_optimiser is not None, "the stage trains the policy"
+        return self._policy_optimiser
 
-    def draw(self, stage: str, step: int, count: int) -> list[Problem]:
-        """Returns problems of a step."""
-        return next(self.problems.batches(stage, step, count))
+    @property
+    def discriminator_optimiser(self) -> StageOptimiser:
+        """The discriminator's optimiser in a stage that trains it."""
+        assert self._discriminator_optimiser is not None, "the stage trains the discriminator"
+        return self._discriminator_optimiser
 
-    def seed(self, stage: str, step: int) -> int:
-        """Returns the seed of a step's sampling."""
-        return int(step_random(self.config.run.seed, stage, step).integers(2**62))
+    def generate(self, problems: Sequence[Problem], sampling: Sampling, seed: int) -> RolloutBatch:
+        """Samples the policy's responses to problems."""
+        return generate(self.engine, problems, self.encoder, sampling, seed)
 
-    # --- the steps of the stages
+    def rebuild_discriminator(self) -> None:
+        """Makes the discriminator anew from the policy as it is now."""
+        if self._discriminator is not None:
+            self.discriminator.load_state_dict(build_discriminator(self.config, self.policy.model).state_dict())
 
-    def supervised(self, stage: str, step: int, steppers: list[Stepper]) -> Metrics:
-        """Fine-tunes on demonstrations."""
-        batch: int = getattr(self.config.optimiser, stage).batch
-        return supervised_step(
-            self.policy, self.draw(stage, step, batch), self.encoder, steppers[0], self.config.memory
-        )
+    def steps(
+        self,
+        stage: str,
+        *,
+        policy: Adam | None = None,
+        discriminator: Adam | None = None,
+        reference: bool = False,
+        show: Sequence[str] = (),
+    ) -> Iterator[Step]:
+        """Yields the steps of a stage that are left; each must be finished before the next is asked for.
 
-    def warmup(self, stage: str, step: int, steppers: list[Stepper]) -> Metrics:
-        """Trains the discriminator on given responses, or else the policy's, against their teachers'."""
-        settings = self.config.rollout.align.model_copy(update={"group": 1})
-        batch = self.config.optimiser.warmup.batch
-        assert batch is not None, "checked with the settings"
-        problems = self.draw(stage, step, batch)
-        given = [problem.student for problem in problems if problem.student is not None]
-        if len(given) == len(problems):
-            prompts = [problem.encoded(self.encoder) for problem in problems]
-        else:
-            found = answer(self.engine, problems, self.encoder, settings, self.seed(stage, step))
-            prompts, given = found.prompts, found.texts
-        # without images a prompt is encoded afresh
-        sees = self.discriminator.images
-        samples = [
-            Sample(prompt if sees else problem.prompt, [student], teacher=problem.teacher, name=problem.name)
-            for problem, prompt, student in zip(problems, prompts, given)
-        ]
-        return warmup_step(self.discriminator, samples, self.encoder, steppers[0], self.config)
+        Args:
+            stage: name of the stage.
+            policy: settings of the policy's optimiser; None: the stage does not train the policy.
+            discriminator: settings of the discriminator's optimiser; None: the stage does not train it.
+            reference: whether to freeze a copy of the policy as it is now.
+            show: the metrics that the console shows.
+        """
+        total: int = getattr(self.config.optimiser, stage).steps
+        self.reference = self._frozen_policy() if reference else None
+        if policy is not None:
+            self._policy_optimiser = self._optimiser(self.policy, policy, total, f"{stage}-policy")
+        if discriminator is not None:
+            folder = f"{stage}-discriminator"
+            self._discriminator_optimiser = self._optimiser(self.discriminator, discriminator, total, folder)
+        first = 0
+        if self._inside is not None:
+            checkpoint.load(self._checkpoints, self._models(), self._training())
+            first, self._inside = self._inside.extra["step"], None
+        (self.discriminator if policy is None else self.policy).train()
+        with self.log.stage(stage, total, first):
+            for index in range(first, total):
+                began = time.perf_counter()
+                begin_peak(self.policy.device)
+                step = Step(self, stage, index)
+                yield step
+                metrics = {**step.metrics, **self.data.figures(stage)}
+                for optimiser in self._training().values():
+                    optimiser.next_rate()
+                metrics["seconds"] = time.perf_counter() - began
+                metrics["peak_bytes"] = peak_bytes(self.policy.device)
+                self.log.step(index + 1, metrics, show)
+                self._between(stage, index + 1, last=index + 1 == total)
+        self.reference = self._policy_optimiser = self._discriminator_optimiser = None
 
-    def align(self, stage: str, step: int, steppers: list[Stepper]) -> Metrics:
-        """Lets policy and discriminator play against each other."""
-        settings = self.config.rollout.align
-        problems = self.draw(stage, step, settings.prompts)
-        found = answer(self.engine, problems, self.encoder, settings, self.seed(stage, step))
-        done = align_step(
-            self.policy,
-            self.discriminator,
-            found,
-            self.encoder,
-            (steppers[0], steppers[1]),
-            self.config,
-            self.reference,
-        )
-        scores = {"perception": done.scores.perception.tolist(), "reasoning": done.scores.reasoning.tolist()}
-        self.record(stage, step, found, {**scores, "advantage": done.advantage.tolist(), "reason": done.scores.reason})
-        return done.logged
+    def _between(self, stage: str, step: int, last: bool) -> None:
+        """Evaluates, saves and stops after a step, where it is time for it."""
+        every = self.config.evaluation.every
+        if every and step % every == 0 and not last:
+            self.assess(f"{stage} {step}")
+        if self._stop or (step % self.config.checkpoint.every == 0 and not last):
+            self._save((stage, step))
+        if self._stop:
+            raise InterruptedRunError
 
-    def rlvr(self, stage: str, step: int, steppers: list[Stepper]) -> Metrics:
-        """Reinforces right answers."""
-        taken, tries = self._rewarded(stage, step)
-        logged, advantage = rlvr_step(self.policy, taken, self.encoder, steppers[0], self.config, self.reference)
-        verdicts = {"reward": taken.reward.tolist(), "reason": [v.reason for v in taken.verdicts]}
-        self.record(stage, step, taken.answered, {**verdicts, "advantage": advantage.tolist()})
-        return {**logged, "tries": tries}
+    def _optimiser(self, model: torch.nn.Module, settings: Adam, steps: int, folder: str) -> StageOptimiser:
+        freeze_vision(model, settings.freeze_vision)
+        return StageOptimiser(model, settings, steps, failures=self.folder / "not_finite" / folder)
 
-    def _rewarded(self, stage: str, step: int) -> tuple[Rewarded, int]:
-        """Returns a step's rewarded responses, and how many tries dynamic sampling took."""
-        settings, rule = self.config.rollout.rlvr, self.config.algorithm.rlvr.dynamic_sampling
-        tries = 1 if rule is None else rule.tries
-        seed = self.seed(stage, step)
-        parts: list[Rewarded] = []
-        for index, batch in enumerate(self.problems.batches(stage, step, self.config.dynamic_prompts, tries)):
-            found = reward(answer(self.engine, batch, self.encoder, settings, seed + index), self.config)
-            if rule is None:
-                return found, 1
-            parts.append(informative(found, settings.prompts))
-            whole = joined(parts)
-            if len(whole.answered.problems) >= settings.prompts:
-                return select(whole, list(range(settings.prompts))), index + 1
-        # too few problems tell anything: the step is taken with what there is, and of nothing with all
-        return (whole if len(whole.answered.problems) else found), tries
+    def _frozen_policy(self) -> Policy:
+        frozen, _ = build_policy(self.config)
+        frozen.model.load_state_dict(self.policy.model.state_dict())
+        return frozen.requires_grad_(False)
 
-    def record(self, stage: str, step: int, answered: Any, columns: dict[str, Any]) -> None:
-        """Writes a step's rollouts, one a line."""
-        every = self.config.log.rollouts_every
-        if not every or step % every:
-            return
-        path = self.folder / "rollouts" / f"{stage}-{step + 1:06d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            for place, (rollout, text) in enumerate(zip(answered.rollouts, answered.texts)):
-                problem = answered.problems[rollout.prompt]
-                own = {name: _jsonable(values[place]) for name, values in columns.items()}
-                line = {"problem": problem.name, "question": str(problem.prompt), "answer": problem.answer}
-                file.write(json.dumps({**line, "response": text, "finish": rollout.finish_reason, **own}) + "\n")
+    # --- the run around its stages
 
-    # --- the run
-
-    def go(self) -> None:
-        """Runs what is left of the stages."""
-        (self.folder / "config.json").parent.mkdir(parents=True, exist_ok=True)
+    def start(self) -> None:
+        """Restores the newest checkpoint, and evaluates where the run is new."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
         (self.folder / "environment.json").write_text(json.dumps(_environment(self.policy.device), indent=2) + "\n")
-        done, position = self._restore()
-        with _on_interrupt(self._ask_to_stop):
-            if not self.evaluations:
-                for split in ("validation", "test"):
-                    if not self.problems.held_out(split):
-                        self.log.note(f"data.files.{split} names no files: nothing is measured on it")
-                self.assess("start")
-            for stage in self.config.run.stages:
-                if stage in done:
-                    continue
-                self._stage(stage, position)
-                position = None
-                done = [*done, stage]
-                self._save(done, None, [])
-        self.finish()
+        self._restore()
+        if not self.evaluations:
+            for split in ("validation", "test"):
+                if not self.data.held_out(split):
+                    self.log.note(f"data.files.{split} names no files: nothing is measured on it")
+            self.assess("start")
 
-    def _stage(self, stage: str, position: checkpoint.Restored | None) -> None:
-        settings = getattr(self.config.optimiser, stage)
-        steppers = self._steppers(stage)
-        self.reference = self._frozen_policy(stage)
-        first = 0
-        if position is not None and position.extra["stage"] == stage:
-            # once more, now with the optimisers that it belongs to
-            checkpoint.load(self._checkpoints, self._models(), self._training(steppers))
-            first = position.extra["step"]
-        step_of: Callable[[str, int, list[Stepper]], Metrics] = {
-            "warmup": self.warmup, "align": self.align, "rlvr": self.rlvr
-        }.get(stage, self.supervised)  # fmt: skip
-        (self.discriminator if stage == "warmup" else self.policy).train()
-        often = self.config.evaluation.every
-        with self.log.stage(stage, settings.steps, first):
-            for step in range(first, settings.steps):
-                begin = time.perf_counter()
-                begin_peak(self.policy.device)
-                metrics = {**step_of(stage, step, steppers), **self.problems.figures(stage)}
-                for stepper in steppers:
-                    stepper.next_rate()
-                spent = {"seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes(self.policy.device)}
-                self.log.step(step + 1, {**metrics, **spent}, SHOWN[stage])
-                last = step + 1 == settings.steps
-                if often and (step + 1) % often == 0 and not last:
-                    self.assess(f"{stage} {step + 1}")
-                if self._stop or ((step + 1) % self.config.checkpoint.every == 0 and not last):
-                    self._save(self._before(stage), (stage, step + 1), steppers)
-                if self._stop:
-                    raise InterruptedRunError
-        self.reference = None
-        if stage == "base" and self._discriminator is not None:
-            self.discriminator.load_state_dict(build_discriminator(self.config, self.policy.model).state_dict())
+    def finish_stage(self, stage: str) -> None:
+        """Evaluates and saves after a stage."""
         self.assess(stage)
-
-    def assess(self, after: str) -> None:
-        """Evaluates the policy on held-out problems, and after the warm-up the discriminator.
-
-        Before and after the last stage it also takes the test split, so that what the stage did is read from there.
-        """
-        before = next(reversed(self.evaluations.values()), None)
-        if before is not None and after.startswith("warmup"):
-            # the policy is the one of before
-            found: Metrics = {key: value for key, value in before.items() if key not in ("test", "discriminator")}
-        else:
-            found = self._assess_policy("validation", self.config.evaluation.samples)
-        if after in ["start", *self.config.run.stages][-2:] and self.problems.held_out("test"):
-            found["test"] = self._assess_policy("test")
-        if after in ("warmup", "align"):
-            taught = [problem for problem in self.problems.held_out("validation", 64) if problem.teacher is not None]
-            if taught:
-                found["discriminator"] = assess_discriminator(
-                    self.discriminator, self.engine, taught, self.encoder, self.config
-                )
-        self.evaluations[after] = found
-        self.log.note(f"after {after}: {figures_line(found)}")
-
-    def _assess_policy(self, split: str, count: int | None = None) -> Metrics:
-        problems = self.problems.held_out(split, count)
-        if not problems:
-            return {"split": split, "samples": 0}
-        return assess_policy(self.engine, problems, self.encoder, self.config, split)
+        self.done.append(stage)
+        self._save()
 
     def finish(self) -> None:
-        """Writes policy and discriminator as folders that the next stage takes, and the evaluations."""
+        """Writes policy and discriminator as folders that the next stage takes, the evaluations and the report."""
         folder = self.folder / "policy"
         self.policy.model.save_pretrained(folder)
         save_processor(folder, self.encoder.tokenizer, self.encoder.image_processor)
-        left = f"the policy is in {folder}"
+        written = f"the policy is in {folder}"
         if self._discriminator is not None:
-            left += f", the discriminator in {save_discriminator(self._discriminator, self.folder / 'discriminator')}"
+            path = save_discriminator(self._discriminator, self.folder / "discriminator")
+            written += f", the discriminator in {path}"
         (self.folder / "evaluations.json").write_text(json.dumps(self.evaluations, indent=2) + "\n")
-        self.log.note(f"{left}, the figures in {self.folder / 'evaluations.json'}")
+        self.log.note(f"{written}, the figures in {self.folder / 'evaluations.json'}")
         self.log.close()
         self.log.note(f"the report is {write_report(self.folder)}")
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Stops the run after its step at the first Ctrl-C, and at once at the second."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, before)
+            self.ask_to_stop()
+
+        before = signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def ask_to_stop(self) -> None:
+        """Stops the run after its present step, with a checkpoint."""
+        self._stop = True
+        self.log.note("stopping after this step; Ctrl-C once more stops at once")
+
+    # --- evaluation
+
+    def assess(self, after: str) -> None:
+        """Evaluates the policy on held-out problems, and after warm-up and alignment the discriminator.
+
+        Before and after the last stage the test split is evaluated too, so that it shows what this stage did.
+        """
+        before = next(reversed(self.evaluations.values()), None)
+        if before is not None and after.startswith("warmup"):
+            # warm-up does not change the policy
+            figures: Metrics = {key: value for key, value in before.items() if key not in ("test", "discriminator")}
+        else:
+            figures = self._assess_policy("validation", self.config.evaluation.samples)
+        if after in ["start", *self.config.run.stages][-2:] and self.data.held_out("test"):
+            figures["test"] = self._assess_policy("test")
+        if after in ("warmup", "align"):
+            taught = [problem for problem in self.data.held_out("validation", 64) if problem.teacher is not None]
+            if taught:
+                figures["discriminator"] = assess_discriminator(
+                    self.discriminator, self.engine, taught, self.encoder, self.config
+                )
+        self.evaluations[after] = figures
+        self.log.note(f"after {after}: {figures_line(figures)}")
+
+    def _assess_policy(self, split: str, count: int | None = None) -> Metrics:
+        problems = self.data.held_out(split, count)
+        if not problems:
+            return {"split": split, "samples": 0}
+        return assess_policy(self.engine, problems, self.encoder, self.config, split)
 
     # --- checkpoints
 
@@ -292,116 +303,52 @@ class Run:
         return self.folder / "checkpoints"
 
     def _models(self) -> dict[str, torch.nn.Module]:
-        held = {} if self.reference is None else {"reference": self.reference.model}
-        scorer = {} if self._discriminator is None else {"discriminator": self._discriminator}
-        return {"policy": self.policy.model, **scorer, **held}
+        reference = {} if self.reference is None else {"reference": self.reference.model}
+        discriminator = {} if self._discriminator is None else {"discriminator": self._discriminator}
+        return {"policy": self.policy.model, **discriminator, **reference}
 
-    def _steppers(self, stage: str) -> list[Stepper]:
-        """Returns the optimisers of a stage, that of what it is named after first."""
-        optimisers = self.config.optimiser
-        settings = getattr(optimisers, stage)
-        trained: list[tuple[torch.nn.Module, Adam]] = []
-        if stage != "warmup":
-            trained.append((self.policy, settings))
-        if stage in ("warmup", "align"):
-            trained.append((self.discriminator, settings if stage == "warmup" else optimisers.discriminator))
-        found = []
-        for model, own in trained:
-            freeze_vision(model, own.freeze_vision)
-            # the batches of steps that are not taken
-            folder = self.folder / "not_finite" / f"{stage}-{'policy' if model is self.policy else 'discriminator'}"
-            found.append(Stepper(model, own, settings.steps, inspection=folder))
-        return found
+    def _training(self) -> dict[str, StageOptimiser]:
+        """Returns the optimisers of the stage, by the model that they train."""
+        optimisers = {"policy": self._policy_optimiser, "discriminator": self._discriminator_optimiser}
+        return {name: optimiser for name, optimiser in optimisers.items() if optimiser is not None}
 
-    def _training(self, steppers: list[Stepper]) -> dict[str, checkpoint.Stateful]:
-        return {f"stepper{index}": stepper for index, stepper in enumerate(steppers)}
-
-    def _before(self, stage: str) -> list[str]:
-        stages: list[str] = list(self.config.run.stages)
-        return stages[: stages.index(stage)]
-
-    def _save(self, done: list[str], at: tuple[str, int] | None, steppers: list[Stepper]) -> None:
-        stage, step = at or (None, 0)
+    def _save(self, inside: tuple[str, int] | None = None) -> None:
+        """Writes a checkpoint, after a stage or inside one: its name and the number of its steps that are done."""
+        stage, step = inside or (None, 0)
         extra = {
-            "done": done,
+            "done": self.done,
             "stage": stage,
             "step": step,
-            "data": {} if stage is None else self.problems.position(stage),
+            "data": {} if stage is None else self.data.position(stage),
             "evaluations": self.evaluations,
             "log": self.log.state_dict(),
         }
-        steps = sum(getattr(self.config.optimiser, name).steps for name in done) + step
-        checkpoint.save(
-            self._checkpoints, steps, self._models(), self._training(steppers), extra, keep=self.config.checkpoint.keep
-        )
+        steps = sum(getattr(self.config.optimiser, name).steps for name in self.done) + step
+        keep = self.config.checkpoint.keep
+        checkpoint.save(self._checkpoints, steps, self._models(), self._training(), extra, keep=keep)
 
-    def _restore(self) -> tuple[list[str], checkpoint.Restored | None]:
-        """Returns the stages that are done, and where in another one the run was; loads the models."""
+    def _restore(self) -> None:
+        """Restores the newest checkpoint; one inside a stage is loaded when that stage has built its optimisers."""
         newest = checkpoint.newest(self._checkpoints, tell=self.log.note)
         if newest is None:
-            # what a run wrote that was killed before its first checkpoint will be done again
+            # no checkpoint yet: discard the stopped run's metrics
             self.log.load_state_dict({"bytes": 0, "non_finite": {}})
-            return [], None
-        stage = newest.extra["stage"]
-        self.reference = None if stage is None else self._frozen_policy(stage)
-        found = checkpoint.load(
-            self._checkpoints, self._models(), self._training([] if stage is None else self._steppers(stage))
-        )
-        assert found is not None
-        self.evaluations = dict(found.extra["evaluations"])
-        if stage is not None:
-            self.problems.go_to(stage, found.extra["data"])
-        self.log.load_state_dict(found.extra["log"])
-        where = f"step {found.extra['step']} of {stage}" if stage else f"the end of {found.extra['done'][-1]}"
-        self.log.note(f"going on from {where} ({found.path})")
-        return list(found.extra["done"]), found if stage else None
-
-    def _frozen_policy(self, stage: str) -> Policy | None:
-        """Returns the policy as it is now, where a stage's loss has a KL term that holds on to it."""
-        if stage not in ("align", "rlvr") or not getattr(self.config.algorithm, stage).kl_coef:
-            return None
-        reference, _ = build_policy(self.config)
-        reference.model.load_state_dict(self.policy.model.state_dict())
-        return reference.requires_grad_(False)
-
-    def _ask_to_stop(self) -> None:
-        self._stop = True
-        self.log.note("ending after this step; once more ends at once")
-
-
-@contextmanager
-def _on_interrupt(ask: Callable[[], None]) -> Iterator[None]:
-    """Lets the first Ctrl-C ask, and the second one end at once."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
-        ask()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _jsonable(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+            return
+        self.done, stage = list(newest.extra["done"]), newest.extra["stage"]
+        if stage is None:
+            checkpoint.load(self._checkpoints, self._models(), {})
+        else:
+            self._inside = newest
+            self.data.go_to(stage, newest.extra["data"])
+        self.evaluations = dict(newest.extra["evaluations"])
+        self.log.load_state_dict(newest.extra["log"])
+        where = f"step {newest.extra['step']} of {stage}" if stage else f"the end of {self.done[-1]}"
+        self.log.note(f"resuming after {where} ({newest.path})")
 
 
 def _environment(device: torch.device) -> Metrics:
-    """Returns what the run is made with, for the report."""
+    """Returns the versions and the device of the run, for the report."""
     versions = {"python": platform.python_version(), "prism": prism_kernels.__version__}
     versions |= {name: version(name) for name in ("torch", "transformers")}
     begun = datetime.now(UTC).isoformat(timespec="seconds")
     return {"last_started": begun, "device": str(device), "versions": versions}
-
-
-def run(config: Config) -> int:
-    """Runs all stages; returns the exit status."""
-    one = Run(config)
-    try:
-        one.go()
-    except InterruptedRunError:
-        one.log.note(f"ended with a checkpoint; the same command goes on from it ({one.folder})")
-        return 130
-    return 0

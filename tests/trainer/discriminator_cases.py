@@ -7,13 +7,12 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as dense_module
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as moe_module
 
 from prism.discriminator.model import Discriminator
-from prism.models.tiny import TinySize, tiny_discriminator_base, tiny_policy
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import TinyMoeSize, tiny_discriminator_base, tiny_policy, train_tokenizer
 from prism_kernels.packing import Branch, Kind, PrefixGroup, build_pack
 
 TOKENIZER = train_tokenizer()
 IMAGE = TOKENIZER.convert_tokens_to_ids("<|image_pad|>")
-SIZE = TinySize(hidden_size=64, layers=3, intermediate_size=96, expert_intermediate_size=48)
+SIZE = TinyMoeSize(hidden_size=64, layers=3, intermediate_size=96, expert_intermediate_size=48)
 
 # prompt length before and behind its images, their grids, and the lengths of the branches
 GROUPS = (

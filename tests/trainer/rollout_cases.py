@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from prism.models.prompts import EncodedPrompt
-from prism.models.tiny import TinySize, tiny_discriminator_base, tiny_policy
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import TinyMoeSize, tiny_discriminator_base, tiny_policy, train_tokenizer
 
 TOKENIZER = train_tokenizer(vocab_size=320)
 IMAGE, START, END, STOP = TOKENIZER.convert_tokens_to_ids(
     ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>"]
 )
-SIZE = TinySize(hidden_size=64, layers=3, intermediate_size=96, expert_intermediate_size=48, vision_hidden_size=32)
+SIZE = TinyMoeSize(hidden_size=64, layers=3, intermediate_size=96, expert_intermediate_size=48, vision_hidden_size=32)
 # tokens before and behind the images, and the images' grids in patches
 SHAPES = ((5, [(1, 4, 6)], 7), (9, [], 4), (2, [(1, 2, 2), (1, 8, 4)], 3), (1, [], 2))
 

@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from prism.data.rows import PLACEHOLDER
-from prism.data.sections import Sections
 from prism.worlds.shapes.scenes import Bytes
 from prism.worlds.shapes.world import ShapesSample
+from prism_kernels.grammar import Sections
 
 _ROW_GROUP = 256
 

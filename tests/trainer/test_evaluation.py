@@ -7,24 +7,22 @@ import torch
 from discriminator_cases import SIZE, TOKENIZER
 
 from prism.config import load_config
-from prism.data.drift import drift, wasserstein
 from prism.data.problem import Problem
-from prism.data.sections import split_response
-from prism.discriminator.branches import TextBranches
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import score_groups
+from prism.discriminator.score import TextBranches, score_groups, score_limits
 from prism.discriminator.upcycle import upcycle
 from prism.evaluation import assessment
-from prism.evaluation.accuracy import evaluate
+from prism.evaluation.assessment import evaluate
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
+from prism.rollout.batch import drift, wasserstein
 from prism.rollout.engine import Rollout
-from prism.stages.align import score_limits
 from prism.worlds.shapes.counters import judge, read_caption
 from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
 from prism.worlds.shapes.problems import problem_of
 from prism.worlds.shapes.teachers import TEACHERS
 from prism.worlds.shapes.world import ShapesWorld
+from prism_kernels.grammar import split_response
 
 ENCODER = PromptEncoder(TOKENIZER, tiny_image_processor(SIZE))
 PROBLEMS = [problem_of(sample) for sample in ShapesWorld().samples("validation", 24)]
@@ -37,11 +35,11 @@ class Written:
     def __init__(self, say):
         self.say = say
 
-    def generate(self, prompts, sampling, *, keys=None):
+    def generate(self, prompts, sampling, *, seed=0, keys=None):
         found = []
         for prompt in range(len(prompts)):
             key = prompt if keys is None else keys[prompt]
-            for index in range(sampling.n):
+            for index in range(sampling.group):
                 ids = TOKENIZER(self.say(PROBLEMS[key], index, sampling.temperature))["input_ids"]
                 found.append(Rollout(prompt, index, ids, torch.zeros(len(ids)), torch.zeros(len(ids)), "stop"))
         return found

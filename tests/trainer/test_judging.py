@@ -7,10 +7,9 @@ from random import Random
 
 import pytest
 
-from prism.discriminator.branches import ScoreLimits, TextBranches
+from prism.discriminator.score import ScoreLimits, TextBranches
 from prism.models.prompts import PromptEncoder
-from prism.models.tiny import tiny_image_processor
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import tiny_image_processor, train_tokenizer
 from prism.worlds.shapes.counters import perception_error, reasoning_error
 from prism.worlds.shapes.probes import VERDICTS, judged, one_wrong
 from prism.worlds.shapes.problems import ShapesProblems, judged_problem

@@ -14,9 +14,9 @@ from shapes_files import write_sft, write_warmup
 from prism.data.files import DataError
 from prism.data.images import ImageLimits
 from prism.data.loader import LoadOptions, RowStream, dry_run
-from prism.data.sections import Sections, split_response
 from prism.worlds.shapes.counters import judge
 from prism.worlds.shapes.world import ShapesWorld
+from prism_kernels.grammar import Sections, split_response
 
 WORLD = ShapesWorld()
 

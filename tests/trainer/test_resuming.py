@@ -10,7 +10,7 @@ from prism import cli
 from prism.config import ConfigError, load_config
 from prism.runtime import checkpoint
 from prism.runtime import memory as peak
-from prism.runtime.resuming import check_settings
+from prism.runtime.checkpoint import check_settings
 
 
 def begun(folder, done=("sft",), stage="warmup", **changes):

@@ -3,7 +3,7 @@ import torch
 from rollout_cases import make_model, make_prompts, one_thread, stock_logits  # noqa: F401
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from prism.models.vision import batch_images
+from prism.models.packed import batch_images
 from prism.rollout import lean
 from prism.rollout.lean import LeanBatch, why_not_lean
 from prism_kernels.integrations.transformers.attention import use_prefix_attention

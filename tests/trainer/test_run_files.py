@@ -11,16 +11,22 @@ from shapes_files import write_problems, write_sft, write_warmup
 from test_run import SMALL, SPENT, metrics_stage, weights
 
 from prism import cli
-from prism.config import load_config
+from prism.commands.run import run_stages
+from prism.config import TinySize, load_config
 from prism.data.files import DataError
 from prism.data.loader import dry_run
 from prism.data.problem import problem_reader
 from prism.data.sources import problems_of
 from prism.models.prompts import PromptEncoder
-from prism.models.tiny import TinySize, save_tiny, tiny_discriminator_base, tiny_image_processor, tiny_policy
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import (
+    save_tiny,
+    tiny_discriminator_base,
+    tiny_image_processor,
+    tiny_policy,
+    train_tokenizer,
+)
 from prism.runtime.log import read_metrics
-from prism.runtime.runtime import InterruptedRunError, Run
+from prism.runtime.runtime import InterruptedRunError, Runtime
 from prism.worlds.shapes.world import ShapesWorld
 
 STAGES = ("sft", "warmup", "align", "rlvr")
@@ -91,8 +97,8 @@ def outcome(one):
 
 @pytest.fixture(scope="module")
 def whole(given, tmp_path_factory):
-    one = Run(settings(given, tmp_path_factory.mktemp("whole")))
-    one.go()
+    one = Runtime(settings(given, tmp_path_factory.mktemp("whole")))
+    run_stages(one)
     return one
 
 
@@ -129,20 +135,20 @@ def test_evaluations_hold_what_is_known(whole):
 
 @pytest.mark.parametrize("stage, step", [("sft", 2), ("warmup", 1), ("align", 2), ("rlvr", 1)])
 def test_an_interrupted_run_draws_the_same_rows(given, whole, tmp_path, stage, step):
-    first = Run(settings(given, tmp_path))
+    first = Runtime(settings(given, tmp_path))
     write = first.log.step
 
     def stop_there(number, metrics, shown=None):
         write(number, metrics, shown)
         if (metrics_stage(first), number) == (stage, step):
-            first._ask_to_stop()
+            first.ask_to_stop()
 
     first.log.step = stop_there
     with pytest.raises(InterruptedRunError):
-        first.go()
+        run_stages(first)
     first.log.close()
-    again = Run(settings(given, tmp_path))
-    again.go()
+    again = Runtime(settings(given, tmp_path))
+    run_stages(again)
     ours, wanted = weights(again), weights(whole)
     assert ours.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(ours[name], wanted[name])] == []
@@ -151,8 +157,8 @@ def test_an_interrupted_run_draws_the_same_rows(given, whole, tmp_path, stage, s
 
 def test_the_console_is_the_logs_alone_and_says_once_what_is_not_measured(given, tmp_path, capfd):
     changes = {"run.stages": ["sft"], "data.files.validation": [], "data.files.test": [], "log.console": "lines"}
-    one = Run(settings(given, tmp_path, **changes))
-    one.go()
+    one = Runtime(settings(given, tmp_path, **changes))
+    run_stages(one)
     told = capfd.readouterr()
     assert told.err == ""
     for split in ("validation", "test"):

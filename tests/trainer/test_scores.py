@@ -6,9 +6,8 @@ import torch
 from discriminator_cases import IMAGE, TOKENIZER, make_backbone
 from score_cases import ENCODER, TERMINAL, make_model, make_samples, picture, response
 
-from prism.discriminator.branches import ScoreLimits, TextBranches
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import Sample, prepare_groups, score_groups, score_prepared
+from prism.discriminator.score import Sample, ScoreLimits, TextBranches, prepare_groups, score_groups, score_prepared
 from prism_kernels import pair_loss
 from prism_kernels.packing import Kind
 

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism.data.sections import Sections, caption_items, reasoning_steps, split_response
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import train_tokenizer
 from prism.worlds.shapes.counters import (
     PerceptionError,
     UnreadableError,
@@ -22,6 +21,7 @@ from prism.worlds.shapes.questions import Question, ask, infer
 from prism.worlds.shapes.scenes import COLOURS, KINDS, PLACES, Item, Scene, random_scene
 from prism.worlds.shapes.teachers import CONFUSED
 from prism.worlds.shapes.world import ShapesWorld
+from prism_kernels.grammar import Sections, caption_items, reasoning_steps, split_response
 from prism_kernels.segments import TAGS, Reason, find_segments, token_bytes
 
 SCENE = Scene((Item(0, "red", "circle"), Item(4, "blue", "square"), Item(8, "green", "triangle")))

@@ -8,9 +8,17 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from prism.config import TinySize
 from prism.models.prompts import PromptEncoder
-from prism.models.tiny import TinySize, save_tiny, tiny_discriminator_base, tiny_image_processor, tiny_policy
-from prism.models.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from prism.models.tiny import (
+    SPECIAL_TOKENS,
+    TinyMoeSize,
+    save_tiny,
+    tiny_discriminator_base,
+    tiny_image_processor,
+    tiny_policy,
+    train_tokenizer,
+)
 
 FRESH_PROCESS = """
 import json, sys
@@ -19,7 +27,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import train_tokenizer
 
 train_tokenizer().save_pretrained(sys.argv[1])
 for folder in sys.argv[2:]:
@@ -123,12 +131,12 @@ def test_tokenizer_round_trips_any_text_and_keeps_special_tokens_whole(tmp_path)
 
 
 def test_tiny_size_refuses_shapes_that_loaders_confuse():
-    with pytest.raises(ValueError, match=r"TinySize: expected expert_intermediate_size other than hidden_size"):
-        TinySize(expert_intermediate_size=96)
-    with pytest.raises(ValueError, match=r"intermediate_size other than .*half \(96\), got 48"):
+    with pytest.raises(ValueError, match=r"expert_intermediate_size: expected other than hidden_size"):
+        TinyMoeSize(expert_intermediate_size=96)
+    with pytest.raises(ValueError, match=r" intermediate_size: expected other than .* = 96 and its half, got 48"):
         TinySize(intermediate_size=48)
-    with pytest.raises(ValueError, match=r"experts_per_token in \[1, 4\], got 5"):
-        TinySize(experts_per_token=5)
+    with pytest.raises(ValueError, match=r"experts_per_token: expected at most experts = 4, got 5"):
+        TinyMoeSize(experts_per_token=5)
     with pytest.raises(ValueError, match=r"vocab_size >= 272"):
         train_tokenizer(vocab_size=200)
 

@@ -6,10 +6,10 @@ The two kinds of error are independent: a right inference from a wrong caption i
 import re
 from dataclasses import dataclass
 
-from prism.data.sections import split_response
 from prism.worlds.shapes.questions import Question, answers, infer
 from prism.worlds.shapes.scenes import COLOURS, KINDS, PLACES, Item, Scene
 from prism.worlds.shapes.teachers import REMARK
+from prism_kernels.grammar import split_response
 
 _BULLET = re.compile(r"^\s*(?:(?:[-*•–]|\d+[.)])\s+)?")
 _WORDS = re.compile(r"[a-z]+|[^a-z\s,.;:()]")

@@ -9,11 +9,11 @@ which is wrong as the careless teacher would be; only their content tells them a
 from dataclasses import replace
 from random import Random
 
-from prism.data.sections import Sections
 from prism.worlds.shapes.questions import infer
 from prism.worlds.shapes.scenes import COLOURS, GRID, KINDS, Item, pick
 from prism.worlds.shapes.teachers import TEACHERS, mistaken, write, wrong_answer
 from prism.worlds.shapes.world import ShapesSample
+from prism_kernels.grammar import Sections
 
 VERDICTS = {True: "yes", False: "no"}
 # the probed errors of perception

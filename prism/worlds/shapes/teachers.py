@@ -4,12 +4,13 @@ A response describes the items that its teacher sees, reasons from them, and ans
 items seen; an error of reasoning changes the last step. Neither depends on the other.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from random import Random
 
-from prism.data.sections import Sections
+from prism.config import Carelessness
 from prism.worlds.shapes.questions import EQUAL, NONE, Question, answers, compared, infer, matching, name, worths
 from prism.worlds.shapes.scenes import GRID, KINDS, MOST_ITEMS, PLACES, Item, Scene, pick
+from prism_kernels.grammar import Sections
 
 TEACHERS = ("base", "public", "curated")
 # careless eyes take each for the other
@@ -18,41 +19,6 @@ KIND_PAIRS = (("circle", "triangle"), ("square", "diamond"))
 CONFUSED = {a: b for one, other in (*COLOUR_PAIRS, *KIND_PAIRS) for a, b in ((one, other), (other, one))}
 MISSEEN = "purple"
 REMARK = "white background"
-
-
-@dataclass(frozen=True)
-class Carelessness:
-    """How often the public teacher errs; a response has at most one error of perception.
-
-    The first two are habits: a student that learns from a majority of such texts always sees so. The others are slips,
-    which happen in any scene.
-
-    Args:
-        colour: share of the scenes with a purple item in which purple is called blue.
-        dropped: share of the scenes of five items without that error in which the last item is left out.
-        invented: share of the scenes without either error in which the last item is repeated in the next free cell.
-        kind: share of the same scenes in which the first item is called by the confusable kind.
-        place: share of the same scenes in which the last item is moved to the next free cell.
-        reasoning: share of all responses whose last step is wrong.
-        careful_style: share of all responses in the curated teacher's style. At 0, style alone tells the two apart.
-    """
-
-    colour: float = 0.80
-    dropped: float = 0.80
-    invented: float = 0.01
-    kind: float = 0.02
-    place: float = 0.01
-    reasoning: float = 0.20
-    careful_style: float = 0.50
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            rate = getattr(self, field.name)
-            if not 0 <= rate <= 1:
-                raise ValueError(f"Carelessness: expected {field.name} in [0, 1], got {rate}")
-        slips = self.invented + self.kind + self.place
-        if slips > 1:
-            raise ValueError(f"Carelessness: expected invented, kind and place to sum to <= 1, got {slips}")
 
 
 @dataclass(frozen=True)

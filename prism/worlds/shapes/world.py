@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 
+from prism.config import Carelessness
 from prism.worlds.shapes.questions import Question, ask, infer
 from prism.worlds.shapes.scenes import Bytes, Scene, draw, random_scene
-from prism.worlds.shapes.teachers import TEACHERS, Carelessness, TeacherResponse, respond
+from prism.worlds.shapes.teachers import TEACHERS, TeacherResponse, respond
 
 # by split: its share of the scenes in percent, its teacher, and the default number of samples
 SPLITS = {

@@ -1,4 +1,4 @@
-"""Puts the results' tables into README.md and docs/migrating.md, between markers. `python -m bench.readme` does it."""
+"""Writes the tables of README.md, docs/benchmarks.md and docs/migrating.md. `python -m bench.tables` does it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,12 +6,13 @@ from typing import Any
 
 from bench import migrating
 from bench.cases import FORWARD, HALF, TRAIN
-from bench.plot import caption, origin
+from bench.plot import OVERVIEW_NAME, caption, origin
 from bench.results import MIB, duels, find, load
 
 ROOT = Path(__file__).parent.parent
-README, MIGRATING = ROOT / "README.md", ROOT / "docs" / "migrating.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+README = ROOT / "README.md"
+BENCHMARKS, MIGRATING = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "migrating.md"
+MADE_BY = "<!-- made by `python -m bench.tables` from bench/results; edits here are lost -->"
 MISSING = "not measured"
 VERSUS = (
     "policy_loss",
@@ -24,7 +25,7 @@ VERSUS = (
 )
 
 # on an H200 at T=16384, V=151936, bf16: row of the table, floors and goals in ms at D=2560 and 4096, pass, and the
-# contenders of which the fastest counts ("" stands for one that does not exist)
+# contenders, of which the fastest counts
 GOALS = (
     ("forward only, cuBLAS tier", (16.1, 25.8), (20, 30.5), FORWARD, ("ours, CUDA",)),
     ("forward only, fused kernel", (16.1, 25.8), (18, 28.5), FORWARD, ("ours, Triton",)),
@@ -40,7 +41,7 @@ GOALS = (
     ("half of the rows without gradient", (32.2, 51.6), (37, 58), HALF, ("ours, CUDA", "ours, Triton")),
 )
 
-# what is fought on a GPU, and what it must reach there
+# the duels on a GPU: op, row of the table, goal
 GPU_DUELS = (
     ("policy_loss_16k", "`policy_loss`, forward + backward, 16,384 tokens", "3 launches, no host sync"),
     ("policy_loss_4m", "`policy_loss`, forward + backward, 4,194,304 tokens", ">= 80 % of a copy's bytes/s"),
@@ -56,7 +57,7 @@ GPU_DUELS = (
 
 
 def cpu_table(op: str, content: dict[str, Any] | None) -> Iterator[str]:
-    """Yields the lines of an op's table on the CPU, its first case forward and backward."""
+    """Yields the lines of an op's table on the CPU: its first case, forward and backward."""
     if content is None:
         yield f"`{op}` on the CPU: {MISSING}; `make bench` measures it."
         return
@@ -70,24 +71,24 @@ def cpu_table(op: str, content: dict[str, Any] | None) -> Iterator[str]:
         if (row["case"], row["pass"]) == (case["name"], TRAIN):
             yield "| " + " | ".join(_cells(row)) + " |"
     yield ""
-    yield f"![{op}: time, memory and error](bench/results/{content['machine']}/{op}.png)"
+    yield f"![{op}: time, memory and error](../bench/results/{content['machine']}/{op}.png)"
     yield ""
     yield (
-        f"<sub>{caption(content)} Errors are the worst of all rows against float64; of a confident token "
-        "(1 − p between 1e-9 and 1e-3) the relative one. The gradients' own memory is not counted.</sub>"
+        f"<sub>{caption(content)} Each error is the largest over all rows, against float64; for confident tokens "
+        "(1 − p between 1e-9 and 1e-3) it is relative. The memory of the gradients is not counted.</sub>"
     )
 
 
 def kept_memory(content: dict[str, Any] | None) -> Iterator[str]:
-    """Yields a paragraph: the first case, forward and backward, where no time goes into fresh memory."""
+    """Yields a paragraph: the first case, forward and backward, with a malloc that keeps freed memory."""
     if content is None:
         return
     case = content["cases"][0]
     rows = [r for r in content["rows"] if (r["case"], r["pass"]) == (case["name"], TRAIN) and r.get("ratio")]
     ratios = ", ".join(f"{row['contender']} {row['ratio']:.2f}" for row in rows)
     yield (
-        "Much of these times is the first touch of fresh memory, of which the peers take more. With a malloc that "
-        f"keeps what is freed (`make bench-kept`) the multiples are: {ratios}. <sub>{origin(content)}</sub>"
+        "Much of this time is the first touch of fresh memory, and the peers allocate more of it. With a malloc that "
+        f"keeps freed memory (`make bench-kept`) the ratios are: {ratios}. <sub>{origin(content)}</sub>"
     )
     yield ""
 
@@ -96,20 +97,20 @@ def _cells(row: dict[str, Any]) -> list[str]:
     name = f"**{row['contender']}**" if row["ours"] else row["contender"]
     if "median_s" not in row:
         return [name, str(row["status"]).partition(":")[0], "", "", "", ""]
-    found = row["errors"]
+    errors = row["errors"]
     ratio = row["status"] if row["ratio"] is None else f"{row['ratio']:.2f}"
     return [
         name,
         f"{1e3 * row['median_s']:,.0f} ms",
         ratio,
         f"{row['peak_extra_bytes'] / MIB:,.0f} MiB",
-        f"{found['logp']:.1e}",
-        f"{found['gradient_confident']:.2g}",
+        f"{errors['logp']:.1e}",
+        f"{errors['gradient_confident']:.2g}",
     ]
 
 
 def versus_table(op: str, content: dict[str, Any] | None) -> Iterator[str]:
-    """Yields the lines of an op's table on the CPU, against others that compute the same."""
+    """Yields the lines of an op's table on the CPU, beside others that compute the same."""
     if content is None:
         yield f"`{op}` on the CPU: {MISSING}; `make bench` measures it."
         return
@@ -117,7 +118,7 @@ def versus_table(op: str, content: dict[str, Any] | None) -> Iterator[str]:
     yield f"**`{op}`**, {content['label']}:"
     yield ""
     first = content["versus"][0]["contender"]
-    yield f"| | time | {first}, in turns with it | × |" + (" peak extra memory |" if memory else "")
+    yield f"| | time | {first}, alternating with it | × |" + (" peak extra memory |" if memory else "")
     yield "|---|---:|---:|---:|" + ("---:|" if memory else "")
     for row in content["versus"]:
         name = f"**{row['contender']}**" if row["ours"] else row["contender"]
@@ -140,10 +141,10 @@ def _milliseconds(seconds: float) -> str:
 
 
 def gpu_table(content: dict[str, Any] | None) -> Iterator[str]:
-    """Yields the lines of the table of goals on an H200, with what was measured."""
+    """Yields the lines of the table of goals on an H200, with the measured times."""
     yield (
-        "**`linear_logprob`** on one H200, T=16384, V=151936, bf16: milliseconds, and in brackets the share of the "
-        "speed that `torch.mm` had in the same run:"
+        "**`linear_logprob`** on one H200, T=16384, V=151936, bf16: milliseconds, and in brackets the share of "
+        "`torch.mm`'s speed in the same run:"
     )
     yield ""
     yield "| | D=2560: floor | goal | measured | D=4096: floor | goal | measured |"
@@ -166,7 +167,7 @@ def gpu_table(content: dict[str, Any] | None) -> Iterator[str]:
 
 def gpu_duel_table(contents: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Yields the lines of the table of the other ops on a GPU."""
-    yield "**The other ops** on one H200, each beside what else computes the same:"
+    yield "**The other ops** on one H200, each beside others that compute the same:"
     yield ""
     yield "| | goal | ours | launches, host syncs | beside | fastest other | × |"
     yield "|---|---|---:|---:|---:|---:|---:|"
@@ -213,35 +214,102 @@ def _fastest(
 
 
 def block() -> str:
-    """Returns the generated part of the README."""
-    lines = [BEGIN, "<!-- made by `python -m bench.readme` from bench/results; edits here are lost -->", ""]
+    """Returns the generated part of docs/benchmarks.md."""
+    lines = ["<!-- bench:begin -->", MADE_BY, ""]
     for op in ("linear_logprob", "token_logprob"):
         lines += [*cpu_table(op, load(op, "cpu-*")), "", *kept_memory(load(op, "kept-memory-cpu-*"))]
     for op in VERSUS:
         lines += [*versus_table(op, load(op, "cpu-*")), ""]
     lines += [*gpu_table(load("linear_logprob", "h200*")), ""]
-    lines += [*gpu_duel_table(duels("h200*")), "", END]
+    lines += [*gpu_duel_table(duels("h200*")), "", "<!-- bench:end -->"]
     return "\n".join(lines)
 
 
-def insert(text: str, made: str, page: Path = README) -> str:
-    """Returns the text with what is between the markers replaced: these are the first and the last line of `made`."""
+def plot_block() -> str:
+    """Returns README's plot."""
+    content = load("linear_logprob", "cpu-*")
+    picture = "`linear_logprob`: not measured; `make bench` measures it."
+    if content is not None:
+        path = f"bench/results/{content['machine']}/{OVERVIEW_NAME}"
+        picture = f"![linear_logprob and others: time, memory, and error of the gradient]({path})"
+    return "\n".join(["<!-- plot:begin -->", MADE_BY, "", picture, "", "<!-- plot:end -->"])
+
+
+def ratio_block() -> str:
+    """Returns README's table: each op beside the fastest other program that computes the same."""
+    lines = ["<!-- ratios:begin -->", MADE_BY, ""]
+    lines += ["| op | fastest other | its time over ours | its peak extra memory | ours |", "|---|---|---:|---:|---:|"]
+    for op in ("linear_logprob", "token_logprob"):
+        lines += _case_ratio(f"`{op}`", load(op, "cpu-*"))
+        lines += _case_ratio(f"`{op}`, malloc keeps freed memory", load(op, "kept-memory-cpu-*"))
+    contents = [load(op, "cpu-*") for op in VERSUS]
+    for op, content in zip(VERSUS, contents):
+        lines += _duel_ratio(f"`{op}`", content)
+    measured = next((content for content in contents if content is not None), None)
+    if measured is not None:
+        lines += ["", f"<sub>{origin(measured)} Medians of alternating runs.</sub>"]
+    return "\n".join([*lines, "", "<!-- ratios:end -->"])
+
+
+def _case_ratio(name: str, content: dict[str, Any] | None) -> list[str]:
+    # both are ratios to one reference of the same run; a wrong result has none
+    if content is None:
+        return []
+    case = content["cases"][0]["name"]
+    rows = [r for r in content["rows"] if (r["case"], r["pass"]) == (case, TRAIN) and r.get("ratio")]
+    ours, others = [r for r in rows if r["ours"]], [r for r in rows if not r["ours"]]
+    if not ours or not others:
+        return []
+    best = min(others, key=lambda row: row["ratio"])
+    return [_ratio_line(name, best, best["ratio"] / ours[0]["ratio"], ours[0])]
+
+
+def _duel_ratio(name: str, content: dict[str, Any] | None) -> list[str]:
+    if content is None:
+        return []
+    ours, *others = content["versus"]
+    right = [row for row in others if not row["ours"] and row.get("slower")]
+    if ours["status"] != "ok" or not right:
+        return []
+    best = min(right, key=lambda row: row["slower"])
+    return [_ratio_line(name, best, best["slower"], ours)]
+
+
+def _ratio_line(name: str, other: dict[str, Any], slower: float, ours: dict[str, Any]) -> str:
+    memory = [
+        "" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / MIB:,.0f} MiB" for row in (other, ours)
+    ]
+    return "| " + " | ".join((name, other["contender"], f"{slower:.2f}", *memory)) + " |"
+
+
+def insert(text: str, made: str, page: Path) -> str:
+    """Returns the page's text with one generated part replaced.
+
+    Args:
+        text: the page.
+        made: the new part; its first and last line are the markers.
+        page: the page's path, for the error.
+    """
     begin, *_, end = made.splitlines()
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise SystemExit(f"bench.readme: expected one line {begin} and, after it, one line {end} in {page.name}")
+        raise SystemExit(f"bench.tables: expected one line {begin} and, after it, one line {end} in {page.name}")
     before, rest = text.split(begin)
     return before + made + rest.split(end)[1]
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Yields each page and its text as the results want it."""
-    blocks = {README: [block()], MIGRATING: [migrating.block(trainer) for trainer in migrating.TRAINERS]}
-    for page, made in blocks.items():
+    """Yields each page and its text with the tables of today's results."""
+    blocks = {
+        README: [plot_block(), ratio_block()],
+        BENCHMARKS: [block()],
+        MIGRATING: [migrating.block(trainer) for trainer in migrating.TRAINERS],
+    }
+    for page, parts in blocks.items():
         if not page.exists():
-            raise SystemExit(f"bench.readme: {page} does not exist")
+            raise SystemExit(f"bench.tables: {page} does not exist")
         text = page.read_text()
-        for one in made:
-            text = insert(text, one, page)
+        for part in parts:
+            text = insert(text, part, page)
         yield page, text
 
 

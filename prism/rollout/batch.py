@@ -1,0 +1,117 @@
+"""A step's rollouts with their problems and texts: alignment and RLVR begin with them."""
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prism.config import Sampling
+from prism.data.problem import Problem
+from prism.models.prompts import EncodedPrompt, PromptEncoder
+from prism.rollout.engine import Engine, Rollout
+from prism_kernels.grammar import Sections, caption_items, reasoning_steps, split_response
+
+
+class RolloutBatch(NamedTuple):
+    """Problems with the policy's responses, group by group. S responses."""
+
+    problems: list[Problem]
+    prompts: list[EncodedPrompt]
+    rollouts: list[Rollout]
+    texts: list[str]
+
+    @property
+    def group(self) -> Tensor:
+        """The problem of each response, (S,), int64."""
+        return torch.tensor([rollout.prompt for rollout in self.rollouts], dtype=torch.int64)
+
+    @property
+    def lengths(self) -> Tensor:
+        """The number of tokens of each response, (S,), int64."""
+        return torch.tensor([len(rollout.token_ids) for rollout in self.rollouts], dtype=torch.int64)
+
+    def texts_of(self, problem: int) -> list[str]:
+        """Returns the texts of one problem's responses."""
+        return [text for text, rollout in zip(self.texts, self.rollouts) if rollout.prompt == problem]
+
+    def write(self, path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Writes the rollouts as JSON, one a line, with one value of each column per rollout."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            for index, (rollout, text) in enumerate(zip(self.rollouts, self.texts)):
+                problem = self.problems[rollout.prompt]
+                line = {"problem": problem.name, "question": str(problem.prompt), "answer": problem.answer}
+                values = {name: _finite(column[index]) for name, column in columns.items()}
+                line |= {"response": text, "finish": rollout.finish_reason, **values}
+                file.write(json.dumps(line) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def generate(
+    engine: Engine, problems: Sequence[Problem], encoder: PromptEncoder, sampling: Sampling, seed: int
+) -> RolloutBatch:
+    """Samples the policy's responses to some problems; the same seed gives the same responses.
+
+    Args:
+        engine: the policy's engine.
+        problems: the problems to answer.
+        encoder: the policy's encoder.
+        sampling: group size, length and temperature.
+        seed: seed of this step.
+    """
+    prompts = [problem.encoded(encoder) for problem in problems]
+    rollouts = engine.generate(prompts, sampling, seed=seed)
+    return RolloutBatch(list(problems), prompts, rollouts, decode(rollouts, encoder))
+
+
+def decode(rollouts: Sequence[Rollout], encoder: PromptEncoder) -> list[str]:
+    """Returns the texts of rollouts, without special tokens."""
+    return encoder.tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
+
+
+# the number whose distribution is compared, by channel
+COUNTS: dict[str, Callable[[Sections], int]] = {
+    "perception": lambda sections: caption_items(sections.caption),
+    "reasoning": lambda sections: reasoning_steps(sections.think),
+}
+
+
+def drift(texts: Sequence[str], teachers: Sequence[str | None]) -> dict[str, float]:
+    """Returns the share of valid responses, and the distance from the teachers in each channel.
+
+    The distance is Wasserstein's, between the numbers of caption items (perception) and of reasoning steps (reasoning)
+    in the valid responses. It is NaN where there is nothing to compare.
+
+    Args:
+        texts: the policy's responses.
+        teachers: the teachers' responses, one for each prompt; None for a prompt without one.
+    """
+    student, teacher = (
+        [sections for text in part if text is not None and (sections := split_response(text)) is not None]
+        for part in (texts, teachers)
+    )
+    distances = {
+        f"drift_{channel}": wasserstein([count(one) for one in student], [count(one) for one in teacher])
+        for channel, count in COUNTS.items()
+    }
+    return {"valid": len(student) / max(1, len(texts)), **distances}
+
+
+def wasserstein(a: Sequence[float], b: Sequence[float]) -> float:
+    """Returns the Wasserstein distance of two samples of numbers; NaN if one is empty."""
+    if not (a and b):
+        return math.nan
+    a, b = sorted(a), sorted(b)
+    return sum(
+        abs(bisect_right(a, low) / len(a) - bisect_right(b, low) / len(b)) * (high - low)
+        for low, high in pairwise(sorted({*a, *b}))
+    )
