@@ -330,7 +330,7 @@ def test_broken_weights_are_an_error(prompts):
         Sampling(max_new_tokens=3, temperature=0),
         Sampling(group=3, max_new_tokens=3, top_p=0.5),
     ):
-        with pytest.raises(FloatingPointError, match="expected finite logits behind prompt 0"):
+        with pytest.raises(FloatingPointError, match="expected finite logits after prompt 0"):
             Engine(model, TOKENIZER).generate(prompts, sampling)
 
 
