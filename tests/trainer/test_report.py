@@ -16,7 +16,7 @@ VOID = {"meta", "img", "line", "path", "rect", "circle"}
 
 
 class Page(HTMLParser):
-    """The elements of a page, its text, and whether every element ends where it should."""
+    """The elements and the text of a page; checks that every element is closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -116,7 +116,7 @@ def test_drift_before_and_after(whole):
 
 
 def test_drift_of_recorded_responses(whole):
-    """A third of the responses is the teachers' own, a third has one item and one step, a third is invalid."""
+    """A third of the responses are the teachers', a third have one item and one step, a third are invalid."""
     texts = {"alignment": [s.response.text for s in ShapesWorld().samples("alignment", 9)]}
     items = [len(re.findall(r"^[-•*]", text, re.MULTILINE)) for text in texts["alignment"]]
     for first, where in ((1, "at first"), (4, "at last")):
@@ -167,7 +167,7 @@ def test_an_unfinished_run(tmp_path, reached):
     assert "This run is not finished." in page.text
     for stage in STAGES:
         assert f"{stage}: {2 if stage in stages else 0} of 6 steps" in page.text
-    # what is known of the stages before comes from the checkpoint
+    # earlier evaluations come from the checkpoint
     assert "startgreedy100 of validation0.125" in page.text
     assert ("Not measured: the run has not reached alignment." in page.text) == (reached < 3)
     assert ("Not measured: the run has not finished the warm-up." in page.text) == (reached < 3)
@@ -331,5 +331,5 @@ def test_any_values_can_be_drawn(values):
     numbers = [float(n) for d in re.findall(r' d="([^"]*)"', drawn) for n in re.findall(r"-?\d+\.?\d*", d)]
     assert numbers and all(0 <= n <= 360 for n in numbers)
     assert len(drawn) < 20_000
-    # a longer one would be cut at the left edge
+    # a longer label would be cut at the left edge
     assert all(len(label) <= 7 for label in re.findall(r'text-anchor="end">([^<]*)<', drawn))
