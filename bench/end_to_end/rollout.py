@@ -57,7 +57,7 @@ class Duel:
     def stock(self, sampling: Sampling | None = None) -> list[list[int]]:
         """Returns `generate`'s responses."""
         sampling = sampling or self.sampling
-        chance = {"do_sample": False} if sampling.greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
+        chance = {"do_sample": False} if sampling.temperature == 0 else {"do_sample": True, "top_k": 0, "top_p": 1.0}
         tokens = self.model.generate(
             **self.inputs,
             **chance,

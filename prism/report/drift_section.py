@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from prism.data.drift import COUNTS, wasserstein
 from prism.report.charts import Series, column_chart, dot_chart, figure, legend, table
 from prism.report.run_folder import RunProblems, RunRecord, mean, number, read_rows
 from prism.report.summary import CHANNELS
-from prism.rollout.batch import COUNTS, wasserstein
 from prism_kernels.grammar import split_response
 
 # recorded steps that are pooled at either end

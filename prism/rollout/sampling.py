@@ -36,7 +36,8 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Tensor) 
         banned: (B,), ids that are never drawn.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if sampling.greedy:
+    # greedy
+    if sampling.temperature == 0:
         token = wide.index_fill(-1, banned, -torch.inf).argmax(-1)
         model_log_prob = wide.log_softmax(-1).gather(-1, token[:, None])[:, 0]
         return Choice(token, torch.zeros_like(model_log_prob), model_log_prob)

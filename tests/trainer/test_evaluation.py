@@ -7,6 +7,7 @@ import torch
 from discriminator_cases import SIZE, TOKENIZER
 
 from prism.config import load_config
+from prism.data.drift import drift, wasserstein
 from prism.data.problem import Problem
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import TextBranches, score_groups, score_limits
@@ -15,7 +16,6 @@ from prism.evaluation import assessment
 from prism.evaluation.assessment import evaluate
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
-from prism.rollout.batch import drift, wasserstein
 from prism.rollout.engine import Rollout
 from prism.worlds.shapes.counters import judge, read_caption
 from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
