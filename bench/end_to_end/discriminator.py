@@ -27,7 +27,7 @@ from prism_kernels.packing import Branch, Kind, PrefixGroup, pack_groups
 
 # the micro-batch of the published training step
 MICRO_BATCH = 4
-# the loss without what the published one lacks, so that both have the same gradient
+# without the terms that the published loss lacks, so both have the same gradient
 PLAIN_LOSS = DiscriminatorSettings(aux_coef=0.0, regularisation=0.0, soft_clip=None)
 SIZE = TinyMoeSize(
     hidden_size=256, intermediate_size=768, layers=4, expert_intermediate_size=512, vision_hidden_size=128, experts=4

@@ -44,7 +44,7 @@ class Problem:
         if self.encoding is not None:
             return self.encoding
         prompt = encoder.encode(self.prompt, self.images, name=self.name)
-        return prompt if self.prefix is None else encoder.behind(prompt, self.prefix)
+        return prompt if self.prefix is None else encoder.answered(prompt, self.prefix)
 
 
 def step_random(seed: int, stage: str, step: int) -> np.random.Generator:

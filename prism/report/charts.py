@@ -220,7 +220,7 @@ def smoothing_note(steps: int) -> str:
     if not half:
         return ""
     thin = "single steps" if size == 1 else f"means of {size} steps"
-    return f"Thin lines: {thin}; thick lines: means of the {(2 * half + 1) * size} steps around."
+    return f"Thin lines: {thin}; thick lines: means over {(2 * half + 1) * size} neighbouring steps."
 
 
 def _neighbours(points: int) -> int:

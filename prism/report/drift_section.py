@@ -22,7 +22,7 @@ def drift_section(record: RunRecord, world: RunProblems) -> str:
     """Returns the drift on held-out problems, in the log of alignment, and in the recorded responses."""
     rows = record.steps.get("align", [])
     if not rows:
-        return f"{_held_out(record)}<p>Not measured: the run has not come to alignment.</p>"
+        return f"{_held_out(record)}<p>Not measured: the run has not reached alignment.</p>"
     parts = [_held_out(record), "<h3>While aligning</h3>", _logged(record)]
     files = record.rollouts.get("align", [])
     if len(files) < 2:
@@ -65,9 +65,9 @@ def _held_out(record: RunRecord) -> str:
     return (
         f'<div class="figures">{figure("Drift", meaning, drawn, legend(CHANNELS, "dot"))}</div>'
         f"{table(('after', 'responses', 'perception, caption items', 'reasoning, steps'), lines, 'numbers')}"
-        "<p class=\"note\">Wasserstein distance between the policy's valid responses and the curated teacher's, on the "
-        "same held-out problems of validation: how much the number of caption items, or of reasoning steps, would "
-        "have to change a response. A greedy policy has few forms, and may be near its teachers by chance.</p>"
+        "<p class=\"note\">Wasserstein distance between the policy's valid responses and the curated teacher's on the "
+        "same held-out problems of validation: the mean number of caption items, or of reasoning steps, by which a "
+        "response would have to change. A greedy policy has few forms and may be near its teachers by chance.</p>"
     )
 
 
@@ -85,12 +85,12 @@ def _logged(record: RunRecord) -> str:
         )
     several = "step" if count == 1 else f"{count} steps"
     heads = f"<th>channel</th><th>in</th><th>first {several}</th><th>last {several}</th><th>change</th>"
-    ended = "" if "align" not in record.unfinished else " The stage is not finished: its last steps are those so far."
+    ended = "" if "align" not in record.unfinished else " The stage is not finished: its last steps are the latest."
     return (
         f'<div class="wide numbers"><table><tr>{heads}</tr>{"".join(lines)}</table></div>'
-        "<p class=\"note\">Wasserstein distance between the policy's valid responses and their teachers', on the "
-        "same prompts; mean over steps ± its standard error. Of a step's few prompts it is above zero even where "
-        f"nothing has drifted. The first step samples from the policy as alignment found it.{ended}</p>"
+        "<p class=\"note\">Wasserstein distance between the policy's valid responses and their teachers' on the same "
+        "prompts, mean over steps ± standard error. On a step's few prompts it is above zero even without drift. "
+        f"The first step samples from the policy before alignment.{ended}</p>"
     )
 
 
@@ -145,14 +145,14 @@ def _distribution(
         series.append(Series(label, [(n - low, folded[n] / counts.total()) for n in range(low, top + 1)]))
     more = any(max(counts) > top for counts in present)
     names = [f"{n}{'+' if more and n == top else ''}" for n in range(low, top + 1)]
-    drawn = column_chart(names, series, title=f"{title} a response", below=f"{title.lower()} a response")
+    drawn = column_chart(names, series, title=f"{title} per response", below=f"{title.lower()} per response")
     steps = f"steps {_span(files[:count])} and {_span(files[-count:])}"
     if not teachers:
-        distances = "the teachers' responses are not among the recorded ones, and the distances are not measured here"
+        distances = "the teachers' responses are not available, so the distances are not measured here"
     else:
         before, after = (wasserstein([*policy.elements()], [*theirs.elements()]) for policy, theirs in ends)
-        distances = f"distance to the teachers of the same prompts {_three(before)} at first, {_three(after)} at last"
-    meaning = f"shares of the valid responses with so many ({channel}), {steps} put together; {distances}"
+        distances = f"distance to the teachers on the same prompts {_three(before)} at first, {_three(after)} at last"
+    meaning = f"share of the valid responses with each number ({channel}), {steps} pooled; {distances}"
     return figure(title, meaning, drawn, legend([one.label for one in series], shape="column"))
 
 

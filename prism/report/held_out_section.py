@@ -42,11 +42,11 @@ def policy_section(record: RunRecord) -> str:
         f"{_improvements(record)}"
         f'<div class="figures">{"".join(charts)}</div>'
         f"{table(heads, lines, 'numbers')}"
-        '<p class="note">Shares of the problems ± standard error. Format: caption, thinking and answer as the grammar '
-        "asks. Perception error: the caption differs from the scene. Reasoning error: the answer does not follow from "
-        "the response's own caption. A response without a valid form counts as wrong in everything. Lines on different "
-        "splits are of different problems: between them the draw differs too. The warm-up leaves the policy as it "
-        "is.</p>"
+        '<p class="note">Shares of the problems ± standard error. Format: caption, thinking and answer in the required '
+        "form. Perception error: the caption differs from the scene. Reasoning error: the answer does not follow from "
+        "the response's own caption. A response without a valid form counts as wrong in everything. Rows of different "
+        "splits are measured on different problems, so part of their difference is chance. The warm-up does not change "
+        "the policy.</p>"
     )
 
 
@@ -64,18 +64,18 @@ def discriminator_section(record: RunRecord) -> str:
                     changes.append(f"after {after} ({channel}): {shares}")
             lines.append(cells)
     if not lines:
-        return "<p>Not measured: the run has not come to the end of the warm-up.</p>"
+        return "<p>Not measured: the run has not finished the warm-up.</p>"
     heads = ("after", "shown", *(f"{channel}: {name}" for channel in CHANNELS for name in ("pairs won", "gap", "AUC")))
-    by_change = f" Of the changes one by one, {escape('; '.join(changes))}." if changes else ""
+    by_change = f" Pairs of equal style won, by error: {escape('; '.join(changes))}." if changes else ""
     return (
         f'<div class="figures">{"".join(_views(record, channel) for channel in CHANNELS)}</div>'
         f"{table(heads, lines, 'numbers')}"
-        '<p class="note">Pairs won: the share of pairs whose right or teacher\'s text outscores the other (0.5 is '
-        "chance). Gap: the mean difference of the two scores, which have no unit. AUC: how often of two responses of "
-        "the policy to one problem the right one outscores the wrong one, by the counters' judgement. Who needs the "
-        "image for perception is at chance on other problems' images; who looks at content and not at style alone "
-        f"wins the pairs of equal style.{by_change} After alignment fewer pairs won mean that the policy is harder to "
-        "tell from its teachers.</p>"
+        '<p class="note">Pairs won: share of the pairs in which the right text, or the teacher\'s, outscores the other '
+        "(0.5 is chance). Gap: mean difference of the two scores, which have no unit. AUC: how often a right response "
+        "of the policy outscores a wrong one to the same problem; the exact counters say which are right. A "
+        "discriminator that needs the image for perception is at chance on other problems' images; one that looks at "
+        f"content, not only at style, wins the pairs of equal style.{by_change} After alignment, fewer pairs won mean "
+        "that the policy is harder to tell from its teachers.</p>"
     )
 
 
@@ -107,7 +107,7 @@ def _improvements(record: RunRecord) -> str:
         ]
         for one in goals
     ]
-    return "<h3>What each stage is for</h3>" + table(("stage", "should be so", "is so", "figures"), lines)
+    return "<h3>What each stage is for</h3>" + table(("stage", "goal", "reached", "figures"), lines)
 
 
 def _chart(title: str, how: str, evaluations: dict[str, Row]) -> str:

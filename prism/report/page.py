@@ -30,7 +30,7 @@ def page(record: RunRecord) -> str:
         _section("drift", "Drift before and after alignment", drift_section(record, world)),
         *stages,
         _section("time", "Time and memory by stage", _time(record)),
-        _section("troubles", "Steps not taken, values not finite", _troubles(record)),
+        _section("troubles", "Skipped steps and values that are not finite", _troubles(record)),
         _section("samples", "Sample rollouts", samples_section(record, world)),
         _section("settings", "Settings that differ from the defaults", _settings(record)),
     ]
@@ -56,8 +56,8 @@ def _status(record: RunRecord) -> str:
         if stage in record.unfinished:
             progress.append(f"{stage}: {done} of {planned} steps" + (", not evaluated" if done >= planned else ""))
     return (
-        f'<p class="warn"><strong>This run is not finished.</strong> {escape("; ".join(progress))}. What is missing is '
-        "left out; <code>prism run</code> with the same settings goes on.</p>"
+        f'<p class="warn"><strong>This run is not finished.</strong> {escape("; ".join(progress))}. Missing parts are '
+        "left out; <code>prism run</code> with the same settings resumes the run.</p>"
     )
 
 
@@ -75,7 +75,7 @@ def _facts(record: RunRecord) -> str:
     else:
         lines += [(escape(key.replace("_", " ")), escape(_plain(value))) for key, value in record.environment.items()]
     lines.append(("settings", f'<a href="#settings">{len(record.changed)} differ from the defaults</a>'))
-    return table(("what was run", ""), lines)
+    return table(("run", ""), lines)
 
 
 def _plain(value: Any) -> str:
@@ -122,8 +122,8 @@ def _time(record: RunRecord) -> str:
     heads = ("stage", "steps", "time", "share", "seconds a step", "response tokens a second", "peak memory, MiB")
     return (
         table(heads, lines, "numbers")
-        + '<p class="note">Of the steps alone, each counted once however often the run was resumed: evaluations, '
-        "checkpoints and the start are not in it.</p>"
+        + '<p class="note">Times of the steps only, each counted once even if the run was resumed: evaluations, '
+        "checkpoints and start-up are not included.</p>"
     )
 
 
@@ -140,11 +140,12 @@ def _troubles(record: RunRecord) -> str:
         lines.append([escape(stage), count, str(non_finite), escape(listed + more) or "none"])
     if not lines:
         return "<p>Not measured: no step was taken yet.</p>"
-    heads = ("stage", "optimiser steps not taken", "steps with a value that is not finite", "which")
+    heads = ("stage", "skipped optimiser steps", "steps with a value that is not finite", "which")
     return (
         table(heads, lines)
-        + '<p class="note">A step whose loss or gradient is not finite is not taken. A measure may be not finite '
-        "without harm, as a distance where no response was valid. The charts mark such steps with a triangle.</p>"
+        + '<p class="note">An optimiser step is skipped if its loss or gradient is not finite. Other values may be not '
+        "finite without harm, such as a distance when no response was valid. The charts mark such steps with a "
+        "triangle.</p>"
     )
 
 

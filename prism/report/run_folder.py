@@ -191,7 +191,7 @@ class RunProblems:
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{self.record.folder / 'config.json'}: expected data.shapes as this version has it, "
-                f"got {error}; write the report with the version that the run was made with"
+                f"got {error}; write the report with the version that made the run"
             ) from error
 
     def problem(self, row: Row) -> ShapesSample | None:

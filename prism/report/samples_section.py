@@ -46,9 +46,9 @@ def samples_section(record: RunRecord, world: RunProblems) -> str:
     key = "".join(f'<span class="seg {name}"><b>{label}</b></span>' for name, label in _LABELS.items())
     return (
         f'<p class="legend">{key}<span class="seg outside"><b>outside the grammar</b></span></p>'
-        f'<p class="note">Of each step the {_PROBLEMS} problems whose responses differ most in advantage: the best '
-        "and the worst response of their group; and one invalid response, where there was any. Scores are the "
-        "discriminator's, without a unit; advantages are relative to the group.</p>" + "".join(parts)
+        f'<p class="note">For each step: the best and the worst response to the {_PROBLEMS} problems whose responses '
+        "differ most in advantage, and one invalid response, if there was any. Scores are the discriminator's and have "
+        "no unit; advantages are relative to the group.</p>" + "".join(parts)
     )
 
 
@@ -115,7 +115,7 @@ def _best_and_worst(group: Sequence[Row]) -> list[tuple[str, Row]]:
 
 def _card(row: Row, responses: Sequence[tuple[str, Row]], world: RunProblems) -> str:
     sample = world.problem(row)
-    picture = '<p class="note">image: not drawn, this problem is none of the embedded world\'s</p>'
+    picture = '<p class="note">image: not drawn, this problem is not of the embedded world</p>'
     teacher = ""
     if sample is not None:
         alt = "; ".join(f"{item.colour} {item.kind} {item.place}" for item in sample.scene.items)

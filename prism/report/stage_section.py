@@ -38,24 +38,24 @@ def _by_channel(key: str) -> tuple[tuple[str, str], ...]:
     return tuple((key.format(channel), channel) for channel in CHANNELS)
 
 
-_NORM = Chart("Gradient norm", "of the policy, before it is clipped", (("grad_norm", "norm"),), log=True)
-_ENTROPY = Chart("Entropy", "of the policy, nats a token, mean over the responses' tokens", (("entropy", "entropy"),))
-_LENGTH = Chart("Length", "tokens a response, mean over the step's responses", (("length", "length"),))
-_POLICY_LOSS = Chart("Policy loss", "the surrogate that is descended; its level says nothing", (("loss", "loss"),))
+_NORM = Chart("Gradient norm", "of the policy's gradient, before clipping", (("grad_norm", "norm"),), log=True)
+_ENTROPY = Chart("Entropy", "of the policy, nats per token, mean over response tokens", (("entropy", "entropy"),))
+_LENGTH = Chart("Length", "tokens per response, mean over the step's responses", (("length", "length"),))
+_POLICY_LOSS = Chart("Policy loss", "the surrogate that is minimised; its level has no meaning", (("loss", "loss"),))
 _ENGINE = Chart(
     "Trainer against engine",
-    "the largest difference of a token's log-probability between the trained model and the one that sampled, nats",
+    "largest difference between a token's log-probabilities in the trainer and in the rollout engine, nats",
     (("engine_gap", "difference"),),
     log=True,
 )
 _SUPERVISED = (
-    Chart("Loss", "−log p of the teachers' tokens, nats a token", (("loss", "loss"),), log=True),
+    Chart("Loss", "−log p of the teachers' tokens, nats per token", (("loss", "loss"),), log=True),
     _NORM,
 )
 _SCORES = (
     Chart(
         "Pairs told apart",
-        "the share of the step's pairs whose teacher outscores the policy, before the discriminator learns from them",
+        "share of the step's pairs in which the teacher outscores the policy, before the discriminator's update",
         _by_channel("d_accuracy_{}"),
         low=0.0,
         high=1.0,
@@ -63,15 +63,15 @@ _SCORES = (
     ),
     Chart(
         "Discriminator's gap",
-        "the teacher's score less the policy's, mean over the step's pairs; scores have no unit",
+        "the teacher's score minus the policy's, mean over the step's pairs; scores have no unit",
         _by_channel("d_gap_{}"),
         reference=(0.0, "no difference"),
     ),
     Chart(
         "Discriminator's loss",
-        "−log of the probability that a pair's teacher wins, summed over both channels, nats",
+        "−log of the probability that the teacher wins a pair, summed over both channels, nats",
         (("d_loss", "loss"),),
-        reference=(1.386, "cannot tell: 2 ln 2"),
+        reference=(1.386, "chance: 2 ln 2"),
     ),
 )
 CHARTS: dict[str, tuple[Chart, ...]] = {
@@ -82,21 +82,21 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
     "align": (
         Chart(
             "Drift",
-            "Wasserstein distance of the numbers of caption items (perception) and of reasoning steps (reasoning), "
-            "policy against its teachers on the step's prompts; in items and steps",
+            "Wasserstein distance between the policy and its teachers on the step's prompts, in caption items "
+            "(perception) and reasoning steps (reasoning)",
             _by_channel("drift_{}"),
             low=0.0,
         ),
         *_SCORES,
         Chart(
             "Scores",
-            "of the policy's responses by the discriminator, mean over the step's valid ones",
+            "the discriminator's scores of the policy's responses, mean over the step's valid ones",
             _by_channel("score_{}"),
             optional=True,
         ),
         Chart(
             "Valid responses",
-            "the share with caption, thinking and answer as the grammar asks",
+            "share with caption, thinking and answer in the required form",
             (("valid", "valid"),),
             low=0.0,
             high=1.0,
@@ -110,7 +110,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
     "rlvr": (
         Chart(
             "Reward",
-            "mean over the step's responses: 0.8 for a right answer, 0.2 for the format, less what overlong ones cost",
+            "mean over the step's responses: 0.8 for a right answer, 0.2 for the format, minus the overlong penalty",
             (("reward", "reward"),),
         ),
         Chart(
@@ -124,7 +124,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         _ENTROPY,
         Chart(
             "Informative groups",
-            "the share of problems whose responses are not all rewarded alike: only they teach",
+            "share of problems whose responses differ in reward; only these teach the policy",
             (("informative", "share"),),
             low=0.0,
             high=1.0,
@@ -169,7 +169,7 @@ def troubles(rows: Sequence[Row]) -> list[tuple[int, str]]:
         problems = [f"{name} not finite" for name in row.get("non_finite", [])]
         for key, who in SKIPPED.items():
             if count := number(row.get(key)):
-                problems.append(f"{count:.0f} optimiser step{'s' if count > 1 else ''}{who} not taken")
+                problems.append(f"{count:.0f} optimiser step{'s' if count > 1 else ''}{who} skipped")
         if problems:
             steps.append((int(row["step"]), ", ".join(problems)))
     return steps
@@ -199,7 +199,7 @@ def _label(series: Series) -> str:
     values = [value for _, value in series.points if value is not None]
     last = values[-min(5, len(values)) :]
     return (
-        f"{series.label}: first {values[0]:.3g}, last {len(last)} mean {sum(last) / len(last):.3g}"
+        f"{series.label}: first {values[0]:.3g}, mean of last {len(last)}: {sum(last) / len(last):.3g}"
         if values
         else f"{series.label}: never finite"
     )
@@ -221,7 +221,7 @@ def _expert_chart(record: RunRecord, stage: str) -> list[Chart]:
     return [
         Chart(
             "Expert load by token kind",
-            "the share of a kind's choices that its most chosen expert has, over the discriminator's layers",
+            "share of a token kind's choices that go to its most chosen expert, over the discriminator's layers",
             tuple((f"d_top_expert_{channel}", f"{channel} tokens") for channel in CHANNELS),
             reference=(1 / experts, f"balanced: 1/{experts}") if experts else None,
         )
@@ -242,7 +242,7 @@ def _expert_loads(rows: Sequence[Row]) -> str:
         series.append(Series(f"{kind} tokens", list(enumerate(columns))))
     names = [f"expert {e + 1}" for e in range(len(series[0].points))]
     drawn = column_chart(names, series, title="Load of each expert by token kind", below="")
-    meaning = f"the share of a kind's choices that each expert has, mean of the last {len(last)} steps"
+    meaning = f"share of a token kind's choices that go to each expert, mean of the last {len(last)} steps"
     return figure("Load of each expert", meaning, drawn, legend([one.label for one in series], shape="column"))
 
 
@@ -257,6 +257,6 @@ def _all_metrics(rows: Sequence[Row]) -> str:
         cells = (values[0], min(values), sum(values) / len(values), max(values), values[-1])
         lines.append(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{value:.4g}</td>' for value in cells)}</tr>")
     head = "<tr><th>metric</th><th>first</th><th>least</th><th>mean</th><th>greatest</th><th>last</th></tr>"
-    title = f"all {len(lines)} numbers that metrics.jsonl has of this stage's {len(rows)} steps"
+    title = f"all {len(lines)} metrics of this stage's {len(rows)} steps, as in metrics.jsonl"
     table = f'<div class="wide numbers"><table>{head}{"".join(lines)}</table></div>'
     return f"<details><summary>{title}</summary>{table}</details>"
