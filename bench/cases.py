@@ -223,31 +223,31 @@ def errors(
     low, high = CONFIDENT
     sure = (exact.missing >= low) & (exact.missing <= high)
     off = (logp.detach().double() - exact.logp).abs()
-    found = {"logp": float(off.max()), "logp_confident": float((off / exact.logp.abs())[sure].max())}
+    measured = {"logp": float(off.max()), "logp_confident": float((off / exact.logp.abs())[sure].max())}
     if entropy is not None:
-        found["entropy"] = float((entropy.detach().double() - exact.entropy).abs().max())
+        measured["entropy"] = float((entropy.detach().double() - exact.entropy).abs().max())
     if not backward:
-        return found
+        return measured
     first = inputs.leaves[0].grad
     assert first is not None, "the contender left no gradient"
     wanted = exact.grad_rows[entropy is not None]
     got = first.detach()[exact.rows].double()
-    found["gradient_rows"] = relative_error(got, wanted)
+    measured["gradient_rows"] = relative_error(got, wanted)
     live = wanted.norm(dim=1) > 0
     each = (got - wanted).norm(dim=1) / wanted.norm(dim=1)
-    found["gradient_confident"] = float(each[sure[exact.rows] & live].max())
+    measured["gradient_confident"] = float(each[sure[exact.rows] & live].max())
     if case.width:
         weight = inputs.leaves[1].grad
         assert weight is not None, "the contender left no gradient of the weight"
-        found["gradient_weight"] = relative_error(weight[exact.columns], exact.grad_columns[entropy is not None])
-    return found
+        measured["gradient_weight"] = relative_error(weight[exact.columns], exact.grad_columns[entropy is not None])
+    return measured
 
 
-def is_green(case: Case, found: dict[str, float]) -> bool:
+def is_green(case: Case, measured: dict[str, float]) -> bool:
     """Whether the value check passes; NaN never does. Errors of confident tokens are reported, but decide nothing."""
     limits = TOLERANCE[case.dtype]
     tests = {"logp": "logp", "entropy": "entropy", "gradient_rows": "gradient", "gradient_weight": "gradient"}
-    return all(found[name] <= limits[limit] for name, limit in tests.items() if name in found)
+    return all(measured[name] <= limits[limit] for name, limit in tests.items() if name in measured)
 
 
 def reference(case: Case, device: str, pass_: str) -> Callable[[], object]:

@@ -59,8 +59,8 @@ def trace(run: Callable[[], object], rounds: int = 3) -> Trace | None:
 
 def launched(events: Iterable[Any]) -> list[tuple[str, float]]:
     """Returns the names and seconds of the kernels that ran on the device."""
-    found = (e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation)
-    return [(e.name, e.time_range.elapsed_us() / 1e6) for e in found]
+    kernels = (e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation)
+    return [(e.name, e.time_range.elapsed_us() / 1e6) for e in kernels]
 
 
 def syncs(run: Callable[[], object]) -> int:

@@ -23,16 +23,16 @@ def is_installed(package: str) -> bool:
 
 def left_out(tests: list[str], root: Path = ROOT) -> dict[str, str]:
     """Returns, for each test file that should not be collected, the reason."""
-    found = {}
+    reasons = {}
     for folder in tests:
         for path in sorted((root / folder).rglob("test_*.py")):
             name = str(path.relative_to(root))
             missing = missing_packages(path, root)
             if missing:
-                found[name] = f"not installed: {', '.join(sorted(missing))}"
+                reasons[name] = f"not installed: {', '.join(sorted(missing))}"
             elif name in ON_A_GPU:
-                found[name] = ON_A_GPU[name]
-    return found
+                reasons[name] = ON_A_GPU[name]
+    return reasons
 
 
 def missing_packages(path: Path, root: Path = ROOT) -> set[str]:
@@ -79,8 +79,8 @@ def own_files(module: str, beside: Path, root: Path) -> list[Path]:
     files = []
     for base in (root, beside, HELPERS):
         for count in range(1, len(parts) + 1):
-            place = base.joinpath(*parts[:count])
-            files += [file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()]
+            path = base.joinpath(*parts[:count])
+            files += [file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()]
         if files:
             break
     return files

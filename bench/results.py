@@ -42,15 +42,15 @@ def machine(device: str) -> str:
 
 def versions() -> dict[str, str]:
     """Returns the versions of the installed packages."""
-    found = {"prism_kernels": __version__}
+    numbers = {"prism_kernels": __version__}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
             continue
     if torch.version.cuda is not None:
-        found["cuda"] = torch.version.cuda
-    return found
+        numbers["cuda"] = torch.version.cuda
+    return numbers
 
 
 def keeps_memory() -> bool:
@@ -101,18 +101,18 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def load(op: str, machine_glob: str) -> dict[str, Any] | None:
     """Returns the newest result file of an op on machines whose names match, such as cpu-* or h200; or None."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{machine_glob}/{op}.json"))]
-    return max(found, key=lambda content: content["date"], default=None)
+    contents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{machine_glob}/{op}.json"))]
+    return max(contents, key=lambda content: content["date"], default=None)
 
 
 def duels(machine_glob: str) -> dict[str, dict[str, Any]]:
     """Returns, by op, the newest duel on machines whose names match, such as h200."""
-    found: dict[str, dict[str, Any]] = {}
+    latest: dict[str, dict[str, Any]] = {}
     for path in sorted(RESULTS.glob(f"{machine_glob}/*.json")):
         for content in json.loads(path.read_text()).get("duels", ()):
-            if content["date"] >= found.get(content["op"], content)["date"]:
-                found[content["op"]] = content
-    return found
+            if content["date"] >= latest.get(content["op"], content)["date"]:
+                latest[content["op"]] = content
+    return latest
 
 
 def find(rows: list[dict[str, Any]], case: str, pass_: str, contender: str) -> dict[str, Any]:

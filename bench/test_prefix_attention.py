@@ -51,12 +51,12 @@ class Data(NamedTuple):
 
     def branches(self) -> list[tuple[int, int]]:
         """Returns the first token and the length of each branch."""
-        begin, found = self.shape.prompt, []
+        begin, spans = self.shape.prompt, []
         for length in (self.shape.caption, self.shape.reasoning):
             for _ in range(self.shape.responses):
-                found.append((begin, length))
+                spans.append((begin, length))
                 begin += length
-        return found
+        return spans
 
     def sequence(self, begin: int, length: int) -> Tensor:
         """Returns the indices of a branch after those of its prompt."""

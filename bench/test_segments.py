@@ -98,12 +98,12 @@ def ours(data: Data) -> Run:
 def _spans(ends: list[int], text: str, offset: int) -> list[tuple[int, int]]:
     """Returns the tokens of each part, from the end of each token's text."""
     starts = [0, *ends[:-1]]
-    found = []
+    spans = []
     for tag in TAGS:
         first, last = text.index(f"<{tag}>") + len(tag) + 2, text.index(f"</{tag}>")
         inside = [i for i, start in enumerate(starts) if first <= start < last]
-        found.append((offset + inside[0], offset + inside[-1] + 1))
-    return found
+        spans.append((offset + inside[0], offset + inside[-1] + 1))
+    return spans
 
 
 def decoding(prefixes: bool, responses: int):

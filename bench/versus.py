@@ -200,15 +200,15 @@ class Ring:
 
     def figures(self, traced: Trace) -> dict[str, Any]:
         """Returns the GPU's trace of one call, and its bytes a second over those of the reference."""
-        found: dict[str, Any] = traced._asdict()
+        measured: dict[str, Any] = traced._asdict()
         reference = self.duel.reference
         if reference is None or not reference.bytes or self.reference is None:
-            return found
+            return measured
         against = trace(self.reference)
         if against is None:
-            return found
+            return measured
         rate, best = (reference.bytes / t.device_s / 1e9 for t in (traced, against))
-        return found | {"gbytes_per_s": rate, "reference_gbytes_per_s": best, "bandwidth_share": rate / best}
+        return measured | {"gbytes_per_s": rate, "reference_gbytes_per_s": best, "bandwidth_share": rate / best}
 
     def peak(self, module: str, rival: Rival, run: Run) -> int:
         """Returns the peak extra memory of one call: the allocator's on a GPU, else measured in a separate process."""
@@ -268,19 +268,19 @@ def bars(duel: Duel, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the bars and goals with the measured values (None: not measured)."""
     known = {row["contender"]: row for row in rows}
     first = known.get(duel.rivals[0].name, {})
-    found = []
+    checks = []
     for goal in duel.goals:
         figure = first.get(goal.key)
-        found.append(results.bar(goal.name, goal.sign, goal.limit, None if figure is None else figure * goal.unit))
+        checks.append(results.bar(goal.name, goal.sign, goal.limit, None if figure is None else figure * goal.unit))
     for bar in duel.bars:
         row = known.get(bar.rival, {})
         if bar.slower is not None:
-            found.append(results.bar(f"times faster than {bar.rival}", ">=", bar.slower, row.get("slower")))
+            checks.append(results.bar(f"times faster than {bar.rival}", ">=", bar.slower, row.get("slower")))
         if bar.memory_share is not None:
             peaks = first.get("peak_extra_bytes"), row.get("peak_extra_bytes")
             share = peaks[0] / peaks[1] if all(peaks) else None
-            found.append(results.bar(f"peak extra memory over that of {bar.rival}", "<=", bar.memory_share, share))
-    return found
+            checks.append(results.bar(f"peak extra memory over that of {bar.rival}", "<=", bar.memory_share, share))
+    return checks
 
 
 def table(content: dict[str, Any]) -> str:

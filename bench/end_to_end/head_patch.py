@@ -168,11 +168,11 @@ def child(side: str, sizes: Sizes, steps: int, memory: bool) -> None:
         model.zero_grad()
 
 
-def values(model: Any, ids: Tensor, found: list[Tensor]) -> dict[str, list[float]]:
+def values(model: Any, ids: Tensor, outputs: list[Tensor]) -> dict[str, list[float]]:
     """Returns the compared values of a step: results, rows of the large gradients, and the norms of all gradients."""
     some, layer = ids[0, :WATCHED], model.model.layers[0]
     compared = {
-        **dict(zip(("log-probabilities", "entropies"), found)),
+        **dict(zip(("log-probabilities", "entropies"), outputs)),
         "the gradient of the head": model.lm_head.weight.grad[some],
         "the gradient of the embeddings": model.model.embed_tokens.weight.grad[some],
         "the gradient of the first query": layer.self_attn.q_proj.weight.grad[:WATCHED],

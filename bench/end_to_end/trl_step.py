@@ -57,9 +57,9 @@ class Shape:
 def problems(shape: Shape, steps: int) -> list[Problem]:
     """Returns the problems of all steps, in the order of the steps."""
     count = shape.prompts * steps
-    found = ShapesProblems(ShapesWorld(0, Carelessness()), "rl", count).take(range(count))
-    wider = [tuple(image.resize([shape.enlarge * side for side in image.size], 0) for image in p.images) for p in found]
-    return [replace(problem, images=images) for problem, images in zip(found, wider)]
+    drawn = ShapesProblems(ShapesWorld(0, Carelessness()), "rl", count).take(range(count))
+    wider = [tuple(image.resize([shape.enlarge * side for side in image.size], 0) for image in p.images) for p in drawn]
+    return [replace(problem, images=images) for problem, images in zip(drawn, wider)]
 
 
 def start() -> tuple[Qwen3VLForConditionalGeneration, Qwen2Tokenizer]:
@@ -258,8 +258,8 @@ class Reader:
 
 def agree(shape: Shape, taken: dict[str, list[Said]]) -> None:
     """Raises if the two sides did not do the same work."""
-    for name, found in taken.items():
-        for said in found:
+    for name, reports in taken.items():
+        for said in reports:
             if said["shortest"] != shape.tokens:
                 raise RuntimeError(f"{name}: expected completions of {shape.tokens} tokens, got {said['shortest']:g}")
             if not said["grad_norm"] > 0:

@@ -123,11 +123,11 @@ class Match:
 
     def peaks(self, steps: int, wanted: Sequence[str] = (STEP,)) -> dict[str, dict[str, Said]]:
         """Returns the report of the last of that many steps, with its memory, by side and name of the step."""
-        found = {}
+        reports = {}
         for name in self.sides:
             with self.start(name, steps * len(wanted), memory=True) as side:
-                found[name] = {one: [side.step(one) for _ in range(steps)][-1] for one in wanted}
-        return found
+                reports[name] = {one: [side.step(one) for _ in range(steps)][-1] for one in wanted}
+        return reports
 
 
 def take_turns(sides: Mapping[str, Side], steps: int, wanted: str = STEP) -> dict[str, list[Said]]:
@@ -145,8 +145,8 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Returns a row of the result file for each side, without the first step, which warms up."""
     made = []
-    for name, found in taken.items():
-        samples = [said["seconds"] for said in found[1:]]
+    for name, reports in taken.items():
+        samples = [said["seconds"] for said in reports[1:]]
         memory = {key: peaks[name][wanted][key] for key in ("peak_bytes", "peak_extra_bytes")}
         case = {} if wanted == STEP else {"case": wanted}
         made.append({**case, "contender": name, "median_s": statistics.median(samples), "samples_s": samples, **memory})

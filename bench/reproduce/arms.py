@@ -54,7 +54,7 @@ def arms(config: Config, algorithm: str) -> dict[str, Arm]:
         algorithm: the algorithm of RLVR.
     """
     rlvr = {"algorithm.rlvr.name": algorithm}
-    found = [
+    all_arms = [
         Arm("sft", "SFT", MAIN, ("sft",)),
         Arm("rlvr", "SFT → RLVR", MAIN, ("rlvr",), "sft", rlvr),
         Arm("align", "SFT → alignment", MAIN, ("warmup", "align"), "sft"),
@@ -65,7 +65,7 @@ def arms(config: Config, algorithm: str) -> dict[str, Arm]:
         *_curve(config),
         *_ablations(config, rlvr),
     ]
-    return {arm.name: arm for arm in found}
+    return {arm.name: arm for arm in all_arms}
 
 
 def curve(config: Config) -> dict[int, tuple[str, str]]:

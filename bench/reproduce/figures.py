@@ -22,8 +22,8 @@ Figures = dict[str, Any]
 def seed_figures(experiment: Experiment, job: Job) -> Figures:
     """Returns a finished arm's figures on the test split, and its seconds and steps."""
     folder = experiment.folder(job)
-    found = json.loads((folder / FINISHED).read_text())
-    last = found[job.arm.stages[-1]]
+    evaluations = json.loads((folder / FINISHED).read_text())
+    last = evaluations[job.arm.stages[-1]]
     if "test" not in last or "sampled" not in last["test"]:
         raise JobError(f"{folder / FINISHED}: expected figures on test, greedy and sampled, got {', '.join(last)}")
     seconds, steps = time_of(folder)
@@ -31,8 +31,10 @@ def seed_figures(experiment: Experiment, job: Job) -> Figures:
         "samples": last["test"]["samples"],
         "greedy": _numbers(last["test"]),
         "sampled": _numbers(last["test"]["sampled"]),
-        "validation": {after: {**_numbers(one), "sampled": _numbers(one["sampled"])} for after, one in found.items()},
-        "discriminator": {after: one["discriminator"] for after, one in found.items() if "discriminator" in one},
+        "validation": {
+            after: {**_numbers(one), "sampled": _numbers(one["sampled"])} for after, one in evaluations.items()
+        },
+        "discriminator": {after: one["discriminator"] for after, one in evaluations.items() if "discriminator" in one},
         "seconds": seconds,
         "steps": steps,
     }
@@ -46,7 +48,7 @@ def collect(experiment: Experiment, seeds: Sequence[int], tell: Callable[[str], 
         seeds: the seeds that count.
         tell: gets a line for each finished arm that is left out because it was made with other settings.
     """
-    found: Figures = {}
+    measured_arms: Figures = {}
     for arm in experiment.arms.values():
         by_seed = {}
         for seed in seeds:
@@ -60,14 +62,14 @@ def collect(experiment: Experiment, seeds: Sequence[int], tell: Callable[[str], 
             else:
                 by_seed[str(seed)] = seed_figures(experiment, job)
         if by_seed:
-            own = {"title": arm.title, "part": arm.part, "parent": arm.parent, "stages": list(arm.stages)}
-            found[arm.name] = {**own, "changes": dict(arm.changes), "seeds": by_seed}
+            description = {"title": arm.title, "part": arm.part, "parent": arm.parent, "stages": list(arm.stages)}
+            measured_arms[arm.name] = {**description, "changes": dict(arm.changes), "seeds": by_seed}
     settings = dotted(experiment.base.model_dump(mode="json"))
     return {
         "algorithm": experiment.algorithm,
         "settings": {key: value for key, value in settings.items() if key != "run.folder"},
         "curve_arms": {str(n): list(names) for n, names in curve(experiment.base).items()},
-        "arms": found,
+        "arms": measured_arms,
     }
 
 
@@ -103,11 +105,11 @@ def summarise(measured: Figures) -> Figures:
 def means(seeds: Iterable[Figures]) -> Figures:
     """Returns mean and standard error over seeds of the figures that every seed has."""
     rows = list(seeds)
-    found: Figures = {}
+    by_draw: Figures = {}
     for draw in DRAWS:
         keys = [key for key in rows[0][draw] if all(key in row[draw] for row in rows)]
-        found[draw] = {key: mean_and_error([row[draw][key] for row in rows]) for key in keys if key != "samples"}
-    return found
+        by_draw[draw] = {key: mean_and_error([row[draw][key] for row in rows]) for key in keys if key != "samples"}
+    return by_draw
 
 
 def _after_sft(arms: Mapping[str, Figures], name: str) -> list[float | None]:
@@ -134,26 +136,33 @@ def halved(arms: Mapping[str, Figures]) -> dict[str, dict[str, Figures]]:
     """Returns, by draw and seed, perception error after SFT and after alignment, and whether it was at least halved."""
     if not {"sft", "align"} <= arms.keys():
         return {}
-    found: dict[str, dict[str, Figures]] = {}
+    by_draw: dict[str, dict[str, Figures]] = {}
     for draw in DRAWS:
-        found[draw] = {}
+        by_draw[draw] = {}
         for seed, one in arms["align"]["seeds"].items():
             if seed in arms["sft"]["seeds"]:
                 before = arms["sft"]["seeds"][seed][draw]["perception_error"]
                 after = one[draw]["perception_error"]
-                found[draw][seed] = {"sft": before, "align": after, "halved": after <= before / 2}
-    return found
+                by_draw[draw][seed] = {"sft": before, "align": after, "halved": after <= before / 2}
+    return by_draw
 
 
 def compare(arms: Mapping[str, Figures], one: str, other: str, draw: str, share: str) -> Figures:
     """Returns the difference of two arms for each seed, because arms of one seed share SFT and test problems."""
     pair = arms[one]["seeds"], arms[other]["seeds"]
     seeds = [seed for seed in pair[0] if seed in pair[1]]
-    apart = [pair[0][seed][draw][share] - pair[1][seed][draw][share] for seed in seeds]
-    found: Figures = {"arm": one, "than": other, "draw": draw, "share": share, "seeds": seeds, "differences": apart}
-    if apart:
-        found["mean"], found["standard_error"] = mean_and_error(apart)
-    return found
+    per_seed = [pair[0][seed][draw][share] - pair[1][seed][draw][share] for seed in seeds]
+    comparison: Figures = {
+        "arm": one,
+        "than": other,
+        "draw": draw,
+        "share": share,
+        "seeds": seeds,
+        "differences": per_seed,
+    }
+    if per_seed:
+        comparison["mean"], comparison["standard_error"] = mean_and_error(per_seed)
+    return comparison
 
 
 def crossing(arms: Mapping[str, Figures], curve_arms: Mapping[str, Sequence[str]], draw: str, share: str) -> Figures:
@@ -164,9 +173,9 @@ def crossing(arms: Mapping[str, Figures], curve_arms: Mapping[str, Sequence[str]
     points = []
     for n, (align, distill) in sorted(curve_arms.items(), key=lambda item: int(item[0])):
         if align in arms and distill in arms:
-            found = compare(arms, align, distill, draw, share)
-            if found["seeds"]:
-                points.append({"demonstrations": int(n), **found})
+            difference = compare(arms, align, distill, draw, share)
+            if difference["seeds"]:
+                points.append({"demonstrations": int(n), **difference})
     return {
         "draw": draw,
         "share": share,
@@ -181,33 +190,33 @@ def crossings(points: Sequence[tuple[float, float]]) -> list[float]:
     Args:
         points: (x, y), sorted, x > 0.
     """
-    found = []
+    changes = []
     signed = [(x, y) for x, y in points if y != 0]
     for (x, y), (next_x, next_y) in pairwise(signed):
         if (y > 0) == (next_y > 0):
             continue
         zeros = [at for at, value in points if value == 0 and x < at < next_x]
         # if several points are zero, the first one
-        found.append(float(zeros[0]) if zeros else x * (next_x / x) ** (y / (y - next_y)))
-    return found
+        changes.append(float(zeros[0]) if zeros else x * (next_x / x) ** (y / (y - next_y)))
+    return changes
 
 
-def ahead(found: Figures) -> int:
+def ahead(difference: Figures) -> int:
     """Returns 1 if an arm is better than the other by more than two standard errors, -1 if worse, else 0."""
-    error = found.get("standard_error")
-    if error is None or abs(found["mean"]) <= 2 * error:
+    error = difference.get("standard_error")
+    if error is None or abs(difference["mean"]) <= 2 * error:
         return 0
-    return BETTER[found["share"]] * (1 if found["mean"] > 0 else -1)
+    return BETTER[difference["share"]] * (1 if difference["mean"] > 0 else -1)
 
 
-def line(found: Figures) -> str:
+def line(figures: Figures) -> str:
     """Returns a seed's figures for the progress line."""
     parts = []
-    for draw, told in DRAWS.items():
-        shares = [f"{SHARES[key]} {found[draw][key]:.3f}" for key in ("perception_error", "accuracy")]
-        parts.append(f"{told}: {', '.join(shares)}")
-    return f"{'; '.join(parts)} ({found['samples']} of test)"
+    for draw, when in DRAWS.items():
+        shares = [f"{SHARES[key]} {figures[draw][key]:.3f}" for key in ("perception_error", "accuracy")]
+        parts.append(f"{when}: {', '.join(shares)}")
+    return f"{'; '.join(parts)} ({figures['samples']} of test)"
 
 
-def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in found.items() if isinstance(value, (int, float))}
+def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in figures.items() if isinstance(value, (int, float))}

@@ -138,17 +138,17 @@ class Experiment:
             self.check(before)
         was, now = json.loads(path.read_text()), json.loads(json.dumps(self.made_with(job, self.settings(job))))
         defaults = dotted(Config().model_dump(mode="json"))
-        told = [
+        differences = [
             f"{key} {_short(was[part].get(key))}, now {_short(now[part].get(key))}"
             for part in ("settings", "weights")
             for key in {**was[part], **now[part]}
             # a setting of a later version changes nothing at its default
             if was[part].get(key, defaults.get(key)) != now[part].get(key)
         ]
-        if told:
+        if differences:
             raise JobError(
                 f"{self.folder(job)}: expected a run with these settings and weights, got one with others "
-                f"({'; '.join(told[:5])}); --replace runs it again, --out names another folder"
+                f"({'; '.join(differences[:5])}); --replace runs it again, --out names another folder"
             )
 
     def settle(self, job: Job) -> None:
@@ -206,13 +206,13 @@ def time_of(folder: Path) -> tuple[dict[str, float], dict[str, int]]:
 
 def dotted(tables: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of nested tables by dotted key."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in tables.items():
         if isinstance(value, Mapping) and value:
-            found |= {f"{name}.{key}": inner for key, inner in dotted(value).items()}
+            values |= {f"{name}.{key}": inner for key, inner in dotted(value).items()}
         else:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def _checksum(folder: Path) -> str:

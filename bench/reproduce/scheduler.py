@@ -74,9 +74,9 @@ def run_all(
     width = max(len(job.arm.name) for job in jobs)
     running: list[Running] = []
 
-    def end(job: Job, told: str, kind: set[Job]) -> None:
+    def end(job: Job, outcome: str, kind: set[Job]) -> None:
         kind.add(job)
-        tell(f"{len(done | failed):>{len(str(total))}}/{total}  seed {job.seed}  {job.arm.name:<{width}}  {told}")
+        tell(f"{len(done | failed):>{len(str(total))}}/{total}  seed {job.seed}  {job.arm.name:<{width}}  {outcome}")
 
     with _held(experiment.out, tell) as lock, _terminated():
         for seed in dict.fromkeys(job.seed for job in jobs):
