@@ -9,7 +9,7 @@ from prism_kernels.backend import resolve
 from prism_kernels.ops.linear_logprob import blocks
 from prism_kernels.ops.linear_logprob.forward import Shard
 from prism_kernels.ops.linear_logprob.registration import NAME, LinearLogProbFunction, may_synchronise
-from prism_kernels.ops.token_logprob import FLOATS, row_temperature
+from prism_kernels.ops.rows import FLOATS, row_temperature
 from prism_kernels.outputs import TokenLogProbs
 
 

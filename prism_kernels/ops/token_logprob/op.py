@@ -1,4 +1,4 @@
-"""Schemas, fakes and the autograd function of `token_logprob`. T rows, V columns."""
+"""The ops of `token_logprob`: schemas, fakes, autograd, and the steps around the row kernels. T rows, V columns."""
 
 from typing import Any
 
@@ -7,51 +7,38 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prism_kernels import check
-from prism_kernels.library import LIBRARY, define
+from prism_kernels.library import register_op
 from prism_kernels.ops.anchored_rows import ROW_KERNELS
 from prism_kernels.ops.anchored_rows.formulas import RowSums, coefficients, outcome, poisoned
+from prism_kernels.ops.rows import accumulator, has_gradient, inverse
 
 NAME = "token_logprob"
-
-define(
-    "token_logprob_fwd(Tensor logits, Tensor target, Tensor temperature, int ignore_index, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_BACKWARD_ARGUMENTS = (
-    "Tensor target, Tensor temperature, Tensor sums, Tensor grad_logp, Tensor? grad_entropy, int ignore_index, "
-    "str backend"
-)
-define(f"token_logprob_bwd(Tensor logits, {_BACKWARD_ARGUMENTS}) -> Tensor")
-define(f"token_logprob_bwd_(Tensor(a!) logits, {_BACKWARD_ARGUMENTS}) -> ()")
-
-
-def accumulator(logits: Tensor) -> torch.dtype:
-    """Returns the dtype of the results."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _forward(
     logits: Tensor, target: Tensor, temperature: Tensor, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     total, columns = logits.shape
+    dtype = accumulator(logits.dtype)
     check.targets(NAME, target, columns, ignore_index)
     check.temperatures(NAME, temperature)
     keep = target != ignore_index
     exists = (target >= 0) & (target < columns)
     index = target.clamp(0, columns - 1)
-    anchor = logits.gather(1, index[:, None])[:, 0].to(accumulator(logits))
+    anchor = logits.gather(1, index[:, None])[:, 0].to(dtype)
     anchor = torch.where(exists, anchor, torch.where(keep, torch.nan, 0.0))
-    sums = torch.empty(5, total, dtype=accumulator(logits), device=logits.device)
-    inverse = _inverse(temperature)
+    sums = torch.empty(5, total, dtype=dtype, device=logits.device)
+    inv_temperature = inverse(temperature)
     ROW_KERNELS[backend].forward(
-        logits, torch.where(exists & keep, target, -1), anchor, inverse, None, 0.0, False, None, sums[:4]
+        logits, torch.where(exists & keep, target, -1), anchor, inv_temperature, None, 0.0, False, None, sums[:4]
     )
     sums[4] = anchor
-    return *outcome(RowSums(*sums), inverse, keep), sums
+    return *outcome(RowSums(*sums), inv_temperature, keep), sums
 
 
-def _inverse(temperature: Tensor) -> Tensor:
-    return torch.where(temperature > 0, 1 / temperature, torch.nan)
+def _forward_fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    row = logits.new_empty(logits.shape[0], dtype=accumulator(logits.dtype))
+    return row, row.clone(), row.clone(), row.clone(), row.new_empty(5, logits.shape[0])
 
 
 def _write_gradient(
@@ -66,12 +53,12 @@ def _write_gradient(
     backend: str,
 ) -> None:
     keep = target != ignore_index
-    rows, inverse = RowSums(*sums), _inverse(temperature)
-    coefs = coefficients(rows, inverse, keep, 0.0, grad_logp, grad_entropy)
+    rows, inv_temperature = RowSums(*sums), inverse(temperature)
+    coefs = coefficients(rows, inv_temperature, keep, 0.0, grad_logp, grad_entropy)
     local = torch.where(keep, target, -1)
-    ROW_KERNELS[backend].backward(logits, False, local, rows.anchor, inverse, coefs, None, 0.0, out)
-    has = grad_logp != 0 if grad_entropy is None else (grad_logp != 0) | (grad_entropy != 0)
-    out.masked_fill_((poisoned(rows, inverse, keep) & has)[:, None], torch.nan)
+    ROW_KERNELS[backend].backward(logits, False, local, rows.anchor, inv_temperature, coefs, None, 0.0, out)
+    bad = poisoned(rows, inv_temperature, keep) & has_gradient(grad_logp, grad_entropy)
+    out.masked_fill_(bad[:, None], torch.nan)
 
 
 def _backward(logits: Tensor, *rest: Any) -> Tensor:
@@ -80,25 +67,28 @@ def _backward(logits: Tensor, *rest: Any) -> Tensor:
     return out
 
 
+def _backward_fake(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
 def _backward_in_place(logits: Tensor, *rest: Any) -> None:
     _write_gradient(logits, logits, *rest)
 
 
-def _forward_fake(
-    logits: Tensor, target: Tensor, temperature: Tensor, ignore_index: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row = logits.new_empty(logits.shape[0], dtype=accumulator(logits))
-    return row, row.clone(), row.clone(), row.clone(), row.new_empty(5, logits.shape[0])
-
-
-LIBRARY.impl("token_logprob_fwd", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("token_logprob_bwd", _backward, "CompositeExplicitAutograd")
-LIBRARY.impl("token_logprob_bwd_", _backward_in_place, "CompositeExplicitAutograd")
-torch.library.register_fake("prism_kernels::token_logprob_fwd", _forward_fake, lib=LIBRARY)
-torch.library.register_fake(
-    "prism_kernels::token_logprob_bwd", lambda logits, *rest: torch.empty_like(logits), lib=LIBRARY
+_GRADIENT = (
+    "Tensor target, Tensor temperature, Tensor sums, Tensor grad_logp, Tensor? grad_entropy, int ignore_index, "
+    "str backend"
 )
-torch.library.register_fake("prism_kernels::token_logprob_bwd_", lambda logits, *rest: None, lib=LIBRARY)
+token_logprob_fwd = register_op(
+    "token_logprob_fwd(Tensor logits, Tensor target, Tensor temperature, int ignore_index, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_forward_fake,
+    eager=_forward,
+)
+token_logprob_bwd = register_op(
+    f"token_logprob_bwd(Tensor logits, {_GRADIENT}) -> Tensor", fake=_backward_fake, eager=_backward
+)
+token_logprob_bwd_ = register_op(f"token_logprob_bwd_(Tensor(a!) logits, {_GRADIENT}) -> ()", eager=_backward_in_place)
 
 
 class TokenLogProbFunction(torch.autograd.Function):
@@ -115,9 +105,7 @@ class TokenLogProbFunction(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns logp, entropy, lse and the sum of squared probabilities."""
-        logp, entropy, lse, square, sums = torch.ops.prism_kernels.token_logprob_fwd(
-            logits, target, temperature, ignore_index, backend
-        )
+        logp, entropy, lse, square, sums = token_logprob_fwd(logits, target, temperature, ignore_index, backend)
         ctx.save_for_backward(logits, target, temperature, sums)
         ctx.options = (ignore_index, inplace_backward, backend)
         ctx.mark_non_differentiable(lse, square)
@@ -147,6 +135,6 @@ class TokenLogProbFunction(torch.autograd.Function):
             backend,
         )
         if in_place:
-            torch.ops.prism_kernels.token_logprob_bwd_(*arguments)
+            token_logprob_bwd_(*arguments)
             return logits, None, None, None, None, None
-        return torch.ops.prism_kernels.token_logprob_bwd(*arguments), None, None, None, None, None
+        return token_logprob_bwd(*arguments), None, None, None, None, None
