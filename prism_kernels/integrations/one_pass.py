@@ -19,9 +19,9 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from prism_kernels import check
 from prism_kernels.backend import resolve
-from prism_kernels.ops.anchored_rows.formulas import RowSums, outcome
-from prism_kernels.ops.token_logprob import FLOATS, token_logprob
-from prism_kernels.ops.token_logprob.registration import NAME, accumulator
+from prism_kernels.ops.rows import FLOATS, RowSums, accumulator, outcome
+from prism_kernels.ops.token_logprob import token_logprob
+from prism_kernels.ops.token_logprob.op import NAME, token_logprob_bwd, token_logprob_fwd
 
 # a row with this label has the log-probability 0 without a gradient, but an entropy
 IGNORED = -100
@@ -154,9 +154,7 @@ class _RowsFunction(torch.autograd.Function):
         if logits.stride(1) != 1:
             logits = logits.contiguous()
         top = logits.argmax(1)
-        logp, entropy, _, _, sums = torch.ops.prism_kernels.token_logprob_fwd(
-            logits, top, _unit(logits), IGNORED, backend
-        )
+        logp, entropy, _, _, sums = token_logprob_fwd(logits, top, _unit(logits), IGNORED, backend)
         ctx.save_for_backward(logits, top, sums)
         ctx.options = (labelled, backend)
         ctx.mark_non_differentiable(top, sums)
@@ -177,7 +175,7 @@ class _RowsFunction(torch.autograd.Function):
             grad_logp = torch.zeros_like(sums[0])
         else:
             columns, sums = labelled.columns, labelled.sums
-        gradient = torch.ops.prism_kernels.token_logprob_bwd(
+        gradient = token_logprob_bwd(
             logits,
             columns,
             _unit(logits),
@@ -191,7 +189,7 @@ class _RowsFunction(torch.autograd.Function):
 
 
 def _unit(logits: Tensor) -> Tensor:
-    return torch.ones(logits.shape[0], dtype=accumulator(logits), device=logits.device)
+    return torch.ones(logits.shape[0], dtype=accumulator(logits.dtype), device=logits.device)
 
 
 class _LabelsFunction(torch.autograd.Function):

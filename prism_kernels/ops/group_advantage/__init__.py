@@ -7,7 +7,7 @@ from torch import bool as boolean
 from prism_kernels import check
 from prism_kernels.backend import resolve
 from prism_kernels.ops.group_advantage.registration import BASELINES, NAME, SCALES, advantages
-from prism_kernels.ops.token_logprob import FLOATS
+from prism_kernels.ops.rows import FLOATS
 
 
 def group_advantage(

@@ -7,7 +7,7 @@ from torch import bool as boolean
 from prism_kernels import check
 from prism_kernels.ops.pair_loss.metrics import PairMetrics
 from prism_kernels.ops.pair_loss.registration import NAME, PairLossFunction
-from prism_kernels.ops.token_logprob import FLOATS
+from prism_kernels.ops.rows import FLOATS
 
 
 def pair_loss(

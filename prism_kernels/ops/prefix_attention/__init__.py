@@ -7,7 +7,7 @@ from prism_kernels import check
 from prism_kernels.ops.prefix_attention.registration import NAME, PrefixAttentionFunction
 from prism_kernels.ops.prefix_attention.torch import attend_pieces
 from prism_kernels.ops.prefix_attention.varlen import attend_expanded, flash_takes
-from prism_kernels.ops.token_logprob import FLOATS
+from prism_kernels.ops.rows import FLOATS
 from prism_kernels.packing import PrefixPack
 
 
