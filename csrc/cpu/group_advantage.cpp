@@ -1,5 +1,5 @@
 // The advantages of ops/group_advantage and ops/prism_advantage for the CPU, in double, one group after the other; the
-// torch.py there say what is computed.
+// eager.py there say what is computed.
 
 #include <prism/check.h>
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,7 @@
 
 namespace prism {
 
-// as the tuples of registration.py count them
+// as the tuples of op.py count them
 enum class Baseline { mean, leave_one_out, none };
 enum class Scale { deviation, none, batch };
 enum class Invalid { exclude, below_min };

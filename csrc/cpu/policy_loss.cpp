@@ -1,4 +1,4 @@
-// The policy loss of ops/policy_loss for the CPU, with dL/dlogp and the metrics; torch.py there says what is computed.
+// The policy loss of ops/policy_loss for the CPU, with dL/dlogp and the metrics; eager.py there says what is computed.
 
 #include <prism/check.h>
 #include <prism/isa.h>

@@ -1,4 +1,4 @@
-// the advantages of ops/group_advantage and ops/prism_advantage on CUDA, in double; the torch.py there say what is
+// the advantages of ops/group_advantage and ops/prism_advantage on CUDA, in double; the eager.py there say what is
 // computed. N samples. One launch without host waits: all blocks run at once and wait for each other between the passes.
 //
 // Whether the ids rise is found on the device. If they do, a group's samples are where they lie; else the blocks sort
@@ -27,7 +27,7 @@ constexpr int kBlocks = 2;
 // samples of a group from which on a whole block takes it
 constexpr int kLarge = 1024;
 
-// as the tuples of registration.py count them
+// as the tuples of op.py count them
 enum class Baseline { mean, leave_one_out, none };
 enum class Scale { deviation, none, batch };
 enum class Invalid { exclude, below_min };

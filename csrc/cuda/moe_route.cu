@@ -1,5 +1,5 @@
 // the router's softmax and top-K, and the counting permutation of the assignments, on CUDA. Their meaning is written
-// down in prism_kernels/ops/moe_route/torch.py. No atomics and no host synchronisation: the same bits from run to run.
+// down in prism_kernels/ops/moe_route/eager.py. No atomics and no host synchronisation: the same bits from run to run.
 //
 // T tokens, E experts, K experts of a token, N = T * K assignments
 
@@ -16,7 +16,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kMostExperts = 512;
-// assignments of a block of the permutation; registration.py has the same number
+// assignments of a block of the permutation; op.py has the same number
 constexpr int kTile = 1024;
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }

@@ -17,9 +17,8 @@ from torch.optim import Optimizer
 from prism.discriminator.branches import CHANNELS
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import GroupScores, PreparedGroups, score_prepared
-from prism_kernels import PairMetrics, check, pair_loss
+from prism_kernels import PairMetrics, Routing, check, pair_loss
 from prism_kernels.integrations.transformers.moe_block import MoeBlock, collect_routing
-from prism_kernels.ops.moe_route.routing import Routing
 
 NAME = "discriminator_step"
 NO_PAIR = "no valid pair"

@@ -8,10 +8,10 @@ import torch
 from cuda_emulator import DEVICE, as_cuda_backend, needs_gpu
 
 from prism_kernels import group_advantage, prism_advantage
+from prism_kernels.ops.group_advantage.op import BASELINES, SCALES
 from prism_kernels.ops.group_advantage.reference import group_advantage_reference
-from prism_kernels.ops.group_advantage.registration import BASELINES, SCALES
+from prism_kernels.ops.prism_advantage.op import INVALID, MODES, NORMALIZE
 from prism_kernels.ops.prism_advantage.reference import prism_advantage_reference
-from prism_kernels.ops.prism_advantage.registration import INVALID, MODES, NORMALIZE
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,7 @@ from cuda_emulator import DEVICE, as_cuda_backend, needs_gpu
 from policy_cases import bounds, grid, make, run
 
 from prism_kernels import policy_loss
-from prism_kernels.ops.policy_loss.options import AGGREGATES, CORRECTIONS, RATIOS
-from prism_kernels.ops.policy_loss.options import options as checked
+from prism_kernels.ops.policy_loss.options import AGGREGATES, CORRECTIONS, RATIOS, checked_options
 from prism_kernels.ops.policy_loss.reference import policy_loss_reference
 from prism_kernels.testing import assert_close, double
 
@@ -216,7 +215,7 @@ def test_nan_stays_in_its_token():
 def test_bad_bounds_give_nan(cu, uncovered, ratio):
     tokens = torch.zeros(300, device=DEVICE)
     cu = torch.tensor(cu, dtype=torch.int32, device=DEVICE)
-    options = checked("policy_loss", ratio=ratio, clip=(0.2, 0.2), dual_clip=None, objective="clip",
+    options = checked_options("policy_loss", ratio=ratio, clip=(0.2, 0.2), dual_clip=None, objective="clip",
                       log_ratio_bound=20.0, aggregate="token_mean", denominator=None, horizon=None, kl_coef=0.0,
                       kl_estimator="k1", correction=None, correction_bounds=(0.5, 2.0), entropy_coef=0.0,
                       per_token=False)  # fmt: skip
@@ -232,7 +231,7 @@ def test_bad_bounds_give_nan(cu, uncovered, ratio):
 
 def test_bad_arguments():
     batch, cu = case(LENGTHS)
-    encoded = checked("policy_loss", **next(iter(grid(1))), per_token=False).encoded()
+    encoded = checked_options("policy_loss", **next(iter(grid(1))), per_token=False).encoded()
     columns = [batch["logp"].detach(), batch["old_logp"], batch["advantage"], cu, None, None, None, None, None]
     op = torch.ops.prism_kernels.policy_loss_fwd.cuda
     for place, value, message in (
@@ -275,7 +274,7 @@ def test_values_are_checked_where_they_are_read(monkeypatch):
 
 def test_opcheck():
     for options in itertools.islice(grid(60), 0, 60, 13):
-        encoded = checked("policy_loss", **options, per_token=False).encoded()
+        encoded = checked_options("policy_loss", **options, per_token=False).encoded()
         batch, cu = case(dtype=torch.float32)
         names = ("ref_logp", "rollout_logp", "entropy")
         columns = [batch[k].detach() for k in ("logp", "old_logp", "advantage")]

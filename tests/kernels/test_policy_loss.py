@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from policy_cases import BACKENDS, LENGTHS, bounds, grid, make, run, surrogate
 
 from prism_kernels import policy_loss
-from prism_kernels.ops.policy_loss.metrics import NAMES, PolicyMetrics
-from prism_kernels.ops.policy_loss.options import AGGREGATES, RATIOS
-from prism_kernels.ops.policy_loss.options import options as checked
+from prism_kernels.metrics import POLICY_TOTALS, PolicyMetrics
+from prism_kernels.ops.policy_loss.options import AGGREGATES, RATIOS, checked_options
 from prism_kernels.ops.policy_loss.reference import policy_loss_reference
 from prism_kernels.testing import assert_close, double
 
@@ -196,7 +195,7 @@ def test_metrics_of_no_token(backend):
     assert metrics.means()["ratio"] != metrics.means()["ratio"]
     _, _, whole = run(policy_loss, dict(batch, mask=None), cu, backend=backend)
     assert torch.equal((metrics + whole).totals, whole.totals)
-    assert len(NAMES) == metrics.totals.numel() and isinstance(metrics, PolicyMetrics)
+    assert len(POLICY_TOTALS) == metrics.totals.numel() and isinstance(metrics, PolicyMetrics)
 
 
 # ---- shapes, dtypes, strides, graphs
@@ -306,7 +305,7 @@ def test_compiles_whole(backend):
 def test_opcheck(backend):
     for case in itertools.islice(grid(60), 0, 60, 7):
         denominator = case["denominator"]
-        encoded = checked("policy_loss", **case, per_token=False).encoded()
+        encoded = checked_options("policy_loss", **case, per_token=False).encoded()
         batch, cu = make(dtype=torch.float32)
         names = ("logp", "old_logp", "advantage")
         rest = (batch["ref_logp"], batch["rollout_logp"], batch["entropy"].detach())

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_kernels import prefix_attention
-from prism_kernels.ops.prefix_attention.layout import pieces
+from prism_kernels.ops.prefix_attention.eager import attend_pieces, pieces
 from prism_kernels.ops.prefix_attention.reference import prefix_attention_reference, visible
-from prism_kernels.ops.prefix_attention.torch import attend_pieces
 from prism_kernels.ops.prefix_attention.varlen import attend_expanded, expansion
 from prism_kernels.packing import Branch, Kind, PrefixGroup, build_pack
 from prism_kernels.testing import assert_close, double
@@ -257,7 +256,7 @@ def test_expansion_copies_the_prefix_before_each_branch():
     pack = make_pack([(2, (1, 2)), (1, ()), (0, (2,))])
     plan = expansion(pack.layout, torch.device("cpu"))
     assert plan.source.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6, 7]
-    assert plan.source[plan.own].tolist() == list(range(8))
+    assert plan.source[plan.in_piece].tolist() == list(range(8))
     assert plan.cu_query.tolist() == [0, 2, 3, 5, 6, 8] and plan.cu_key.tolist() == [0, 2, 5, 9, 10, 12]
     assert (plan.max_query, plan.max_key) == (2, 4)
     ((prefix, copies),) = plan.copies

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from prism_kernels import prism_advantage, use_backend
 from prism_kernels.backend import backend_status
+from prism_kernels.ops.prism_advantage.op import INVALID, MODES, NORMALIZE
 from prism_kernels.ops.prism_advantage.reference import prism_advantage_reference
-from prism_kernels.ops.prism_advantage.registration import INVALID, MODES, NORMALIZE
 
 BACKENDS = [
     s.backend for s in backend_status() if s.op == "prism_advantage" and s.reason is None and s.backend != "cuda"

@@ -1,4 +1,4 @@
-// what one token adds to the policy loss; prism_kernels/ops/policy_loss/torch.py says what is computed
+// what one token adds to the policy loss; prism_kernels/ops/policy_loss/eager.py says what is computed
 
 #pragma once
 

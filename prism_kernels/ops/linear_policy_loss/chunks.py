@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prism_kernels.metrics import POLICY_TOTALS, PolicyMetrics
 from prism_kernels.ops.anchored_rows.formulas import RowSums, outcome
 from prism_kernels.ops.linear_logprob import blocks
 from prism_kernels.ops.linear_logprob.backward import Gradients, Needs, backward
 from prism_kernels.ops.linear_logprob.forward import Head, forward
-from prism_kernels.ops.policy_loss.metrics import NAMES, PolicyMetrics
+from prism_kernels.ops.policy_loss.eager import Correction, Segments, corrections, loss_terms
 from prism_kernels.ops.policy_loss.options import Options
-from prism_kernels.ops.policy_loss.torch import Correction, Segments, corrections, loss_terms
 
 # a chunk's exponentials take about this much, so that the products are large and the memory is flat
 CPU_BYTES = 64 * 2**20
@@ -244,5 +244,5 @@ def run_chunks(
     assert metrics is not None
     totals = metrics.totals.clone()
     # a sequence that was cut counts once
-    totals[NAMES.index("sequences")] = (policy.segments.counts > 0).sum()
+    totals[POLICY_TOTALS.index("sequences")] = (policy.segments.counts > 0).sum()
     return Result(loss, totals, logp, runner.grads)

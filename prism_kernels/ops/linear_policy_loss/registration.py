@@ -8,15 +8,14 @@ from torch.autograd.function import once_differentiable
 
 from prism_kernels import check
 from prism_kernels.library import LIBRARY, define
+from prism_kernels.metrics import POLICY_TOTALS
 from prism_kernels.ops.linear_logprob import blocks
 from prism_kernels.ops.linear_logprob.backward import Gradients, Needs
 from prism_kernels.ops.linear_logprob.forward import Head, local_targets
 from prism_kernels.ops.linear_logprob.registration import may_synchronise
 from prism_kernels.ops.linear_policy_loss.chunks import Policy, default_rows, run_chunks
-from prism_kernels.ops.policy_loss import arguments
-from prism_kernels.ops.policy_loss.metrics import NAMES
-from prism_kernels.ops.policy_loss.options import Options
-from prism_kernels.ops.policy_loss.torch import Segments, corrections, token_weights
+from prism_kernels.ops.policy_loss.eager import Segments, corrections, token_weights
+from prism_kernels.ops.policy_loss.options import Options, check_values
 
 NAME = "linear_policy_loss"
 
@@ -56,7 +55,7 @@ def _forward(
     total, columns = hidden.shape[0], weight.shape[0]
     check.targets(NAME, target, columns, ignore_index)
     check.temperatures(NAME, temperature)
-    arguments.values(NAME, cu_seqlens, total, denominator)
+    check_values(NAME, cu_seqlens, total, denominator)
     options = Options.decoded(choices, numbers)
     dtype = blocks.accumulator(hidden)
     may_read = may_synchronise(hidden)
@@ -153,7 +152,7 @@ def _forward_fake(
 
     return (
         hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(len(NAMES), dtype=torch.float64),
+        hidden.new_empty(len(POLICY_TOTALS), dtype=torch.float64),
         hidden.new_empty(hidden.shape[0], dtype=dtype),
         like(hidden, needs[0], hidden.dtype),
         like(weight, needs[1], weight.dtype),
