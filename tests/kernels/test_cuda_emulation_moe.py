@@ -113,7 +113,7 @@ def test_route_names_the_bad_argument(kernels, change, message):
 
 @pytest.fixture
 def as_cuda(kernels):
-    """The kernels as the operators call them, on the CPU too."""
+    """Lets the operators call these kernels, also on the CPU."""
     if DEVICE == "cuda":
         yield
         return

@@ -102,7 +102,7 @@ def test_no_valid_pair_teaches_nothing():
 
 
 def test_huge_differences_are_finite():
-    """Where exp(-x) overflows; and the soft clip never takes the whole gradient away, as a clip at 10 does."""
+    """Where exp(-x) overflows; the soft clip keeps a gradient where a clip at 10 has none."""
     preferred = torch.tensor([-500.0, 500.0, 0.0]).requires_grad_()
     other = torch.tensor([500.0, -500.0, 0.0]).requires_grad_()
     loss, grads, _ = run(pair_loss, preferred, other)

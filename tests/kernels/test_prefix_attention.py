@@ -144,7 +144,7 @@ def test_gradcheck():
 
 
 def test_a_branch_is_blind_to_the_others():
-    """A NaN in one branch stays there, forward and backward; so does one in a group's prompt stay in its group."""
+    """A NaN in one branch stays in it, forward and backward; a NaN in a prompt stays in its group."""
     pack = make_pack(SHAPES)
     for poisoned in (pack.branch == 1, (torch.arange(len(pack.branch)) >= 23) & (torch.arange(len(pack.branch)) < 24)):
         leaves, upstream = make(pack)
@@ -221,7 +221,7 @@ def test_compiles_whole():
     def f(q, k, v, pack):
         return prefix_attention(q * 1.5, k, v, pack) + 1
 
-    # a second pack of as many tokens must not need another compilation's lengths
+    # a second pack of as many tokens must not run with the lengths of the first
     for pack in (make_pack(SHAPES), make_pack([*SHAPES[1:], SHAPES[0]])):
         out = f(*leaves, pack)
         wanted = prefix_attention(leaves[0] * 1.5, leaves[1], leaves[2], pack) + 1

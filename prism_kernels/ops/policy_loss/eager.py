@@ -102,7 +102,7 @@ def corrections(log_ratio: Tensor | None, segments: Segments, options: Options, 
     return Correction(raw, torch.where(clipped, 0.0, raw), clipped)
 
 
-class Loss(NamedTuple):
+class PolicyLoss(NamedTuple):
     """The loss, its gradient with respect to logp and entropy (T,), and the metrics' totals.
 
     `grad_entropy` is empty where no entropy was given.
@@ -134,7 +134,7 @@ def loss_terms(
     correction: Correction,
     segments: Segments,
     options: Options,
-) -> Loss:
+) -> PolicyLoss:
     """Returns the loss of whole sequences; with a token ratio, of any tokens.
 
     Every tensor is (T,) and of one dtype; `weight` is from `token_weights`, `advantage` one number per token.
@@ -189,7 +189,7 @@ def loss_terms(
     inf = x.new_full((1,), torch.inf)
     totals.append(torch.cat((_where_valid(segments, ratio, inf), inf)).amin().double())
     totals.append(torch.cat((_where_valid(segments, ratio, -inf), -inf)).amax().double())
-    return Loss(loss.sum(), grad, grad_entropy, torch.stack(totals))
+    return PolicyLoss(loss.sum(), grad, grad_entropy, torch.stack(totals))
 
 
 def _where_valid(segments: Segments, x: Tensor, otherwise: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def policy_loss_eager(
     entropy: Tensor | None,
     denominator: Tensor | None,
     options: Options,
-) -> Loss:
+) -> PolicyLoss:
     """Returns the policy loss, dL/dlogp, dL/dentropy and the totals of `PolicyMetrics`."""
     segments = Segments.of(cu_seqlens, mask, logp.shape[0], logp.dtype)
     weight = token_weights(segments, options, denominator)

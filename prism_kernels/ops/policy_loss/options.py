@@ -18,7 +18,7 @@ AGGREGATES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_me
 ESTIMATORS = ("k1", "k2", "k3", "k1+", "k3+")
 CORRECTIONS = ("token_tis", "sequence_tis", "geometric_tis", "token_mask", "sequence_mask", "geometric_mask")
 
-# exp(40) squared is far below fp32's largest number: no product of ratios and weights is inf, so none with 0 is NaN
+# exp(40) squared is well below fp32's largest number: no product of ratios and weights is inf, so none with 0 is NaN
 LARGEST_BOUND = 40.0
 
 _NO_CORRECTION = -1
