@@ -16,7 +16,7 @@ from bench.cases import Case, Inputs, make_inputs
 from bench.timing import Timed, interleave
 from prism_kernels import linear_logprob
 from prism_kernels.ops.anchored_rows import ROW_KERNELS
-from prism_kernels.ops.linear_logprob import blocks
+from prism_kernels.ops.linear_logprob import eager
 
 # fold, lanes, warps: fields of RowTile
 ROW_TILES = list(itertools.product((1, 2, 4), (1024, 2048), (4, 8)))
@@ -88,15 +88,15 @@ def _tune_blocks(report: Report, inputs: Inputs) -> None:
 
         return run
 
-    rows = [(f"{n} rows", blocks, "forward_rows", lambda *_, n=n: n) for n in FORWARD_ROWS]
+    rows = [(f"{n} rows", eager, "forward_rows", lambda *_, n=n: n) for n in FORWARD_ROWS]
     _try(report, "rows of a forward block, forward+backward", rows, train(None))
-    scratch = [(f"{n} MiB", blocks, "CUDA_SCRATCH", n * 2**20) for n in BACKWARD_SCRATCH_MIB]
+    scratch = [(f"{n} MiB", eager, "CUDA_SCRATCH", n * 2**20) for n in BACKWARD_SCRATCH_MIB]
     _try(report, "scratch of the backward pass, cache_bytes=0", scratch, train(0))
     hidden.grad = weight.grad = None
 
 
 def _tune_row_tiles(report: Report, case: Case, device: str) -> None:
-    from prism_kernels.ops.anchored_rows import triton as row_kernels
+    from prism_kernels.ops.anchored_rows import kernels as row_kernels
 
     rows = min(2048, case.rows)
     z = torch.randn(rows, case.columns, device=device)
@@ -135,8 +135,8 @@ def fused_settings(table: dict[int, Any], key: int) -> list[Setting]:
 
 
 def _tune_fused(report: Report, inputs: Inputs) -> None:
-    from prism_kernels.ops.anchored_rows.triton import architecture
-    from prism_kernels.ops.linear_logprob import triton as fused
+    from prism_kernels.ops.anchored_rows.kernels import architecture
+    from prism_kernels.ops.linear_logprob import kernels as fused
 
     hidden, weight = inputs.leaves
 

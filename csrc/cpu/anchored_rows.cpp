@@ -1,4 +1,4 @@
-// The row kernels of ops/anchored_rows for the CPU; torch.py beside the operator's schema says what they compute.
+// The row kernels of ops/anchored_rows for the CPU; eager.py beside the operator's schema says what they compute.
 
 #include <prism/check.h>
 #include <prism/isa.h>

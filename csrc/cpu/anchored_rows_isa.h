@@ -8,7 +8,7 @@ namespace {
 
 // also the columns whose sums are formed in the type computed with, before they join a row's, which are double
 constexpr int64_t kBlock = 4096;
-// as FAR in torch.py
+// as FAR in eager.py
 constexpr int kFar = 28;
 
 template <class T>

@@ -1,5 +1,5 @@
 // the row kernels of linear_logprob and token_logprob on CUDA. Their meaning is written down in
-// prism_kernels/ops/anchored_rows/torch.py. A block of threads handles a row; memory bandwidth is what limits it.
+// prism_kernels/ops/anchored_rows/eager.py. A block of threads handles a row; memory bandwidth is what limits it.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,7 +18,7 @@ constexpr int kThreads = 512;
 // what the latency of an H200's memory asks for. kLoads below is less where four would not fit the registers
 template <typename T>
 constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
-// as in torch.py: exp(28) summed over 2**18 columns stays below 2**60, so that the squares still fit in fp32
+// as in eager.py: exp(28) summed over 2**18 columns stays below 2**60, so that the squares still fit in fp32
 constexpr double kFar = 28.0;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;

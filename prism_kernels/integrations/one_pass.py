@@ -19,8 +19,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from prism_kernels import check
 from prism_kernels.backend import resolve
-from prism_kernels.ops.anchored_rows.formulas import RowSums, outcome
-from prism_kernels.ops.rows import FLOATS, accumulator
+from prism_kernels.ops.rows import FLOATS, RowSums, accumulator, outcome
 from prism_kernels.ops.token_logprob import token_logprob
 from prism_kernels.ops.token_logprob.op import NAME, token_logprob_bwd, token_logprob_fwd
 

@@ -9,8 +9,7 @@ from torch.autograd.function import once_differentiable
 from prism_kernels import check
 from prism_kernels.library import register_op
 from prism_kernels.ops.anchored_rows import ROW_KERNELS
-from prism_kernels.ops.anchored_rows.formulas import RowSums, coefficients, outcome, poisoned
-from prism_kernels.ops.rows import accumulator, has_gradient, inverse
+from prism_kernels.ops.rows import RowSums, accumulator, coefficients, has_gradient, inverse, outcome
 
 NAME = "token_logprob"
 
@@ -54,10 +53,10 @@ def _write_gradient(
 ) -> None:
     keep = target != ignore_index
     rows, inv_temperature = RowSums(*sums), inverse(temperature)
-    coefs = coefficients(rows, inv_temperature, keep, 0.0, grad_logp, grad_entropy)
+    coefs, bad = coefficients(rows, inv_temperature, keep, 0.0, grad_logp, grad_entropy)
     local = torch.where(keep, target, -1)
     ROW_KERNELS[backend].backward(logits, False, local, rows.anchor, inv_temperature, coefs, None, 0.0, out)
-    bad = poisoned(rows, inv_temperature, keep) & has_gradient(grad_logp, grad_entropy)
+    bad &= has_gradient(grad_logp, grad_entropy)
     out.masked_fill_(bad[:, None], torch.nan)
 
 

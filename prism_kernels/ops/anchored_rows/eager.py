@@ -1,13 +1,12 @@
 """The row kernels in plain torch, a block of columns at a time: flat memory, no compiler needed.
 
-T rows, V columns. This module is also where their meaning is written down; csrc/cpu, csrc/cuda and triton.py
-do the same.
+T rows, V columns. The docstrings here define the kernels; csrc/cpu, csrc/cuda and kernels.py implement the same.
 """
 
 import torch
 from torch import Tensor
 
-# columns of a block: with 512 rows of fp32 it fits the caches of a core better than whole rows do
+# columns of a block, which with 512 rows of fp32 fits the caches of a core better than whole rows
 BLOCK = 4096
 # a row whose largest logit lies further above the anchor than this is anchored at its maximum instead:
 # exp(28) summed over 2**18 columns stays below 2**60, so that the squares (2**120) still fit in fp32
@@ -36,7 +35,7 @@ def forward(
     exp: Tensor | None,
     stats: Tensor,
 ) -> None:
-    """Writes the sums that a log-softmax anchored at the target needs and, if asked, its exponentials.
+    """Writes the sums of a log-softmax anchored at the target and, if asked, its exponentials.
 
     For each row: x = z + bias, then x = softcap * tanh(x / softcap) if softcap is not 0, and
     d_v = (x_v - c) * inv_temperature, where c is the anchor, or the row's largest x if that lies more than 28 above

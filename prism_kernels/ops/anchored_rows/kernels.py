@@ -1,7 +1,7 @@
 """The row kernels in Triton: one program per row, a block of columns at a time.
 
 T rows, V columns; x is a logit, d its distance to the row's centre in units of the temperature, e = exp(d).
-torch.py beside this file says what `forward` and `backward` mean.
+eager.py, beside this file, defines `forward` and `backward`.
 """
 
 import functools
@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prism_kernels.ops.anchored_rows import torch as specification
+from prism_kernels.ops.anchored_rows import eager
 
-FAR = tl.constexpr(specification.FAR)
+FAR = tl.constexpr(eager.FAR)
 # from 3.10 on, Triton contracts a * b + c only where asked: the tiles were chosen, and are tested, with it
 FP_FUSION = {"enable_fp_fusion": True}
 
@@ -290,7 +290,7 @@ def forward(
     exp: Tensor | None,
     stats: Tensor,
 ) -> None:
-    """Writes what torch.forward writes, reading z once, twice where a row is far or where exp is z itself."""
+    """Writes what eager.forward writes, reading z once, twice where a row is far or where exp is z itself."""
     rows, columns = z.shape
     if rows == 0:
         return
@@ -318,7 +318,7 @@ def backward(
     softcap: float,
     out: Tensor,
 ) -> None:
-    """Writes what torch.backward writes, reading the source once and not at all in rows without gradient."""
+    """Writes what eager.backward writes, reading the source once and not at all in rows without gradient."""
     rows, columns = source.shape
     if rows == 0:
         return

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from prism_kernels.ops.anchored_rows.triton import FAR, FP_FUSION, architecture, rescaled, tanh
+from prism_kernels.ops.anchored_rows.kernels import FAR, FP_FUSION, architecture, rescaled, tanh
 
 # what an anchor of -inf starts as, since -inf - -inf is NaN
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
