@@ -1,4 +1,4 @@
-# everything runs in .venv, made on first use. a machine with a GPU: `make TORCH=torch` takes PyTorch's CUDA build
+# everything runs in .venv, which the first target creates. with a GPU, `make TORCH=torch` takes PyTorch's CUDA build
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,10 +8,10 @@ DEMO ?= runs/demo
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-op reproduce test test-peers bench bench-kept bench-patches gpu lint wheel clean
 
-help: ## this list
+help: ## lists the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# torch first, alone: the extension is built against it
+# torch comes first: the extension is built against it
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -24,22 +24,22 @@ $(VENV)/install.stamp: $(VENV)/torch.stamp $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,train]"
 	touch $@
 
-# two threads on any machine: sums in another order would give other figures
+# another number of threads would sum in another order and give other figures
 demo: export OMP_NUM_THREADS := 2
-demo: $(VENV)/install.stamp ## SFT, warm-up, alignment, RLVR in minutes: figures by stage and a report; goes on if ended
+demo: $(VENV)/install.stamp ## trains a tiny model through all stages in minutes and writes a report; rerun to resume
 	$(BIN)/python -m prism run --config configs/tiny.toml --run.folder $(DEMO)
 	$(BIN)/python -m prism report --run $(DEMO)
 
-demo-op: $(VENV)/install.stamp ## the log-probability op against plain PyTorch: time, memory, a plot
+demo-op: $(VENV)/install.stamp ## compares the log-probability op with plain PyTorch: time, memory, a plot
 	$(BIN)/python -m bench.demo
 
-reproduce: $(VENV)/install.stamp ## what alignment adds: each arm over three seeds, figures, plots, a page; goes on if ended
+reproduce: $(VENV)/install.stamp ## runs the experiment: each arm on three seeds, figures, plots, a page; rerun to resume
 	$(BIN)/python -m bench.reproduce
 
-test: $(VENV)/install.stamp ## installs, then runs every test
+test: $(VENV)/install.stamp ## installs everything and runs the tests
 	$(BIN)/python -m pytest
 
-# the published peers, apart: they pin other versions than the package needs
+# the peers get their own environment: they pin other versions than the package needs
 PEERS := .venv-peers
 
 $(PEERS)/install.stamp: $(SOURCES) bench/peers.txt
@@ -51,7 +51,7 @@ $(PEERS)/install.stamp: $(SOURCES) bench/peers.txt
 	$(PEERS)/bin/pip install --quiet --no-build-isolation -e ".[bench]"
 	touch $@
 
-# TRL beside the transformers that the trainer wants. the native code is there already: built in place, for this torch
+# TRL with the transformers version of the trainer. the native code is already built in place, for this torch
 TRL := .venv-trl
 
 $(TRL)/install.stamp: pyproject.toml tests/peers/trl.txt | $(PEERS)/install.stamp
@@ -61,41 +61,41 @@ $(TRL)/install.stamp: pyproject.toml tests/peers/trl.txt | $(PEERS)/install.stam
 	PRISM_KERNELS_SKIP_BUILD=1 $(TRL)/bin/pip install --quiet --no-build-isolation -e ".[train]" -r tests/peers/trl.txt
 	touch $@
 
-test-peers: $(PEERS)/install.stamp $(TRL)/install.stamp ## against TRL's and verl's own functions, each in its environment
+test-peers: $(PEERS)/install.stamp $(TRL)/install.stamp ## compares with TRL's and verl's own functions, each in its environment
 	$(PEERS)/bin/python -m pytest tests/peers/test_verl.py tests/peers/test_verl_patch.py \
 		tests/peers/test_verl_one_pass.py
 	$(TRL)/bin/python -m pytest tests/peers/test_trl.py tests/peers/test_trl_patch.py tests/peers/test_trl_step.py \
 		tests/peers/test_trl_losses.py tests/peers/test_openrlhf_patch.py
 
-bench: $(PEERS)/install.stamp ## time and memory against plain PyTorch and published peers: JSON, plot, README's table
+bench: $(PEERS)/install.stamp ## measures time and memory beside PyTorch, TRL and verl; writes JSON, plots and the pages' tables
 	$(PEERS)/bin/python -m pytest bench -W ignore --benchmark-columns=median,rounds
 	$(PEERS)/bin/python -m bench.plot
-	$(PEERS)/bin/python -m bench.readme
+	$(PEERS)/bin/python -m bench.tables
 
-# malloc keeps what is freed: no time goes into the first touch of fresh memory
+# malloc keeps freed memory, so no time goes into the first touch of fresh memory
 bench-kept: export GLIBC_TUNABLES := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
-bench-kept: $(PEERS)/install.stamp ## the log-probability ops once more, with a malloc that keeps freed memory
+bench-kept: $(PEERS)/install.stamp ## measures the log-probability ops with a malloc that keeps freed memory
 	$(PEERS)/bin/python -m pytest bench/test_linear_logprob.py bench/test_token_logprob.py -W ignore
-	$(PEERS)/bin/python -m bench.readme
+	$(PEERS)/bin/python -m bench.tables
 
-bench-patches: $(PEERS)/install.stamp $(TRL)/install.stamp ## trainers before and after our patch: docs/migrating.md
+bench-patches: $(PEERS)/install.stamp $(TRL)/install.stamp ## measures trainers before and after our patch, for docs/migrating.md
 	$(TRL)/bin/python -m bench.end_to_end.trl_patch
 	$(TRL)/bin/python -m bench.end_to_end.head_patch --trainer transformers
 	$(TRL)/bin/python -m bench.end_to_end.head_patch --trainer openrlhf
 	$(PEERS)/bin/python -m bench.end_to_end.head_patch --trainer verl
-	$(PEERS)/bin/python -m bench.readme
+	$(PEERS)/bin/python -m bench.tables
 
-# no environment and no installation: a GPU machine often has its own torch, and no network
-gpu: ## on a machine with a GPU: builds in place, tests, measures, tunes; leaves JSON in $$OUT or bench/results
+# installs nothing: a GPU machine often has its own torch and no network
+gpu: ## on a GPU machine: builds in place, tests, measures, tunes; writes JSON to $$OUT or bench/results
 	$(PYTHON) -m bench.gpu
 
-lint: $(VENV)/install.stamp ## ruff and mypy
+lint: $(VENV)/install.stamp ## runs ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-wheel: $(VENV)/torch.stamp ## dist/*.whl with what this machine can build
+wheel: $(VENV)/torch.stamp ## builds dist/*.whl with the native code that this machine can build
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .
 
-clean: ## removes what was built
+clean: ## removes built files
 	rm -rf build dist *.egg-info prism_kernels/*.so

@@ -1,4 +1,4 @@
-"""What a trainer took before and after our patch: the tables of docs/migrating.md, which `bench.readme` puts there."""
+"""Makes the tables of docs/migrating.md: a trainer's time and memory before and after our patch."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from bench.results import MIB, load
 
 
 class Measured(NamedTuple):
-    """What of a trainer is measured, and the module that does it, with its options."""
+    """The measured part of a trainer, and the module under bench/end_to_end that measures it, with its options."""
 
     what: str
     command: str
@@ -16,21 +16,21 @@ class Measured(NamedTuple):
 
 TRAINERS = {
     "trl": Measured("a step of GRPOTrainer", "trl_patch"),
-    "verl": Measured("forward and backward of the functions that its engine calls", "head_patch --trainer verl"),
+    "verl": Measured("forward and backward of the functions that verl's engine calls", "head_patch --trainer verl"),
     "openrlhf": Measured("forward and backward of Actor", "head_patch --trainer openrlhf"),
     "transformers": Measured(
-        "forward and backward; without the patch log_softmax and gather of the logits", "head_patch"
+        "forward and backward; without the patch, log_softmax and gather on the logits", "head_patch"
     ),
 }
 STAND_IN = (
-    "Measured with the stand-in of the tests, which has the same names and mathematics and makes the same tensors of "
-    "logits, not with the package."
+    "Measured with the tests' stand-in, which has the package's names and mathematics and makes the same tensors of "
+    "logits, not with the package itself."
 )
 
 
 def table(content: dict[str, Any]) -> Iterator[str]:
-    """Yields the lines of a table of pairs of rows: without the patch, and with it."""
-    yield "| | time | peak memory of the process | of which the step |"
+    """Yields the lines of a table whose rows come in pairs: without the patch, and with it."""
+    yield "| | time | peak memory of the process | of that, the step |"
     yield "|---|---:|---:|---:|"
     rows = content["rows"]
     for theirs, ours in zip(rows[::2], rows[1::2]):
@@ -52,7 +52,7 @@ def block(trainer: str) -> str:
     content = load(f"{trainer}_patch", "cpu-*")
     lines = [
         f"<!-- {trainer}:begin -->",
-        "<!-- made by `python -m bench.readme` from bench/results; edits here are lost -->",
+        "<!-- made by `python -m bench.tables` from bench/results; edits here are lost -->",
         "",
     ]
     if content is None:
@@ -61,5 +61,5 @@ def block(trainer: str) -> str:
         steps = len(content["rows"][0]["samples_s"])
         note = f" {STAND_IN}" if content.get("stand_in") else ""
         lines += [f"Before and after, {what}, {content['label']}:", "", *table(content), ""]
-        lines.append(f"<sub>{origin(content)} Medians of {steps} steps, in turns.{note}</sub>")
+        lines.append(f"<sub>{origin(content)} Medians of {steps} alternating steps.{note}</sub>")
     return "\n".join([*lines, "", f"<!-- {trainer}:end -->"])

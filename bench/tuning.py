@@ -1,6 +1,6 @@
-"""Times a small declared space of tile and block sizes on a GPU; the winners go into the tables by hand.
+"""Times a small declared space of tile and block sizes on a GPU; a person puts the winners into the tables.
 
-Each setting is a row: what was set, its median, and how far its result lies from that of the setting in force.
+Each setting is a row: the setting, its median time, and the distance of its result from the current setting's.
 """
 
 import itertools
@@ -33,7 +33,7 @@ Setting = tuple[str, Any, Any, Any]
 
 @contextmanager
 def _set(holder: Any, name: Any, value: Any) -> Iterator[None]:
-    """Sets an item of a dict, or an attribute, for a while."""
+    """Sets an item of a dict, or an attribute, inside a `with` block."""
     if isinstance(holder, dict):
         before, holder[name] = holder[name], value
     else:
@@ -59,7 +59,7 @@ def _try(report: Report, what: str, settings: list[Setting], run: Callable[[], T
                 durations = interleave({what: Timed(run)}, wanted.device.type, rounds=10, warmup=2, limit=2)[what]
                 row["median_s"] = statistics.median(durations)
         except Exception as error:
-            # too much shared memory, a compiler fault: the row says so and the others are still tried
+            # too much shared memory or a compiler fault: the row records it, and the others are still tried
             row["failed"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         report(row)
 
@@ -69,7 +69,7 @@ def _get(holder: Any, name: Any) -> Any:
 
 
 def tune(report: Report, case: Case, device: str = "cuda") -> None:
-    """Tries every setting on the shapes of one case and reports each row as soon as it is known."""
+    """Tries every setting on the shapes of one case and reports each row at once."""
     inputs = make_inputs(case, device)
     _tune_blocks(report, inputs)
     _tune_row_tiles(report, case, device)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prism.data.errors import DataError
+from prism.data.files import DataError
 
 if TYPE_CHECKING:
     from prism.config import Config
@@ -69,17 +69,20 @@ def temperature(text: str) -> float:
 
 
 RUN = Option("run", "DIR", "the run's folder")
+STAGES_RUN = "prism.commands.run:run"
 COMMANDS = {
-    "run": Command("prism.run:run", "all stages one after the other; the same command goes on where it was ended"),
-    "sft": Command("prism.run:run", "one stage: fine-tunes model.policy on demonstrations", stage="sft"),
+    "run": Command(STAGES_RUN, "all stages one after the other; the same command goes on where it was ended"),
+    "sft": Command(STAGES_RUN, "one stage: fine-tunes model.policy on demonstrations", stage="sft"),
     "upcycle": Command(
         "prism.commands.checks:upcycle", "makes a discriminator of a dense model; tells what that changes"
     ),
     "warmup": Command(
-        "prism.run:run", "one stage: trains model.discriminator on model.policy against its teachers", stage="warmup"
+        STAGES_RUN,
+        "one stage: trains model.discriminator on model.policy against its teachers",
+        stage="warmup",
     ),
-    "align": Command("prism.run:run", "one stage: model.policy plays against model.discriminator", stage="align"),
-    "rlvr": Command("prism.run:run", "one stage: reinforces right answers of model.policy", stage="rlvr"),
+    "align": Command(STAGES_RUN, "one stage: model.policy plays against model.discriminator", stage="align"),
+    "rlvr": Command(STAGES_RUN, "one stage: reinforces right answers of model.policy", stage="rlvr"),
     "eval": Command(
         "prism.commands.checks:evaluate",
         "accuracy, format and length of a model's responses to problems, by data source",
@@ -252,15 +255,14 @@ def _read_data(config: "Config") -> int:
         return 0
     from prism.data.images import ImageLimits
     from prism.data.loader import LoadOptions, dry_run
-    from prism.data.rows import RowLimits
-    from prism.problems.rows import problem_reader
+    from prism.data.problem import problem_reader
 
     data, root = config.data, config.data.image_root
     encoder = _encoder(config)
     if encoder is None:
         print(f"\n# lengths are not checked: there is no tokenizer of {config.model.policy!r} on this machine")
-    limits = RowLimits(images=ImageLimits(allow_remote=data.allow_remote_images))
-    options = LoadOptions(image_root=None if root is None else Path(root), limits=limits)
+    images = ImageLimits(allow_remote=data.allow_remote_images)
+    options = LoadOptions(image_root=None if root is None else Path(root), images=images)
     status = 0
     for name, files in data.files:
         if not files:
@@ -279,14 +281,13 @@ def _read_data(config: "Config") -> int:
 
 def _encoder(config: "Config") -> "PromptEncoder | None":
     """Returns what reads prompts for the policy; None: a hub's model may not be on this machine."""
-    from prism.models.building import load_encoder, tiny_size
+    from prism.models.building import load_encoder
     from prism.models.prompts import PromptEncoder
-    from prism.models.tiny import tiny_image_processor
-    from prism.models.tokenizer import train_tokenizer
+    from prism.models.tiny import tiny_image_processor, train_tokenizer
 
     if config.model.policy == "tiny":
         tokenizer = train_tokenizer(vocab_size=config.model.tiny.vocab_size)
-        return PromptEncoder(tokenizer, tiny_image_processor(tiny_size(config)))
+        return PromptEncoder(tokenizer, tiny_image_processor(config.model.tiny))
     try:
         return load_encoder(config.model.policy, config.model.max_image_pixels, local_files_only=True)
     except OSError:

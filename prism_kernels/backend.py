@@ -83,15 +83,13 @@ def unavailable(op: str, backend: str, device: str) -> str | None:
     if backend not in _implementations(op):
         return f"{op} has no implementation for it; it has {', '.join(_implementations(op))}"
     if backend == "cpu":
-        return (
-            native_reason["_C"]
-            if device == "cpu"
-            else "it takes CPU tensors only; move the tensors or choose another backend"
-        )
+        if device != "cpu":
+            return "it takes CPU tensors only; move the tensors or choose another backend"
+        return _native_reason("_C")
     if backend == "cuda":
         if device != "cuda":
             return "it takes CUDA tensors only; move the tensors or choose another backend"
-        return native_reason["_C_cuda"] or _no_gpu()
+        return _native_reason("_C_cuda") or _no_gpu()
     if not _has_triton():
         return "triton is not installed; `pip install triton` (Linux)"
     if device == "cuda":
@@ -103,6 +101,13 @@ def unavailable(op: str, backend: str, device: str) -> str | None:
 
 def _implementations(op: str) -> list[str]:
     return [name for name in BACKENDS if any(name in names for names in _PREFERENCE[op].values())]
+
+
+def _native_reason(extension: str) -> str | None:
+    if extension not in native_reason:
+        # no op was imported yet, and with them the extensions
+        importlib.import_module("prism_kernels.ops")
+    return native_reason[extension]
 
 
 @functools.cache

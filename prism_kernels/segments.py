@@ -4,7 +4,6 @@ T packed tokens, S responses, k tags, B bytes of the batch.
 """
 
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,37 +12,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prism_kernels import check
+from prism_kernels.grammar import SPACE, TAGS, Reason
+
+__all__ = [
+    "SINGLE_BYTES",
+    "TAGS",
+    "Reason",
+    "Segments",
+    "TokenBytes",
+    "byte_alphabet",
+    "find_segments",
+    "token_bytes",
+]
 
 NAME = "find_segments"
-
-# those of PRISM: what is seen, how it is reasoned about, the answer
-TAGS = ("caption", "think", "answer")
 
 Ints = NDArray[np.int64]
 
 _LESS_THAN = ord("<")
 _IS_SPACE = np.zeros(256, dtype=bool)
-_IS_SPACE[list(b" \t\n\r\v\f")] = True
-
-
-class Reason(IntEnum):
-    """Why a response is invalid. Of several reasons the smallest is given."""
-
-    VALID = 0
-    # a tag, opening or closing, is not there; so is it in an empty response
-    MISSING_TAG = 1
-    # all are there, one more than once
-    REPEATED_TAG = 2
-    # each is there once, one of them inside another's segment
-    NESTED = 3
-    # not nested, but in another order: a segment before its time, or closed before it opens
-    WRONG_ORDER = 4
-    # text that is not white space before, between or behind the segments
-    TEXT_OUTSIDE = 5
-    # a segment of nothing or white space
-    EMPTY_SEGMENT = 6
-    # a segment's text lies within a token that begins in a tag
-    NO_TOKEN = 7
+_IS_SPACE[list(SPACE.encode())] = True
 
 
 class TokenBytes(NamedTuple):

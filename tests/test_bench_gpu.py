@@ -15,8 +15,8 @@ from bench import (
     gpu_trace,
     left_out,
     moe_layer,
-    readme,
     results,
+    tables,
     test_discriminator_step,
     test_group_advantage,
     test_linear_policy_loss,
@@ -137,7 +137,7 @@ def pretended_gpu(monkeypatch):
     return clears
 
 
-def test_a_gpus_figures_become_goals_a_table_and_a_readme(pretended_gpu, tmp_path, monkeypatch):
+def test_a_gpus_figures_become_goals_and_tables(pretended_gpu, tmp_path, monkeypatch):
     *_, content = versus.fight_all(doubling(device="cuda", op="policy_loss_4m"), __name__)
     ours = content["versus"][0]
     assert pretended_gpu
@@ -148,16 +148,16 @@ def test_a_gpus_figures_become_goals_a_table_and_a_readme(pretended_gpu, tmp_pat
     assert "3 launches 0 syncs" in versus.table(content) and "(50%)" in versus.table(content)
 
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    before = "\n".join(readme.gpu_duel_table(results.duels("h200*")))
-    assert before.count("not measured") == 2 * len(readme.GPU_DUELS)
+    before = "\n".join(tables.gpu_duel_table(results.duels("h200*")))
+    assert before.count("not measured") == 2 * len(tables.GPU_DUELS)
     results.write(tmp_path / "h200" / "losses.json", {"duels": [content]})
     older = {**content, "date": "2020-01-01", "versus": []}
     results.write(tmp_path / "h200" / "older.json", {"duels": [older]})
-    made = "\n".join(readme.gpu_duel_table(results.duels("h200*")))
+    made = "\n".join(tables.gpu_duel_table(results.duels("h200*")))
     assert "| 1 ms | 3, 0 | 50% of a copy | theirs, 1 ms | 1.00 |" in made
-    # what README.md names is what is fought
+    # docs/benchmarks.md names every duel
     fought = {duel.op for name in gpu.DUELS.values() for duel in sys.modules[name].CUDA_DUELS}
-    assert fought == {op for op, *_ in readme.GPU_DUELS}
+    assert fought == {op for op, *_ in tables.GPU_DUELS}
 
 
 def test_one_of_ours_that_fails_loses_nothing_else(pretended_gpu, tmp_path, monkeypatch, capsys):

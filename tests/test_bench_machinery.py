@@ -4,11 +4,12 @@ import importlib.util
 import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import readme, results, tuning, versus
+from bench import results, tables, tuning, versus
 from bench.cases import FORWARD, HALF, TRAIN, Case, errors, is_green, make_inputs, truth
 from bench.measure import Bench, absent, measure_together
 from bench.memory import MemoryChild
@@ -123,7 +124,7 @@ def test_absent_contenders_say_why():
     assert absent(LINEAR, peer, TRAIN, ValueError("x\ny"))["status"] == "failed: ValueError: x"
 
 
-def test_figures_become_a_table_a_plot_and_a_readme(tmp_path, monkeypatch):
+def test_figures_become_tables_and_plots(tmp_path, monkeypatch):
     def broken():
         raise ImportError("No module named 'peer'")
 
@@ -137,13 +138,20 @@ def test_figures_become_a_table_a_plot_and_a_readme(tmp_path, monkeypatch):
     assert "not installed: No module named 'peer'" in results.table(content)
     draw(content, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+    draw(content, tmp_path / "overview.png", only=(PLAIN,))
+    assert (tmp_path / "overview.png").stat().st_size > 10_000
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    made = readme.block()
+    made = tables.block()
     assert "| peer | not installed |" in made
     assert made.count("not measured") >= 14
-    assert readme.insert(f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n", made) == f"a\n{made}\nb\n"
-    with pytest.raises(SystemExit, match="expected one line"):
-        readme.insert("no markers", made)
+    page = Path("page.md")
+    assert tables.insert("a\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nb\n", made, page) == f"a\n{made}\nb\n"
+    with pytest.raises(SystemExit, match=r"expected one line .* in page\.md"):
+        tables.insert("no markers", made, page)
+    # the ratio of the two ratios to torch.mm
+    plain, ours = (results.find(rows, "tiny", TRAIN, name) for name in (PLAIN, "ours, torch"))
+    assert f"| {PLAIN} | {plain['ratio'] / ours['ratio']:.2f} |" in tables.ratio_block()
+    assert f"bench/results/{content['machine']}/overview.png" in tables.plot_block()
 
 
 def test_bars_compare_with_the_first_peer_and_with_the_logits():
@@ -208,7 +216,7 @@ def test_a_duel_checks_values_scales_parts_and_names_what_is_missing(tmp_path, m
     content = versus.document(duel, ring.rows)
     assert [bar["met"] for bar in content["bars"]] == [True, False]
     assert "wrong values" in versus.table(content) and "not measured" in versus.table(content)
-    made = "\n".join(readme.versus_table("doubling", content))
+    made = "\n".join(tables.versus_table("doubling", content))
     assert "| **ours** |" in made and "scaled up: part" in made and "| peer | not installed |" in made
 
 

@@ -20,9 +20,10 @@ from bench.reproduce.arms import ABLATION, SIZES, Arm, arms, chosen, curve, long
 from bench.reproduce.figures import ahead, collect, compare, crossings, halved, mean_and_error, seed_figures, summarise
 from bench.reproduce.jobs import FINISHED, MADE_WITH, Experiment, Job, JobError
 from bench.reproduce.plots import draw_all
+from prism.commands.run import run as run_prism
 from prism.config import Config, load_config
-from prism.log import read_metrics
-from prism.run import Run
+from prism.runtime.log import read_metrics
+from prism.runtime.runtime import Runtime
 from tests.trainer.test_run import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -228,17 +229,17 @@ def test_the_page_says_what_the_figures_say():
     assert made.startswith(page.BEGIN) and made.endswith(page.END)
     assert "at most half of SFT's?** Greedy: yes, on every seed (seed 0: 0.246 → 0.064, yes;" in made
     assert "**Best perception error of greedy responses**: SFT → distillation → RLVR with 0.030 ± 0.002" in made
-    assert "the lines cross at about" in made and "![the two by demonstrations]" in made
+    assert "the lines cross at about" in made and "![alignment and distillation by number" in made
     assert "| SFT → RLVR, longer | 0.100 ± 0.002 |" in made and "| 40–42 |" in made
     both = page.block([made_up(), made_up(algorithm="dapo")])
-    assert both.count("at most half of SFT's?** Greedy") == both.count("![the two by demonstrations]") == 1
+    assert both.count("at most half of SFT's?** Greedy") == both.count("![alignment and distillation by number") == 1
     assert "### RLVR by DAPO" in both and "dapo_arms.svg" in both
     worse = statements(align=(0.24, 0.8), prism=(0.2, 0.7))
-    assert "Greedy: no, on none (" in worse
+    assert "Greedy: no, on no seed (" in worse
     mixed = statements(align=(0.125, 0.8))
     assert "Greedy: on 2 of 3 seeds (" in mixed
     better = statements(**{f"align_{n}": (0.01, 0.99) for n in SIZES})
-    assert "perception error of greedy responses**: no crossing; better is at 12 alignment (−0.140" in better
+    assert "perception error of greedy responses**: no crossing; the better one is alignment at 12 (−0.140" in better
     assert "distillation (" not in better.split("Alignment against distillation, accuracy")[1].split("\n")[0]
 
 
@@ -247,7 +248,7 @@ def test_one_seed_and_an_unfinished_experiment_have_no_verdict_they_cannot_have(
     made = page.block([content])
     assert (
         "± 0" not in made
-        and "on the one seed" in made
+        and "on the only seed" in made
         and "standard errors" not in page._leader(content["arms"], ["prism", "rlvr"], "greedy", "accuracy")
     )
     part = made_up()
@@ -376,7 +377,7 @@ def test_a_failed_arm_stops_only_those_that_need_it(tmp_path, without_training):
     assert not scheduler.run_all(found, jobs, at_once=2, tell=told.append, figures=lambda job: "")
     (failed,) = (line for line in told if "failed: exit status 1" in line)
     assert "align_12" in failed and "made to fail" in failed
-    assert any("after" in line and "needs one that failed" in line for line in told)
+    assert any("after" in line and "needs an arm that failed" in line for line in told)
     assert found.finished(Job(0, found.arms["distill_12"]))
     # tried again by the same command
     without_training.clear()
@@ -450,13 +451,13 @@ def test_arms_one_after_the_other_are_one_run_with_all_stages(tmp_path):
     parts = ("sft", "align", "prism")
     for name in parts:
         job = Job(0, found.arms[name])
-        Run(load_config(found.prepare(job))).go()
+        run_prism(load_config(found.prepare(job)))
         assert found.finished(job)
         found.check(job)
         assert set(seed_figures(found, job)["seconds"]) == set(job.arm.stages)
     stages = [stage for name in parts for stage in found.arms[name].stages]
     changes = {"run.folder": str(tmp_path / "whole"), "run.stages": stages}
-    Run(load_config(TINY, {**QUICK, **changes})).go()
+    run_prism(load_config(TINY, {**QUICK, **changes}))
     ours, wanted = (
         load_file(folder / "policy" / "model.safetensors")
         for folder in (found.folder(Job(0, found.arms["prism"])), tmp_path / "whole")
@@ -470,10 +471,10 @@ def test_arms_one_after_the_other_are_one_run_with_all_stages(tmp_path):
     # the policies differ on the way; the discriminators begin alike, though no valid response trains them here
     for one, other in pairwise(load_file(path / "policy" / "model.safetensors") for path in paths):
         assert any(not torch.equal(one[key], other[key]) for key in one)
-    joined = Run(load_config(TINY, {**QUICK, **changes, "run.folder": str(tmp_path / "one")})).discriminator
+    joined = Runtime(load_config(TINY, {**QUICK, **changes, "run.folder": str(tmp_path / "one")})).discriminator
     settings = found.settings(Job(0, found.arms["align"])).model_dump()
     settings["run"]["folder"] = str(tmp_path / "two")
-    split = Run(Config.model_validate(settings)).discriminator.state_dict()
+    split = Runtime(Config.model_validate(settings)).discriminator.state_dict()
     assert all(torch.equal(split[key], value) for key, value in joined.state_dict().items())
 
 

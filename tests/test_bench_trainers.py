@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bench import migrating, readme, results
+from bench import migrating, results, tables
 from bench.end_to_end import head_patch, turns
 from bench.end_to_end.head_patch import BOTH, LOGP, Sizes
 
@@ -79,13 +79,14 @@ def test_a_small_run_becomes_a_table(tmp_path, monkeypatch):
 
 
 def test_the_pages_are_in_step_with_the_results():
-    for page, text in readme.pages():
-        assert page.read_text() == text, f"{page.name}: run `python -m bench.readme`, or put back the page's results"
+    for page, text in tables.pages():
+        assert page.read_text() == text, f"{page.name}: run `python -m bench.tables`, or put back the page's results"
 
 
 @pytest.mark.parametrize("trainer", migrating.TRAINERS)
 def test_a_page_without_markers_is_refused(trainer):
     made = migrating.block(trainer)
-    assert readme.insert(f"a\n<!-- {trainer}:begin -->\nold\n<!-- {trainer}:end -->\nb\n", made) == f"a\n{made}\nb\n"
+    page = f"a\n<!-- {trainer}:begin -->\nold\n<!-- {trainer}:end -->\nb\n"
+    assert tables.insert(page, made, tables.MIGRATING) == f"a\n{made}\nb\n"
     with pytest.raises(SystemExit, match=rf"<!-- {trainer}:begin --> .* in migrating\.md"):
-        readme.insert("no markers", made, readme.MIGRATING)
+        tables.insert("no markers", made, tables.MIGRATING)

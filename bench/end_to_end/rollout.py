@@ -1,25 +1,24 @@
-"""Rollouts a second of the engine and of transformers' `generate`, on the tiny policy with one image a prompt.
+"""Speed of the engine and of transformers' `generate`, on the tiny policy with one image a prompt.
 
 `python -m bench.end_to_end.rollout` prints a line for each, after a check that greedy responses are equal. Every
-response has the full length, so that all do the same work; `generate` returns tokens alone, the engine their
-log-probabilities too.
+response has the full length, so that both do the same work. `generate` returns only tokens, the engine also their
+log-probabilities.
 """
 
 import argparse
 import json
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bench.timing import Timed, interleave
-from prism.models.prompts import EncodedPrompt, join_images
+from prism.config import Sampling
+from prism.models.packed import batch_images
+from prism.models.prompts import IMAGE_TOKEN, EncodedPrompt, join_images
 from prism.models.tiny import tiny_policy
-from prism.models.tokenizer import IMAGE_TOKEN
-from prism.models.vision import batch_images
 from prism.rollout.engine import Engine
-from prism.rollout.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -29,39 +28,40 @@ class Shape:
     prompts: int = 8
     n: int = 4
     new_tokens: int = 64
-    # tokens of text of the shortest prompt; each further one has three more
+    # text tokens of the shortest prompt; each further prompt has three more
     text: int = 40
     # patches along each side of the image
     image_side: int = 8
 
 
 class Duel:
-    """The same work for both."""
+    """The sizes of the work, the same for both."""
 
     def __init__(self, shape: Shape, device: str, path: str | None) -> None:
         self.shape, self.device = shape, device
         model, self.tokenizer = tiny_policy()
-        # wider than at initialisation, so that greedy choices are no near-ties
+        # larger weights than at initialisation, so that greedy choices are not near-ties
         torch.nn.init.normal_(model.lm_head.weight, std=0.3)
         self.model = model.to(device)
         batch_images(self.model.model.visual)
         self.prompts = make_prompts(shape, self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         self.engine = Engine(self.model, self.tokenizer, path=path)
-        self.sampling = Sampling(n=shape.n, max_new_tokens=shape.new_tokens, stop_token_ids=())
+        self.sampling = Sampling(group=shape.n, max_new_tokens=shape.new_tokens)
         self.inputs = padded(self.prompts, self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), device)
 
     def ours(self, sampling: Sampling | None = None) -> list[list[int]]:
         """Returns the engine's responses."""
-        return [rollout.token_ids for rollout in self.engine.generate(self.prompts, sampling or self.sampling)]
+        found = self.engine.generate(self.prompts, sampling or self.sampling, stop_token_ids=())
+        return [rollout.token_ids for rollout in found]
 
     def stock(self, sampling: Sampling | None = None) -> list[list[int]]:
         """Returns `generate`'s responses."""
         sampling = sampling or self.sampling
-        chance = {"do_sample": False} if sampling.greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
+        chance = {"do_sample": False} if sampling.temperature == 0 else {"do_sample": True, "top_k": 0, "top_p": 1.0}
         tokens = self.model.generate(
             **self.inputs,
             **chance,
-            num_return_sequences=sampling.n,
+            num_return_sequences=sampling.group,
             min_new_tokens=sampling.max_new_tokens,
             max_new_tokens=sampling.max_new_tokens,
             suppress_tokens=sorted(self.engine.banned_token_ids(())),
@@ -85,7 +85,7 @@ def make_prompts(shape: Shape, image_token: int) -> list[EncodedPrompt]:
 
 
 def padded(prompts: list[EncodedPrompt], image_token: int, device: str) -> dict[str, Tensor]:
-    """Returns what `generate` takes: prompts padded on the left."""
+    """Returns the inputs of `generate`: prompts padded on the left."""
     longest = max(len(prompt.input_ids) for prompt in prompts)
     ids = torch.tensor([[0] * (longest - len(p.input_ids)) + p.input_ids for p in prompts])
     lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
@@ -105,7 +105,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = Shape()
     duel = Duel(shape, arguments.device, arguments.path)
-    greedy = replace(duel.sampling, n=1, temperature=0.0)
+    greedy = duel.sampling.model_copy(update={"group": 1, "temperature": 0.0})
     if duel.ours(greedy) != duel.stock(greedy):
         raise SystemExit("greedy responses differ: no speed is reported")
     calls = {f"engine, {duel.engine.path}": Timed(duel.ours), "transformers generate": Timed(duel.stock)}

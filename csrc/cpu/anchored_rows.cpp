@@ -1,5 +1,7 @@
-// The row kernels of ops/anchored_rows for the CPU; eager.py beside the operator's schema says what they compute.
+// the row kernels of linear_logprob and token_logprob on the CPU. prism_kernels/ops/anchored_rows says what they
+// compute
 
+#include <prism/anchored_rows.h>
 #include <prism/check.h>
 #include <prism/isa.h>
 #include <torch/csrc/stable/library.h>
@@ -18,7 +20,7 @@
 
 namespace prism {
 
-// vec.h reads and writes them
+// vec.h uses these two names
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
@@ -29,6 +31,9 @@ struct Matrix {
   void* data = nullptr;
   ScalarType type = ScalarType::Float;
   int64_t stride = 0;
+
+  // the bytes of an element
+  int64_t element() const { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
 };
 
 template <class T>
@@ -47,11 +52,12 @@ struct Column {
 
 template <class T>
 struct Forward {
-  Matrix z, exp;  // exp.data is null where it is not wanted
+  // exp.data is null where no exponentials are wanted
+  Matrix z, exp;
   int64_t columns;
   Column<const int64_t> target;
   Column<const T> anchor, inv_temperature;
-  Column<T> stats[4];
+  Column<T> stats[kRowSums];
   const T* bias;
   T softcap;
   bool chain;
@@ -63,7 +69,7 @@ struct Backward {
   bool source_is_exp;
   int64_t columns;
   Column<const int64_t> target;
-  Column<const T> anchor, inv_temperature, coefficients[3];
+  Column<const T> anchor, inv_temperature, coefficients[kCoefficients];
   const T* bias;
   T softcap;
 };
@@ -99,7 +105,7 @@ Matrix matrix(const char* op, const char* name, const Tensor& tensor, int64_t ro
   return {tensor.data_ptr(), tensor.scalar_type(), tensor.stride(0)};
 }
 
-// what both operators take: a target, an anchor and a temperature for each row
+// checks the arguments of both operators that have one number for each row
 void check_row_arguments(const char* op, const Tensor& target, const Tensor& anchor, const Tensor& inv_temperature,
                          int64_t rows) {
   check_shape(op, "target", target, {rows});
@@ -118,7 +124,7 @@ std::vector<T> converted(const Tensor& bias) {
   return values;
 }
 
-// the bias in the dtype that is computed with; empty without one
+// the bias, converted to T; empty without one
 template <class T>
 std::vector<T> bias_values(const char* op, const std::optional<Tensor>& bias, int64_t columns) {
   if (!bias) return {};
@@ -138,7 +144,7 @@ std::vector<T> bias_values(const char* op, const std::optional<Tensor>& bias, in
   }
 }
 
-// rows are dealt out in runs of at least this many elements: less is not worth a thread
+// a thread takes runs of rows with at least this many elements: fewer do not repay the cost of a thread
 constexpr int64_t kGrain = 1 << 15;
 
 template <class Kernel, class Arguments>
@@ -155,7 +161,7 @@ void run_forward(const Tensor& z, const Tensor& target, const Tensor& anchor, co
   const char* op = "anchored_rows_fwd";
   const int64_t rows = z.size(0), columns = z.size(1);
   const ScalarType compute = anchor.scalar_type();
-  check_shape(op, "stats", stats, {4, rows});
+  check_shape(op, "stats", stats, {kRowSums, rows});
   check_dtype(op, "stats", stats, {compute});
   const std::vector<T> bias_T = bias_values<T>(op, bias, columns);
   Forward<T> arguments{
@@ -165,7 +171,8 @@ void run_forward(const Tensor& z, const Tensor& target, const Tensor& anchor, co
       .target = column<const int64_t>(target),
       .anchor = column<const T>(anchor),
       .inv_temperature = column<const T>(inv_temperature),
-      .stats = {row_of<T>(stats, 0), row_of<T>(stats, 1), row_of<T>(stats, 2), row_of<T>(stats, 3)},
+      .stats = {row_of<T>(stats, kAnchor), row_of<T>(stats, kRest), row_of<T>(stats, kMoment),
+                row_of<T>(stats, kSquare)},
       .bias = bias ? bias_T.data() : nullptr,
       .softcap = static_cast<T>(softcap),
       .chain = chain,
@@ -194,7 +201,7 @@ void run_backward(const Tensor& source, bool source_is_exp, const Tensor& target
   const char* op = "anchored_rows_bwd";
   const int64_t rows = source.size(0), columns = source.size(1);
   const ScalarType compute = anchor.scalar_type();
-  check_shape(op, "coefficients", coefficients, {3, rows});
+  check_shape(op, "coefficients", coefficients, {kCoefficients, rows});
   check_dtype(op, "coefficients", coefficients, {compute});
   const std::vector<T> bias_T = bias_values<T>(op, bias, columns);
   Backward<T> arguments{
@@ -205,8 +212,8 @@ void run_backward(const Tensor& source, bool source_is_exp, const Tensor& target
       .target = column<const int64_t>(target),
       .anchor = column<const T>(anchor),
       .inv_temperature = column<const T>(inv_temperature),
-      .coefficients = {row_of<const T>(coefficients, 0), row_of<const T>(coefficients, 1),
-                       row_of<const T>(coefficients, 2)},
+      .coefficients = {row_of<const T>(coefficients, kAlpha), row_of<const T>(coefficients, kBeta),
+                       row_of<const T>(coefficients, kAtTarget)},
       .bias = bias ? bias_T.data() : nullptr,
       .softcap = static_cast<T>(softcap),
   };

@@ -1,15 +1,13 @@
 // No include guard: each_isa.h includes this file once for each instruction set.
 //
-// A row is worked through in blocks. The kernels proper read and write the type they compute with; a block of another
-// element type goes through a buffer that stays in the first-level cache.
+// A row is computed block by block. The inner loops read and write the type T that they compute with; a block of
+// another element type goes through a buffer that fits the first-level cache.
 
 namespace prism::PRISM_ISA {
 namespace {
 
-// also the columns whose sums are formed in the type computed with, before they join a row's, which are double
+// columns of a block. The sums over a block are formed in T, and added to the row's sums in double
 constexpr int64_t kBlock = 4096;
-// as FAR in eager.py
-constexpr int kFar = 28;
 
 template <class T>
 struct alignas(64) Buffer {
@@ -21,7 +19,7 @@ void widen(const E* from, int64_t n, typename Lanes<V>::Value* to) {
   constexpr int64_t W = Lanes<V>::count;
   int64_t i = 0;
   for (; i + W <= n; i += W) store(to + i, load<V>(from + i));
-  // a whole vector, since the buffer is a whole number of them
+  // a whole vector: the buffer's size is a multiple of one
   if (i < n) store(to + i, load_some<V>(from + i, n - i));
 }
 
@@ -33,7 +31,7 @@ void narrow(const typename Lanes<V>::Value* from, int64_t n, E* to) {
   if (i < n) store_some(to + i, load<V>(from + i), n - i);
 }
 
-// n columns of row t from `begin` on, where they lie or, if of another type, in the buffer
+// n columns of row t from `begin` on: in the matrix itself, or in the buffer if they have another type
 template <class V, class T = typename Lanes<V>::Value>
 const T* read(const Matrix& matrix, int64_t t, int64_t begin, int64_t n, Buffer<T>& buffer) {
   if constexpr (!std::is_same_v<T, double>) {
@@ -49,7 +47,7 @@ const T* read(const Matrix& matrix, int64_t t, int64_t begin, int64_t n, Buffer<
   return row_pointer<const T>(matrix, t) + begin;
 }
 
-// where the kernel should write these columns so that `write` brings them into the matrix
+// where the kernel writes these columns, before `write` copies them into the matrix if they are in the buffer
 template <class T>
 T* destination(const Matrix& matrix, int64_t t, int64_t begin, Buffer<T>& buffer) {
   const bool same = matrix.type == ScalarType::Float || matrix.type == ScalarType::Double;
@@ -65,11 +63,11 @@ void write(const Matrix& matrix, int64_t t, int64_t begin, int64_t n, const Buff
 }
 
 inline void zero(const Matrix& matrix, int64_t t, int64_t columns) {
-  const int64_t size = matrix.type == ScalarType::Double ? 8 : matrix.type == ScalarType::Float ? 4 : 2;
+  const int64_t size = matrix.element();
   std::memset(static_cast<char*>(matrix.data) + t * matrix.stride * size, 0, columns * size);
 }
 
-// x = z + bias under the soft cap, and the slope dx/dz
+// the logit x, which is z + bias under the soft cap, and the slope dx/dz
 template <class V>
 struct Logit {
   V x, slope;
@@ -83,7 +81,7 @@ PRISM_INLINE Logit<V> soft_cap(V z, typename Lanes<V>::Value softcap) {
   return {ratio * softcap, one - ratio * ratio};
 }
 
-// the columns i, i + 1, ... of a block's logits; kPlain: there is neither bias nor soft cap
+// a vector of a block's logits from column i on; kPlain: there is neither bias nor soft cap
 template <class V, bool kPlain, class T = typename Lanes<V>::Value>
 PRISM_INLINE Logit<V> logit_at(const T* z, const T* bias, int64_t i, T softcap) {
   V x = load<V>(z + i);
@@ -100,7 +98,7 @@ PRISM_INLINE Logit<V> logit_at_some(const T* z, const T* bias, int64_t i, int64_
   return soft_cap(x, softcap);
 }
 
-// the largest z + bias of a block, NaN aside
+// the largest z + bias of a block, without NaN
 template <class V, class T = typename Lanes<V>::Value>
 T top_of(const T* z, const T* bias, int64_t columns) {
   constexpr int64_t W = Lanes<V>::count;
@@ -129,7 +127,7 @@ T top_of(const T* z, const T* bias, int64_t columns) {
   return top;
 }
 
-// ---- forward
+// forward
 
 template <class V>
 struct Sums {
@@ -161,7 +159,7 @@ struct ForwardRow {
     if constexpr (kWrite) store(exp + i, !kPlain && chain ? e * logit.slope : e);
   }
 
-  // n columns, at most a vector; the lane `target` and those from n on count as e = 0
+  // n columns, at most a vector; e is 0 in the lane `target` and in the lanes from n on
   __attribute__((noinline)) void step_some(const T* z, const T* bias, T* exp, int64_t i, int64_t n, int64_t target,
                                            Sums<V>& sums) const {
     const Logit<V> logit = logit_at_some<V, kPlain>(z, bias, i, n, softcap);
@@ -179,10 +177,10 @@ struct ForwardRow {
     }
   }
 
-  // `ahead` is fetched meanwhile: `ahead_size` bytes for each column
+  // prefetches `ahead` meanwhile, `ahead_size` bytes for each column
   void span(const T* z, const T* bias, T* exp, int64_t begin, int64_t end, const char* ahead, int64_t ahead_size,
             Sums<V>& sums) const {
-    // a copy that nothing else can point to stays in registers
+    // a copy to which no pointer exists stays in registers
     const ForwardRow row = *this;
     Sums<V> even, odd;
     int64_t i = begin;
@@ -220,15 +218,15 @@ void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
       f(v, n, read<V>(a.z, t, v, n, buffer), a.bias ? a.bias + v : nullptr);
     }
   };
-  const int64_t size = a.z.type == ScalarType::Double ? 8 : a.z.type == ScalarType::Float ? 4 : 2;
+  const int64_t size = a.z.element();
   for (int64_t t = begin; t < end; ++t) {
     const T anchor = a.anchor[t], inv_temperature = a.inv_temperature[t];
     T top = -std::numeric_limits<T>::infinity();
     for_blocks(t, [&](int64_t, int64_t n, const T* z, const T* bias) { top = std::max(top, top_of<V>(z, bias, n)); });
     if constexpr (!kPlain) top = max_lanes(soft_cap(broadcast<V>(top), a.softcap).x);
-    bool far = (top - anchor) * inv_temperature > kFar;
+    bool far = (top - anchor) * inv_temperature > static_cast<T>(kFar);
     if (far) {
-      // a NaN would be the largest of its row, and is not further than anything
+      // a row with a NaN is not far: its largest logit is NaN, which exceeds nothing
       for_blocks(t, [&](int64_t, int64_t n, const T* z, const T* bias) {
         for (int64_t i = 0; i < n; ++i) far = far && !std::isnan(bias ? z[i] + bias[i] : z[i]);
       });
@@ -236,7 +234,7 @@ void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
     const T centre = far ? top : anchor;
     const ForwardRow<V, kPlain, kWrite> row{broadcast<V>(centre), broadcast<V>(inv_temperature), Bounds<V>(),
                                             a.softcap, a.chain};
-    // the next row comes to the cache while this one computes
+    // the next row is prefetched while this one is computed
     const char* next = static_cast<const char*>(a.z.data) + (t + 1 < end ? t + 1 : t) * a.z.stride * size;
     double e = 0, ed = 0, ee = 0;
     for_blocks(t, [&](int64_t v, int64_t n, const T* z, const T* bias) {
@@ -249,11 +247,11 @@ void forward_rows(const Forward<T>& a, int64_t begin, int64_t end) {
       ed += sum_lanes(sums.ed);
       ee += sum_lanes(sums.ee);
     });
-    a.stats[0][t] = centre;
-    a.stats[1][t] = static_cast<T>(e);
-    a.stats[2][t] = static_cast<T>(ed);
-    a.stats[3][t] = static_cast<T>(ee);
-    if (kWrite && !std::isfinite(a.stats[1][t])) zero(a.exp, t, a.columns);
+    a.stats[kAnchor][t] = centre;
+    a.stats[kRest][t] = static_cast<T>(e);
+    a.stats[kMoment][t] = static_cast<T>(ed);
+    a.stats[kSquare][t] = static_cast<T>(ee);
+    if (kWrite && !std::isfinite(a.stats[kRest][t])) zero(a.exp, t, a.columns);
   }
 }
 
@@ -267,15 +265,11 @@ void forward(const Forward<typename Lanes<V>::Value>& a, int64_t begin, int64_t 
   }
 }
 
-// ---- backward
+// backward
 
-// what a block of `source` holds, and what is needed of it
-enum class Source {
-  logits,          // without bias and soft cap
-  general_logits,  // with either
-  scaled_exp,      // alpha * e is all there is to do
-  exp              // log e is needed
-};
+// the content of `source`: logits without bias and soft cap; logits with either; e, where the gradient is alpha * e; e,
+// where the gradient needs log e
+enum class Source { logits, general_logits, scaled_exp, exp };
 
 template <class V, Source kSource>
 struct BackwardRow {
@@ -320,8 +314,8 @@ void backward_row(const Backward<T>& a, int64_t t) {
   const BackwardRow<V, kSource> row{broadcast<V>(a.anchor[t]),
                                     broadcast<V>(a.inv_temperature[t]),
                                     broadcast<V>(1 / a.inv_temperature[t]),
-                                    broadcast<V>(a.coefficients[0][t]),
-                                    broadcast<V>(a.coefficients[1][t]),
+                                    broadcast<V>(a.coefficients[kAlpha][t]),
+                                    broadcast<V>(a.coefficients[kBeta][t]),
                                     Bounds<V>(),
                                     a.softcap};
   Buffer<T> buffer;
@@ -331,7 +325,7 @@ void backward_row(const Backward<T>& a, int64_t t) {
     T* out = destination(a.out, t, v, buffer);
     row.block(source, a.bias ? a.bias + v : nullptr, out, n);
     const int64_t target = a.target[t] - v;
-    if (target >= 0 && target < n) out[target] = a.coefficients[2][t];
+    if (target >= 0 && target < n) out[target] = a.coefficients[kAtTarget][t];
     write<V>(a.out, t, v, n, buffer);
   }
 }
@@ -340,7 +334,8 @@ template <class V>
 void backward(const Backward<typename Lanes<V>::Value>& a, int64_t begin, int64_t end) {
   const bool plain = a.bias == nullptr && a.softcap == 0;
   for (int64_t t = begin; t < end; ++t) {
-    const auto alpha = a.coefficients[0][t], beta = a.coefficients[1][t], at_target = a.coefficients[2][t];
+    const auto alpha = a.coefficients[kAlpha][t], beta = a.coefficients[kBeta][t];
+    const auto at_target = a.coefficients[kAtTarget][t];
     if (alpha == 0 && beta == 0 && at_target == 0) {
       zero(a.out, t, a.columns);
     } else if (!a.source_is_exp) {
@@ -354,7 +349,7 @@ void backward(const Backward<typename Lanes<V>::Value>& a, int64_t begin, int64_
 
 inline void forward_float(const Forward<float>& a, int64_t begin, int64_t end) { forward<Vec>(a, begin, end); }
 inline void backward_float(const Backward<float>& a, int64_t begin, int64_t end) { backward<Vec>(a, begin, end); }
-// double is for checking gradients: the C library does its mathematics, whatever the instruction set
+// double serves gradient checks: the C library does its mathematics on every instruction set
 inline void forward_double(const Forward<double>& a, int64_t begin, int64_t end) { forward<double>(a, begin, end); }
 inline void backward_double(const Backward<double>& a, int64_t begin, int64_t end) { backward<double>(a, begin, end); }
 

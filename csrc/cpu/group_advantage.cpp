@@ -1,6 +1,7 @@
-// The advantages of ops/group_advantage and ops/prism_advantage for the CPU, in double, one group after the other; the
-// eager.py there say what is computed.
+// group_advantage and prism_advantage on the CPU, in double, one group after the other. reference.py of
+// prism_kernels/ops/group_advantage and prism_kernels/ops/prism_advantage says what is computed
 
+#include <prism/advantage.h>
 #include <prism/check.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,22 +15,8 @@
 
 namespace prism {
 
-// as the tuples of op.py count them
-enum class Baseline { mean, leave_one_out, none };
-enum class Scale { deviation, none, batch };
-enum class Invalid { exclude, below_min };
-enum class Mode { align, acc_gating, gated, rlvr, rlvr_v2, sign_align };
-
-template <class T>
-const T* samples(const char* op, const char* name, const std::optional<Tensor>& tensor, int64_t n, ScalarType type) {
-  if (!tensor) return nullptr;
-  check_shape(op, name, *tensor, {n});
-  check_dtype(op, name, *tensor, {type});
-  STD_TORCH_CHECK(n <= 1 || tensor->stride(0) == 1, op, ": expected ", name, " of stride 1, got ", tensor->stride(0));
-  return static_cast<const T*>(tensor->data_ptr());
-}
-
-// the samples of each group; where the ids rise, group g's are those from begin[g] on as they lie
+// the samples of each group: those of group g are at the positions from begin[g] on of `order`, which is empty where
+// the ids rise and the samples are in order already
 struct Groups {
   std::vector<int64_t> begin;
   std::vector<int64_t> order;
@@ -38,23 +25,23 @@ struct Groups {
   int64_t sample(int64_t i) const { return order.empty() ? i : order[i]; }
 };
 
-// the place of the first id outside [0, n), or -1 and the groups
-int64_t find_groups(const int64_t* group, int64_t n, Groups& groups) {
+// fills `groups` and returns -1, or returns the index of the first id outside [0, n)
+int64_t fill_groups(const int64_t* group, int64_t n, Groups& groups) {
   bool rises = true;
-  int64_t before = -1;
+  int64_t previous = -1;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t g = group[i];
     if (g < 0 || g >= n) return i;
-    if (g == before) continue;
-    rises = rises && g > before;
+    if (g == previous) continue;
+    rises = rises && g > previous;
     if (rises) groups.begin.push_back(i);
-    before = g;
+    previous = g;
   }
   if (rises) {
     groups.begin.push_back(n);
     return -1;
   }
-  // a counting sort, stable
+  // a stable counting sort
   groups.begin.assign(n + 1, 0);
   for (int64_t i = 0; i < n; ++i) ++groups.begin[group[i] + 1];
   for (int64_t g = 0; g < n; ++g) groups.begin[g + 1] += groups.begin[g];
@@ -64,7 +51,7 @@ int64_t find_groups(const int64_t* group, int64_t n, Groups& groups) {
   return -1;
 }
 
-// groups are dealt out in runs of at least this many samples' worth on average
+// a thread takes runs of groups with at least this many samples on average
 constexpr int64_t kGrain = 1 << 13;
 
 template <class F>
@@ -90,22 +77,21 @@ inline double sum(int64_t n, F f) {
   return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
-// over n values, n > 1; the deviation has n - 1 below
+// of n > 1 values; the deviation divides by n - 1
 inline Moments moments(const double* x, int64_t n) {
   const double mean = sum(n, [x](int64_t i) { return x[i]; }) / static_cast<double>(n);
   const double square = sum(n, [x, mean](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
   return {mean, std::sqrt(square / static_cast<double>(n - 1))};
 }
 
-// ---- group_advantage
-
+// the options of group_advantage
 struct Options {
   Baseline baseline;
   Scale scale;
   double eps;
 };
 
-// from x, the rewards of a group's n valid samples, to their advantages, in place
+// replaces the rewards x of a group's n valid samples by their advantages
 void advantages(double* x, int64_t n, const Options& o) {
   if (n == 0) return;
   if (n == 1) {
@@ -125,16 +111,16 @@ int64_t group_advantage(const Tensor& reward, const Tensor& group, const std::op
   const char* op = "group_advantage_fwd";
   const int64_t n = reward.numel();
   const ScalarType type = reward.scalar_type();
-  const T* r = samples<T>(op, "reward", reward, n, type);
-  const bool* keep = samples<bool>(op, "valid", valid, n, ScalarType::Bool);
-  T* to = const_cast<T*>(samples<T>(op, "out", out, n, type));
+  const T* r = vector_data<T>(op, "reward", reward, n, type);
+  const bool* keep = vector_data<bool>(op, "valid", valid, n, ScalarType::Bool);
+  T* to = vector_data<T>(op, "out", out, n, type);
   Groups groups;
-  const int64_t bad = find_groups(samples<int64_t>(op, "group", group, n, ScalarType::Long), n, groups);
+  const int64_t bad = fill_groups(vector_data<int64_t>(op, "group", group, n, ScalarType::Long), n, groups);
   if (bad >= 0) return bad;
 
   const bool batch = o.scale == Scale::batch;
-  // of the batch, what its statistics are made of, in the order of the samples
-  std::vector<double> all(batch ? n : 0);
+  // for Scale::batch, in the order of the samples
+  std::vector<double> values(batch ? n : 0);
   std::vector<uint8_t> alone(batch ? n : 0);
   for_groups(groups, n, [&](int64_t first, int64_t last) {
     std::vector<double> x;
@@ -158,7 +144,7 @@ int64_t group_advantage(const Tensor& reward, const Tensor& group, const std::op
         const int64_t k = groups.sample(i);
         const double value = !keep || keep[k] ? *from++ : 0;
         if (batch) {
-          all[k] = value;
+          values[k] = value;
           alone[k] = count == 1 && o.baseline != Baseline::none;
         } else {
           to[k] = static_cast<T>(value);
@@ -169,51 +155,39 @@ int64_t group_advantage(const Tensor& reward, const Tensor& group, const std::op
   if (!batch) return -1;
   std::vector<double> taken;
   for (int64_t i = 0; i < n; ++i) {
-    if (!keep || keep[i]) taken.push_back(all[i]);
+    if (!keep || keep[i]) taken.push_back(values[i]);
   }
   const int64_t count = static_cast<int64_t>(taken.size());
   const Moments m = count > 1 ? moments(taken.data(), count) : Moments{};
   for (int64_t i = 0; i < n; ++i) {
     const bool zero = (keep && !keep[i]) || alone[i] || count <= 1;
-    to[i] = static_cast<T>(zero ? 0 : (all[i] - m.mean) / (m.deviation + o.eps));
+    to[i] = static_cast<T>(zero ? 0 : (values[i] - m.mean) / (m.deviation + o.eps));
   }
   return -1;
 }
 
-// the place of the first bad id, for the caller to raise as every backend does
-void report(const char* op, int64_t place, const Tensor& bad) {
+// writes the index of the first bad id: the caller raises the error that every backend raises
+void report(const char* op, int64_t index, const Tensor& bad) {
   check_shape(op, "bad", bad, {1});
   check_dtype(op, "bad", bad, {ScalarType::Long});
-  *static_cast<int64_t*>(bad.data_ptr()) = place;
+  *static_cast<int64_t*>(bad.data_ptr()) = index;
 }
 
-void group_advantage_fwd(const Tensor& reward, const Tensor& group, const std::optional<Tensor>& valid, int64_t baseline,
-                         int64_t scale, double eps, const Tensor& out, const Tensor& bad) {
+void group_advantage_fwd(const Tensor& reward, const Tensor& group, const std::optional<Tensor>& valid,
+                         int64_t baseline, int64_t scale, double eps, const Tensor& out, const Tensor& bad) {
   check_dtype("group_advantage_fwd", "reward", reward, {ScalarType::Float, ScalarType::Double});
   const Options options{static_cast<Baseline>(baseline), static_cast<Scale>(scale), eps};
   const auto f = reward.scalar_type() == ScalarType::Double ? group_advantage<double> : group_advantage<float>;
   report("group_advantage_fwd", f(reward, group, valid, options, out), bad);
 }
 
-// ---- prism_advantage
-
-struct Settings {
-  double alpha, format_penalty, align_coef, wrong_penalty, w_acc, w_fmt, eps;
-};
-
-struct Choices {
-  bool sum;
-  Invalid invalid;
-  Mode mode;
-};
-
-// one group's samples; kept from group to group for their memory
+// the samples of one group of prism_advantage; the next group reuses the memory
 struct Group {
   std::vector<double> perception, reasoning, aligned, accuracy, reward, taken;
   std::vector<uint8_t> ok;
 };
 
-// the z-scores of x, in place, over the samples that `take` marks, or all; those that are not taken are 0
+// replaces x by its z-scores over the samples that `take` marks, or over all; the others become 0
 void z_score(std::vector<double>& x, const std::vector<uint8_t>* take, std::vector<double>& taken, Invalid invalid,
              double eps) {
   taken.clear();
@@ -232,62 +206,65 @@ void z_score(std::vector<double>& x, const std::vector<uint8_t>* take, std::vect
 // an invalid sample's score becomes the smallest valid one - 1, or -1 if none is valid
 void lower_invalid(std::vector<double>& x, const std::vector<uint8_t>& ok) {
   double lowest = std::numeric_limits<double>::infinity();
-  bool some = false;
+  bool has_valid = false;
   for (size_t i = 0; i < x.size(); ++i) {
     if (!ok[i]) continue;
-    some = true;
+    has_valid = true;
     if (!(x[i] >= lowest)) lowest = x[i];
   }
   for (size_t i = 0; i < x.size(); ++i) {
-    if (!ok[i]) x[i] = some ? lowest - 1 : -1;
+    if (!ok[i]) x[i] = has_valid ? lowest - 1 : -1;
   }
 }
 
 // writes the group's advantages into `reward`
-void combine(Group& g, const Choices& c, const Settings& s) {
+void combine(Group& g, const PrismSettings& s) {
   const size_t n = g.ok.size();
-  const bool exclude = c.invalid == Invalid::exclude;
+  const bool exclude = s.invalid == Invalid::exclude;
+  const bool sum = s.normalize == Normalize::sum;
   const std::vector<uint8_t>* take = exclude ? &g.ok : nullptr;
   if (!exclude) {
     lower_invalid(g.perception, g.ok);
     lower_invalid(g.reasoning, g.ok);
   }
   g.aligned.resize(n);
-  if (!c.sum) {
-    z_score(g.perception, take, g.taken, c.invalid, s.eps);
-    z_score(g.reasoning, take, g.taken, c.invalid, s.eps);
+  if (!sum) {
+    z_score(g.perception, take, g.taken, s.invalid, s.eps);
+    z_score(g.reasoning, take, g.taken, s.invalid, s.eps);
   }
   for (size_t i = 0; i < n; ++i) g.aligned[i] = s.alpha * g.perception[i] + (1 - s.alpha) * g.reasoning[i];
-  if (c.sum) z_score(g.aligned, take, g.taken, c.invalid, s.eps);
+  if (sum) z_score(g.aligned, take, g.taken, s.invalid, s.eps);
 
   g.reward.assign(n, 0);
   for (size_t i = 0; i < n; ++i) {
     const bool ok = g.ok[i];
     const double penalty = ok ? 0 : s.format_penalty;
-    if (c.mode == Mode::align) {
+    if (s.mode == Mode::align) {
       g.reward[i] = g.aligned[i] - penalty;
       continue;
     }
     const bool wrong = ok && g.accuracy[i] <= 0;
-    const double blame = wrong ? s.wrong_penalty : 0;
+    const double wrong_loss = wrong ? s.wrong_penalty : 0;
     const double reward = s.w_acc * g.accuracy[i] + (ok ? s.w_fmt : 0);
-    // the second part of the sum, which is not z-scored
+    // added after the rewards are z-scored
     double& gate = g.aligned[i];
-    switch (c.mode) {
+    switch (s.mode) {
       case Mode::acc_gating:
-        g.reward[i] = s.align_coef * gate - blame - penalty;
+        g.reward[i] = s.align_coef * gate - wrong_loss - penalty;
         continue;
       case Mode::sign_align:
         gate = ok ? s.align_coef * (wrong ? -gate : gate) : 0;
-        g.reward[i] = ok ? reward - blame : -penalty;
+        g.reward[i] = ok ? reward - wrong_loss : -penalty;
         continue;
       default:
         gate = ok && !wrong ? s.align_coef * gate : 0;
     }
-    g.reward[i] = c.mode == Mode::gated ? gate - blame - penalty : c.mode == Mode::rlvr ? reward : reward - blame - penalty;
+    g.reward[i] = s.mode == Mode::gated  ? gate - wrong_loss - penalty
+                  : s.mode == Mode::rlvr ? reward
+                                         : reward - wrong_loss - penalty;
   }
-  if (c.mode == Mode::rlvr || c.mode == Mode::rlvr_v2 || c.mode == Mode::sign_align) {
-    z_score(g.reward, nullptr, g.taken, c.invalid, s.eps);
+  if (s.scores_rewards()) {
+    z_score(g.reward, nullptr, g.taken, s.invalid, s.eps);
     for (size_t i = 0; i < n; ++i) g.reward[i] += g.aligned[i];
   }
   if (exclude && std::none_of(g.ok.begin(), g.ok.end(), [](uint8_t ok) { return ok != 0; })) g.reward.assign(n, 0);
@@ -295,18 +272,18 @@ void combine(Group& g, const Choices& c, const Settings& s) {
 
 template <class T>
 int64_t prism_advantage(const Tensor& perception, const Tensor& reasoning, const Tensor& group,
-                        const std::optional<Tensor>& format_ok, const std::optional<Tensor>& accuracy, const Choices& c,
-                        const Settings& s, const Tensor& out) {
+                        const std::optional<Tensor>& format_ok, const std::optional<Tensor>& accuracy,
+                        const PrismSettings& s, const Tensor& out) {
   const char* op = "prism_advantage_fwd";
   const int64_t n = perception.numel();
   const ScalarType type = perception.scalar_type();
-  const T* p = samples<T>(op, "perception", perception, n, type);
-  const T* r = samples<T>(op, "reasoning", reasoning, n, type);
-  const T* correct = samples<T>(op, "accuracy", accuracy, n, type);
-  const bool* fine = samples<bool>(op, "format_ok", format_ok, n, ScalarType::Bool);
-  T* to = const_cast<T*>(samples<T>(op, "out", out, n, type));
+  const T* p = vector_data<T>(op, "perception", perception, n, type);
+  const T* r = vector_data<T>(op, "reasoning", reasoning, n, type);
+  const T* correct = vector_data<T>(op, "accuracy", accuracy, n, type);
+  const bool* ok = vector_data<bool>(op, "format_ok", format_ok, n, ScalarType::Bool);
+  T* to = vector_data<T>(op, "out", out, n, type);
   Groups groups;
-  const int64_t bad = find_groups(samples<int64_t>(op, "group", group, n, ScalarType::Long), n, groups);
+  const int64_t bad = fill_groups(vector_data<int64_t>(op, "group", group, n, ScalarType::Long), n, groups);
   if (bad >= 0) return bad;
   for_groups(groups, n, [&](int64_t first, int64_t last) {
     Group g;
@@ -317,14 +294,14 @@ int64_t prism_advantage(const Tensor& perception, const Tensor& reasoning, const
       g.ok.resize(size);
       for (int64_t i = 0; i < size; ++i) {
         const int64_t k = groups.sample(begin + i);
-        g.ok[i] = !fine || fine[k];
+        g.ok[i] = !ok || ok[k];
         g.perception[i] = static_cast<double>(p[k]);
         g.reasoning[i] = static_cast<double>(r[k]);
         g.accuracy[i] = correct ? static_cast<double>(correct[k]) : 0;
-        // a score without meaning, NaN perhaps, is not computed with
-        if (c.invalid == Invalid::exclude && !g.ok[i]) g.perception[i] = g.reasoning[i] = 0;
+        // the score of an invalid sample may be NaN, and must not be used
+        if (s.invalid == Invalid::exclude && !g.ok[i]) g.perception[i] = g.reasoning[i] = 0;
       }
-      combine(g, c, s);
+      combine(g, s);
       for (int64_t i = 0; i < size; ++i) to[groups.sample(begin + i)] = static_cast<T>(g.reward[i]);
     }
   });
@@ -337,12 +314,9 @@ void prism_advantage_fwd(const Tensor& perception, const Tensor& reasoning, cons
                          const Tensor& out, const Tensor& bad) {
   const char* op = "prism_advantage_fwd";
   check_dtype(op, "perception", perception, {ScalarType::Float, ScalarType::Double});
-  STD_TORCH_CHECK(numbers.size() == 7, op, ": expected 7 numbers, got ", numbers.size());
-  STD_TORCH_CHECK(accuracy || mode == 0, op, ": expected accuracy with mode ", mode);
-  const Choices choices{normalize == 1, static_cast<Invalid>(invalid), static_cast<Mode>(mode)};
-  const Settings settings{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]};
+  const PrismSettings settings = prism_settings(op, normalize, invalid, mode, numbers, accuracy.has_value());
   const auto f = perception.scalar_type() == ScalarType::Double ? prism_advantage<double> : prism_advantage<float>;
-  report(op, f(perception, reasoning, group, format_ok, accuracy, choices, settings, out), bad);
+  report(op, f(perception, reasoning, group, format_ok, accuracy, settings, out), bad);
 }
 
 }  // namespace prism

@@ -1,7 +1,9 @@
-// The policy loss of ops/policy_loss for the CPU, with dL/dlogp and the metrics; eager.py there says what is computed.
+// policy_loss on the CPU, with dL/dlogp and the metrics. prism_kernels/ops/policy_loss/reference.py says what is
+// computed
 
 #include <prism/check.h>
 #include <prism/isa.h>
+#include <prism/policy_loss.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -22,40 +24,20 @@ namespace prism {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// as the tuples of options.py count them
-enum class Ratio { token, sequence };
-enum class Objective { clip, cispo, reinforce };
-enum class Aggregate { token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm };
-enum class Estimator { k1, k2, k3, k1_plus, k3_plus };
-enum class Unit { token, sequence, geometric };
-enum class Rule { none, truncate, mask };
-
-// the places of PolicyMetrics
-enum Total {
-  kTokens, kSequences, kLow, kHigh, kDual, kLag, kKl, kRatioSum, kRaw, kUsed, kClipped, kWeight, kWeightSquare, kEntropy,
-  kRatioMin, kRatioMax, kTotals
-};
-
 template <class T>
 struct PolicyLoss {
-  // T tokens; null where not given
+  // [tokens], null where not given
   const T *logp, *old_logp, *advantage, *ref_logp, *rollout_logp, *entropy;
   const bool* mask;
   T *grad, *grad_entropy;
-  // of each sequence: its bounds, its number of valid tokens, and by what each of these counts
+  // cu_seqlens; for each sequence the number of its valid tokens, and the weight of each of them
   const int64_t* bounds;
   const int64_t* counts;
   const double* weights;
-  Ratio ratio;
-  Objective objective;
-  Estimator estimator;
-  Unit unit;
-  Rule rule;
-  bool per_token;
-  T low, high, dual, bound, kl_coef, lower, upper, entropy_coef;
+  PolicyOptions<T> options;
 };
 
-// the loss and the metrics of some sequences
+// the loss and the totals of some sequences
 struct Sums {
   double loss = 0;
   std::array<double, kTotals> totals{};
@@ -68,8 +50,8 @@ struct Sums {
 
 namespace prism {
 
-// sequences are dealt out in runs of at least this many tokens. The runs depend on the sequences alone, and so do the
-// sums, which are formed run by run
+// a thread takes a run of sequences with at least this many tokens. The runs, and so the order of the sums, depend on
+// the sequences alone, not on the number of threads
 constexpr int64_t kRun = 8192;
 
 struct Run {
@@ -95,7 +77,7 @@ void for_runs(const std::vector<Run>& runs, F work) {
 }
 
 int64_t count(const bool* mask, int64_t n) {
-  // in bytes, so that the compiler can sum them side by side; not more at a time than a byte holds
+  // sums of bytes, which the compiler vectorises; 255 is the largest
   int64_t total = 0;
   for (int64_t i = 0; i < n; i += 255) {
     const int64_t some = std::min<int64_t>(255, n - i);
@@ -107,39 +89,23 @@ int64_t count(const bool* mask, int64_t n) {
 }
 
 template <class T>
-const T* column(const char* name, const std::optional<Tensor>& tensor, int64_t size, ScalarType type) {
-  const char* op = "policy_loss_fwd";
-  if (!tensor) return nullptr;
-  check_shape(op, name, *tensor, {size});
-  check_dtype(op, name, *tensor, {type});
-  STD_TORCH_CHECK(size <= 1 || tensor->stride(0) == 1, op, ": expected ", name, " of stride 1, got ", tensor->stride(0));
-  return static_cast<const T*>(tensor->data_ptr());
-}
-
-template <class T>
-T* output(const char* name, const Tensor& tensor, int64_t size, ScalarType type) {
-  return const_cast<T*>(column<T>(name, tensor, size, type));
-}
-
-template <class T>
 void run(const Tensor& logp, const std::optional<Tensor>& old_logp, const Tensor& advantage, const Tensor& cu_seqlens,
          const std::optional<Tensor>& mask, const std::optional<Tensor>& ref_logp,
          const std::optional<Tensor>& rollout_logp, const std::optional<Tensor>& entropy, double denominator,
-         const std::vector<int64_t>& choices, const std::vector<double>& numbers, const Tensor& loss, const Tensor& grad,
-         const Tensor& grad_entropy, const Tensor& totals) {
+         const std::vector<int64_t>& choices, const std::vector<double>& numbers, const Tensor& loss,
+         const Tensor& grad, const Tensor& grad_entropy, const Tensor& totals) {
   const char* op = "policy_loss_fwd";
   const ScalarType type = logp.scalar_type();
   const int64_t tokens = logp.numel(), sequences = cu_seqlens.numel() - 1;
-  STD_TORCH_CHECK(choices.size() == 6 && numbers.size() == 10 && sequences >= 0, op, ": bad options");
-  const auto aggregate = static_cast<Aggregate>(choices[2]);
-  const bool per_token = choices[5] != 0;
-  const int64_t* bounds = column<int64_t>("cu_seqlens", cu_seqlens, sequences + 1, ScalarType::Long);
+  STD_TORCH_CHECK(sequences >= 0, op, ": expected cu_seqlens of shape (S + 1,), got (0,)");
+  const PolicyOptions<T> options = policy_options<T>(op, choices, numbers);
+  const int64_t* bounds = vector_data<int64_t>(op, "cu_seqlens", cu_seqlens, sequences + 1, ScalarType::Long);
   bool rising = bounds[0] == 0 && bounds[sequences] == tokens;
   for (int64_t s = 0; s < sequences; ++s) rising = rising && bounds[s] <= bounds[s + 1];
   STD_TORCH_CHECK(rising, op, ": expected cu_seqlens that rise from 0 to ", tokens);
 
   const std::vector<Run> runs = runs_of(bounds, sequences);
-  const bool* valid = column<bool>("mask", mask, tokens, ScalarType::Bool);
+  const bool* valid = vector_data<bool>(op, "mask", mask, tokens, ScalarType::Bool);
   std::vector<int64_t> counts(sequences);
   for_runs(runs, [&](int64_t i) {
     for (int64_t s = runs[i].first; s < runs[i].last; ++s) {
@@ -154,45 +120,31 @@ void run(const Tensor& logp, const std::optional<Tensor>& old_logp, const Tensor
   }
   if (denominator == 0) {
     denominator = static_cast<double>(std::max<int64_t>(
-        1, aggregate == Aggregate::token_mean ? valid_tokens : valid_sequences));
+        1, options.aggregate == Aggregate::token_mean ? valid_tokens : valid_sequences));
   }
-  const double horizon = numbers[5];
   std::vector<double> weights(sequences);
   for (int64_t s = 0; s < sequences; ++s) {
     weights[s] = 1 / denominator;
-    if (aggregate == Aggregate::seq_mean_token_mean) weights[s] /= static_cast<double>(std::max<int64_t>(1, counts[s]));
-    if (aggregate == Aggregate::seq_mean_token_sum_norm) weights[s] /= horizon;
+    if (options.aggregate == Aggregate::seq_mean_token_mean) {
+      weights[s] /= static_cast<double>(std::max<int64_t>(1, counts[s]));
+    }
+    if (options.aggregate == Aggregate::seq_mean_token_sum_norm) weights[s] /= numbers[kHorizon];
   }
 
-  const int64_t correction = choices[4];
-  const auto number = [&](int i) { return static_cast<T>(numbers[i]); };
   const PolicyLoss<T> arguments{
-      .logp = column<T>("logp", logp, tokens, type),
-      .old_logp = column<T>("old_logp", old_logp, tokens, type),
-      .advantage = column<T>("advantage", advantage, per_token ? tokens : sequences, type),
-      .ref_logp = column<T>("ref_logp", ref_logp, tokens, type),
-      .rollout_logp = column<T>("rollout_logp", rollout_logp, tokens, type),
-      .entropy = column<T>("entropy", entropy, tokens, type),
+      .logp = vector_data<T>(op, "logp", logp, tokens, type),
+      .old_logp = vector_data<T>(op, "old_logp", old_logp, tokens, type),
+      .advantage = vector_data<T>(op, "advantage", advantage, options.per_token ? tokens : sequences, type),
+      .ref_logp = vector_data<T>(op, "ref_logp", ref_logp, tokens, type),
+      .rollout_logp = vector_data<T>(op, "rollout_logp", rollout_logp, tokens, type),
+      .entropy = vector_data<T>(op, "entropy", entropy, tokens, type),
       .mask = valid,
-      .grad = output<T>("grad", grad, tokens, type),
-      .grad_entropy = entropy ? output<T>("grad_entropy", grad_entropy, tokens, type) : nullptr,
+      .grad = vector_data<T>(op, "grad", grad, tokens, type),
+      .grad_entropy = entropy ? vector_data<T>(op, "grad_entropy", grad_entropy, tokens, type) : nullptr,
       .bounds = bounds,
       .counts = counts.data(),
       .weights = weights.data(),
-      .ratio = static_cast<Ratio>(choices[0]),
-      .objective = static_cast<Objective>(choices[1]),
-      .estimator = static_cast<Estimator>(choices[3]),
-      .unit = correction < 0 ? Unit::token : static_cast<Unit>(correction % 3),
-      .rule = correction < 0 ? Rule::none : correction < 3 ? Rule::truncate : Rule::mask,
-      .per_token = per_token,
-      .low = static_cast<T>(1 - numbers[0]),
-      .high = static_cast<T>(1 + numbers[1]),
-      .dual = number(2),
-      .bound = number(3),
-      .kl_coef = number(6),
-      .lower = number(7),
-      .upper = number(8),
-      .entropy_coef = number(9),
+      .options = options,
   };
   std::vector<Sums> parts(runs.size());
   for_runs(runs, [&](int64_t i) {
@@ -203,7 +155,7 @@ void run(const Tensor& logp, const std::optional<Tensor>& old_logp, const Tensor
     }
   });
   double value = 0;
-  double* total = output<double>("totals", totals, kTotals, ScalarType::Double);
+  double* total = vector_data<double>(op, "totals", totals, kTotals, ScalarType::Double);
   std::fill_n(total, kTotals, 0.0);
   total[kRatioMin] = std::numeric_limits<double>::infinity();
   total[kRatioMax] = -total[kRatioMin];
@@ -216,8 +168,8 @@ void run(const Tensor& logp, const std::optional<Tensor>& old_logp, const Tensor
   }
   total[kTokens] = static_cast<double>(valid_tokens);
   total[kSequences] = static_cast<double>(valid_sequences);
-  if (!rollout_logp) total[kRaw] = total[kTokens];
-  if (arguments.rule == Rule::none) total[kUsed] = total[kTokens];
+  if (!rollout_logp) total[kCorrectionRaw] = total[kTokens];
+  if (options.rule == Rule::none) total[kCorrectionUsed] = total[kTokens];
   check_shape(op, "loss", loss, {});
   check_dtype(op, "loss", loss, {type});
   *static_cast<T*>(loss.data_ptr()) = static_cast<T>(value);

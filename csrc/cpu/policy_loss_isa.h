@@ -1,12 +1,11 @@
 // No include guard: each_isa.h includes this file once for each instruction set.
 //
-// A sequence is worked through a vector of tokens at a time. Nothing that is not valid enters the arithmetic; what is
-// clipped has gradient 0 by selection, never as 0 * inf.
+// A sequence is computed a vector of tokens at a time. Invalid tokens are replaced by 0 before the arithmetic, and a
+// selection makes the gradient of clipped ones 0, since a product with 0 could be NaN.
 
 namespace prism::PRISM_ISA {
 
-// ---- masks: what a comparison of two vectors gives
-
+// the result of comparing two vectors
 template <class V>
 using Flags = decltype(V{} < V{});
 
@@ -28,11 +27,12 @@ PRISM_INLINE V between(V x, V low, V high) {
   return x > high ? high : x;
 }
 
-// what is formed with the type computed with, before the sums join those in double. It is a local variable of the loop
-// over tokens, so that it lives in registers
+// sums in T, which are added to those in double every kFlush tokens. A local variable of the loop over tokens, so that
+// it stays in registers
 template <class V>
 struct Partial {
-  V loss{}, low{}, high{}, dual{}, lag{}, kl{}, ratio{}, raw{}, used{}, clipped{}, weight{}, weight_square{}, entropy{};
+  V loss{}, clipped_low{}, clipped_high{}, clipped_dual{}, approx_kl{}, ref_kl{}, ratio{};
+  V correction_raw{}, correction_used{}, correction_clipped{}, ess_sum{}, ess_sum_sq{}, entropy{};
   V smallest{}, largest{};
 
   PRISM_INLINE Partial() {
@@ -48,13 +48,15 @@ struct Kernel {
   static constexpr int64_t W = Lanes<V>::count;
 
   const PolicyLoss<T>& a;
+  const PolicyOptions<T>& o;
 
-  explicit Kernel(const PolicyLoss<T>& arguments) : a(arguments) {}
+  explicit Kernel(const PolicyLoss<T>& arguments) : a(arguments), o(arguments.options) {}
 
-  // one vector of tokens; lanes that are not valid hold zeros
+  // one vector of tokens, 0 in the lanes that are not valid; log_ratio is logp - old_logp, rollout_log_ratio is
+  // old_logp - rollout_logp
   struct Tokens {
     Flags<V> valid;
-    V x, lag, behind;
+    V logp, log_ratio, rollout_log_ratio;
   };
 
   template <bool kSome>
@@ -77,17 +79,17 @@ struct Kernel {
   PRISM_INLINE Tokens tokens(int64_t t, int64_t n) const {
     Tokens k;
     k.valid = valid_at<kSome>(t, n);
-    k.x = k.valid ? read<kSome>(a.logp, t, n) : V{};
-    V old = k.x;
+    k.logp = k.valid ? read<kSome>(a.logp, t, n) : V{};
+    V old = k.logp;
     if (a.old_logp) old = k.valid ? read<kSome>(a.old_logp, t, n) : V{};
-    k.lag = k.x - old;
-    k.behind = V{};
-    if (a.rollout_logp) k.behind = old - (k.valid ? read<kSome>(a.rollout_logp, t, n) : V{});
+    k.log_ratio = k.logp - old;
+    k.rollout_log_ratio = V{};
+    if (a.rollout_logp) k.rollout_log_ratio = old - (k.valid ? read<kSome>(a.rollout_logp, t, n) : V{});
     return k;
   }
 
   PRISM_INLINE V bounded_exp(V x) const {
-    return exp_clamped(between(x, broadcast<V>(-a.bound), broadcast<V>(a.bound)));
+    return exp_clamped(between(x, broadcast<V>(-o.bound), broadcast<V>(o.bound)));
   }
 
   struct Correction {
@@ -95,27 +97,26 @@ struct Kernel {
     Flags<V> clipped;
   };
 
-  PRISM_INLINE Correction correct(V behind) const {
+  PRISM_INLINE Correction correct(V rollout_log_ratio) const {
     const V one = broadcast<V>(1);
     Correction c{one, one, V{} < V{}};
     if (!a.rollout_logp) return c;
-    c.raw = bounded_exp(behind);
-    if (a.rule == Rule::none) return c;
-    c.clipped = c.raw > a.upper;
-    if (a.rule == Rule::truncate) {
-      c.used = c.clipped ? broadcast<V>(a.upper) : c.raw;
+    c.raw = bounded_exp(rollout_log_ratio);
+    if (o.rule == Rule::none) return c;
+    c.clipped = c.raw > o.upper;
+    if (o.rule == Rule::truncate) {
+      c.used = c.clipped ? broadcast<V>(o.upper) : c.raw;
     } else {
-      c.clipped = c.clipped | (c.raw < a.lower);
+      c.clipped = c.clipped | (c.raw < o.lower);
       c.used = c.clipped ? V{} : c.raw;
     }
     return c;
   }
 
-  // what is the same for all tokens of a sequence
+  // the values that all tokens of a sequence share: the mean of log_ratio, the mean of rollout_log_ratio (the sum where
+  // the correction is a product), and the correction as used or its mean, each where the options need it
   struct Sequence {
-    T weight, advantage;
-    // means over the valid tokens, or sums for the product of a correction; used where the options ask for them
-    T log_ratio, behind, used;
+    T weight, advantage, log_ratio, rollout_log_ratio, correction;
   };
 
   template <bool kSome>
@@ -123,60 +124,57 @@ struct Kernel {
     const Tokens k = tokens<kSome>(t, n);
     const Flags<V> valid = k.valid;
     const V zero{}, one = broadcast<V>(1);
-    const bool whole = a.ratio == Ratio::sequence;
-    const V log_ratio = whole ? broadcast<V>(q.log_ratio) : k.lag;
+    const V log_ratio = o.ratio == Ratio::sequence ? broadcast<V>(q.log_ratio) : k.log_ratio;
     const V r = bounded_exp(log_ratio);
-    const Flags<V> outside = (log_ratio > a.bound) | (log_ratio < -a.bound);
-    const V advantage = a.per_token ? read<kSome>(a.advantage, t, n) : broadcast<V>(q.advantage);
-    const Correction c = correct(a.unit == Unit::token ? k.behind : broadcast<V>(q.behind));
+    const Flags<V> outside = (log_ratio > o.bound) | (log_ratio < -o.bound);
+    const V advantage = o.per_token ? read<kSome>(a.advantage, t, n) : broadcast<V>(q.advantage);
+    const Correction c = correct(o.unit == Unit::token ? k.rollout_log_ratio : broadcast<V>(q.rollout_log_ratio));
 
-    Flags<V> below = r < a.low, above = r > a.high;
+    Flags<V> below = r < o.low, above = r > o.high;
     V value, slope;
-    if (a.objective == Objective::clip) {
+    if (o.objective == Objective::clip) {
       below = below & (advantage < zero);
       above = above & (advantage > zero);
-      V held = below ? broadcast<V>(a.low) : above ? broadcast<V>(a.high) : r;
-      const Flags<V> dual = (advantage < zero) & (held > a.dual);
-      held = dual ? broadcast<V>(a.dual) : held;
-      value = -advantage * held;
+      V clipped = below ? broadcast<V>(o.low) : above ? broadcast<V>(o.high) : r;
+      const Flags<V> dual = (advantage < zero) & (clipped > o.dual);
+      clipped = dual ? broadcast<V>(o.dual) : clipped;
+      value = -advantage * clipped;
       slope = (below | above | dual | outside) ? zero : value;
-      partial.dual += (valid & dual) ? one : zero;
-    } else if (a.objective == Objective::cispo) {
-      slope = -advantage * between(r, broadcast<V>(a.low), broadcast<V>(a.high));
-      value = slope * k.x;
+      partial.clipped_dual += (valid & dual) ? one : zero;
+    } else if (o.objective == Objective::cispo) {
+      slope = -advantage * between(r, broadcast<V>(o.low), broadcast<V>(o.high));
+      value = slope * k.logp;
     } else {
       slope = -advantage;
-      value = slope * k.x;
+      value = slope * k.logp;
       below = above = zero < zero;
     }
-    partial.low += (valid & below) ? one : zero;
-    partial.high += (valid & above) ? one : zero;
+    partial.clipped_low += (valid & below) ? one : zero;
+    partial.clipped_high += (valid & above) ? one : zero;
 
     const V weight = broadcast<V>(q.weight);
-    // through the mean over the sequence each token contributes alike
-    const bool alike = whole && a.objective == Objective::clip && !a.per_token;
-    V grad = weight * (alike ? broadcast<V>(q.used) : c.used) * slope;
+    V grad = weight * (o.through_mean() ? broadcast<V>(q.correction) : c.used) * slope;
     V term = c.used * value;
     if (a.ref_logp) {
-      const V delta = k.x - (valid ? read<kSome>(a.ref_logp, t, n) : zero);
+      const V delta = k.logp - (valid ? read<kSome>(a.ref_logp, t, n) : zero);
       V kl = delta, kl_slope = delta;
-      if (a.estimator == Estimator::k1) kl_slope = one;
-      if (a.estimator == Estimator::k2) kl = delta * delta * static_cast<T>(0.5);
-      if (a.estimator == Estimator::k3 || a.estimator == Estimator::k3_plus) {
-        const V held = between(delta, broadcast<V>(-a.bound), broadcast<V>(a.bound));
-        const V less = expm1_of(-held, exp_clamped(-held));
-        kl = less + held;
-        if (a.estimator == Estimator::k3) kl_slope = ((delta > a.bound) | (delta < -a.bound)) ? zero : -less;
+      if (o.estimator == Estimator::k1) kl_slope = one;
+      if (o.estimator == Estimator::k2) kl = delta * delta * static_cast<T>(0.5);
+      if (o.estimator == Estimator::k3 || o.estimator == Estimator::k3_plus) {
+        const V bounded = between(delta, broadcast<V>(-o.bound), broadcast<V>(o.bound));
+        const V growth = expm1_of(-bounded, exp_clamped(-bounded));
+        kl = growth + bounded;
+        if (o.estimator == Estimator::k3) kl_slope = ((delta > o.bound) | (delta < -o.bound)) ? zero : -growth;
       }
-      term += a.kl_coef * kl;
-      grad += weight * (a.kl_coef * kl_slope);
-      partial.kl += valid ? kl : zero;
+      term += o.kl_coef * kl;
+      grad += weight * (o.kl_coef * kl_slope);
+      partial.ref_kl += valid ? kl : zero;
     }
     if (a.entropy) {
       const V entropy = valid ? read<kSome>(a.entropy, t, n) : zero;
-      term -= a.entropy_coef * entropy;
+      term -= o.entropy_coef * entropy;
       partial.entropy += entropy;
-      const V grad_entropy = valid ? -a.entropy_coef * weight : zero;
+      const V grad_entropy = valid ? -o.entropy_coef * weight : zero;
       if constexpr (kSome) {
         store_some(a.grad_entropy + t, grad_entropy, n);
       } else {
@@ -191,51 +189,51 @@ struct Kernel {
     }
 
     partial.loss += valid ? weight * term : zero;
-    partial.lag -= k.lag;
+    partial.approx_kl -= k.log_ratio;
     partial.ratio += valid ? r : zero;
     const V importance = valid ? r * c.used : zero;
-    partial.weight += importance;
-    partial.weight_square += importance * importance;
+    partial.ess_sum += importance;
+    partial.ess_sum_sq += importance * importance;
     if (a.rollout_logp) {
-      partial.raw += valid ? c.raw : zero;
-      partial.used += valid ? c.used : zero;
-      partial.clipped += (valid & c.clipped) ? one : zero;
+      partial.correction_raw += valid ? c.raw : zero;
+      partial.correction_used += valid ? c.used : zero;
+      partial.correction_clipped += (valid & c.clipped) ? one : zero;
     }
     // NaN stays NaN
     partial.smallest = (valid & ((r < partial.smallest) | (r != r))) ? r : partial.smallest;
     partial.largest = (valid & ((r > partial.largest) | (r != r))) ? r : partial.largest;
   }
 
-  // what `step` does where the loss is PPO's with an advantage per sequence, and nothing else is asked for: the sign of
-  // the advantage then says for the whole sequence on which sides the ratio is held
+  // the values that all tokens of a sequence share in PPO's loss with an advantage per sequence, without KL, correction
+  // and entropy: the sign of the advantage says for the whole sequence on which side the ratio is clipped
   struct Plain {
     V weight, loss, advantage, log_ratio, floor, ceiling, bound;
   };
 
   PRISM_INLINE Plain plain(const Sequence& q) const {
     constexpr T inf = std::numeric_limits<T>::infinity();
-    const T ceiling = q.advantage > 0 ? a.high : q.advantage < 0 ? a.dual : inf;
+    const T ceiling = q.advantage > 0 ? o.high : q.advantage < 0 ? o.dual : inf;
     return {broadcast<V>(q.weight),    broadcast<V>(-q.weight * q.advantage),
             broadcast<V>(q.advantage), broadcast<V>(q.log_ratio),
-            broadcast<V>(q.advantage < 0 ? a.low : -inf), broadcast<V>(ceiling), broadcast<V>(a.bound)};
+            broadcast<V>(q.advantage < 0 ? o.low : -inf), broadcast<V>(ceiling), broadcast<V>(o.bound)};
   }
 
+  // `step` for this loss; counts in `over` the tokens clipped from above
   template <bool kMask>
   PRISM_INLINE void plain_step(const Plain& q, int64_t t, Partial<V>& partial, V& over) const {
     const V zero{}, one = broadcast<V>(1);
     const Flags<V> valid = kMask ? flags_of(a.mask + t, static_cast<V*>(nullptr)) : zero == zero;
-    V lag = load<V>(a.logp + t) - load<V>(a.old_logp + t);
-    if constexpr (kMask) lag = valid ? lag : zero;
-    const V log_ratio = a.ratio == Ratio::sequence ? q.log_ratio : lag;
+    V token_log_ratio = load<V>(a.logp + t) - load<V>(a.old_logp + t);
+    if constexpr (kMask) token_log_ratio = valid ? token_log_ratio : zero;
+    const V log_ratio = o.ratio == Ratio::sequence ? q.log_ratio : token_log_ratio;
     V r = exp_clamped(between(log_ratio, -q.bound, q.bound));
     const Flags<V> below = r < q.floor, above = r > q.ceiling;
-    const Flags<V> still = below | above | (log_ratio > q.bound) | (log_ratio < -q.bound);
-    const V held = between(r, q.floor, q.ceiling);
-    V loss = q.loss * held;
-    V grad = still ? zero : loss;
+    const Flags<V> flat = below | above | (log_ratio > q.bound) | (log_ratio < -q.bound);
+    V loss = q.loss * between(r, q.floor, q.ceiling);
+    V grad = flat ? zero : loss;
     Flags<V> low = below, high = above;
     if constexpr (kMask) {
-      // a mask may hide a whole sequence, whose advantage may be NaN
+      // a sequence without a valid token may have an advantage of NaN
       grad = valid ? grad : zero;
       loss = valid ? loss : zero;
       low = low & valid;
@@ -249,15 +247,15 @@ struct Kernel {
     }
     store(a.grad + t, grad);
     partial.loss += loss;
-    partial.low += low ? one : zero;
+    partial.clipped_low += low ? one : zero;
     over += high ? one : zero;
-    partial.lag -= lag;
+    partial.approx_kl -= token_log_ratio;
     partial.ratio += r;
-    partial.weight += r;
-    partial.weight_square += r * r;
+    partial.ess_sum += r;
+    partial.ess_sum_sq += r * r;
   }
 
-  // sums over a sequence's valid tokens, each block of them in T and then in double
+  // the sum over a sequence's valid tokens: in T over each block of kFlush tokens, in double over the blocks
   template <class F>
   double sum(int64_t begin, int64_t end, F add) const {
     double total = 0;
@@ -275,20 +273,22 @@ struct Kernel {
   Sequence sequence(int64_t s) const {
     const int64_t begin = a.bounds[s], end = a.bounds[s + 1];
     const double n = static_cast<double>(std::max<int64_t>(1, a.counts[s]));
-    Sequence q{static_cast<T>(a.weights[s]), a.per_token ? T(0) : a.advantage[s], T(0), T(0), T(1)};
-    const auto lag = [](const Tokens& k, V& total) __attribute__((always_inline)) { total += k.lag; };
-    const auto behind = [](const Tokens& k, V& total) __attribute__((always_inline)) { total += k.behind; };
-    const auto used = [this](const Tokens& k, V& total) __attribute__((always_inline)) {
-      total += k.valid ? correct(k.behind).used : V{};
+    Sequence q{static_cast<T>(a.weights[s]), o.per_token ? T(0) : a.advantage[s], T(0), T(0), T(1)};
+    const auto log_ratio = [](const Tokens& k, V& total) __attribute__((always_inline)) { total += k.log_ratio; };
+    const auto rollout_log_ratio = [](const Tokens& k, V& total) __attribute__((always_inline)) {
+      total += k.rollout_log_ratio;
     };
-    if (a.ratio == Ratio::sequence && a.old_logp) q.log_ratio = static_cast<T>(sum(begin, end, lag) / n);
+    const auto correction = [this](const Tokens& k, V& total) __attribute__((always_inline)) {
+      total += k.valid ? correct(k.rollout_log_ratio).used : V{};
+    };
+    if (o.ratio == Ratio::sequence && a.old_logp) q.log_ratio = static_cast<T>(sum(begin, end, log_ratio) / n);
     if (!a.rollout_logp) return q;
-    if (a.unit != Unit::token) {
-      const double total = sum(begin, end, behind);
-      q.behind = static_cast<T>(a.unit == Unit::geometric ? total / n : total);
-      q.used = first_lane(correct(broadcast<V>(q.behind)).used);
-    } else if (a.ratio == Ratio::sequence && a.rule != Rule::none) {
-      q.used = static_cast<T>(sum(begin, end, used) / n);
+    if (o.unit != Unit::token) {
+      const double total = sum(begin, end, rollout_log_ratio);
+      q.rollout_log_ratio = static_cast<T>(o.unit == Unit::geometric ? total / n : total);
+      q.correction = first_lane(correct(broadcast<V>(q.rollout_log_ratio)).used);
+    } else if (o.ratio == Ratio::sequence && o.rule != Rule::none) {
+      q.correction = static_cast<T>(sum(begin, end, correction) / n);
     }
     return q;
   }
@@ -306,17 +306,17 @@ struct Kernel {
     };
     add(sums.loss, p.loss);
     auto& total = sums.totals;
-    add(total[kLow], p.low);
-    add(total[kHigh], p.high);
-    add(total[kDual], p.dual);
-    add(total[kLag], p.lag);
-    add(total[kKl], p.kl);
+    add(total[kClippedLow], p.clipped_low);
+    add(total[kClippedHigh], p.clipped_high);
+    add(total[kClippedDual], p.clipped_dual);
+    add(total[kApproxKl], p.approx_kl);
+    add(total[kRefKl], p.ref_kl);
     add(total[kRatioSum], p.ratio);
-    add(total[kRaw], p.raw);
-    add(total[kUsed], p.used);
-    add(total[kClipped], p.clipped);
-    add(total[kWeight], p.weight);
-    add(total[kWeightSquare], p.weight_square);
+    add(total[kCorrectionRaw], p.correction_raw);
+    add(total[kCorrectionUsed], p.correction_used);
+    add(total[kCorrectionClipped], p.correction_clipped);
+    add(total[kEssSum], p.ess_sum);
+    add(total[kEssSumSq], p.ess_sum_sq);
     add(total[kEntropy], p.entropy);
   }
 
@@ -324,19 +324,19 @@ struct Kernel {
     Sums sums;
     Partial<V> partial;
     int64_t since = 0;
-    const bool simple = a.objective == Objective::clip && !a.per_token && a.old_logp && !a.rollout_logp && !a.ref_logp &&
-                        !a.entropy;
+    const bool is_plain = o.objective == Objective::clip && !o.per_token && a.old_logp && !a.rollout_logp &&
+                          !a.ref_logp && !a.entropy;
     for (int64_t s = first; s < last; ++s) {
       const Sequence q = sequence(s);
       const Plain p = plain(q);
-      // held from above: by the clip, or for a negative advantage by the dual clip
+      // clipped from above: by the clip, or for a negative advantage by the dual clip
       V over{};
       int64_t t = a.bounds[s];
       const int64_t end = a.bounds[s + 1];
       while (end - t >= W) {
         const int64_t stop = std::min(end - W, t + kFlush);
         const int64_t begin = t;
-        if (!simple) {
+        if (!is_plain) {
           for (; t <= stop; t += W) step<false>(q, t, W, partial);
         } else if (a.mask) {
           for (; t <= stop; t += W) plain_step<true>(p, t, partial, over);
@@ -354,9 +354,9 @@ struct Kernel {
         since += W;
       }
       if (q.advantage < 0) {
-        partial.dual += over;
+        partial.clipped_dual += over;
       } else {
-        partial.high += over;
+        partial.clipped_high += over;
       }
     }
     flush(partial, sums);
@@ -378,7 +378,7 @@ struct Kernel {
 inline Sums loss_float(const PolicyLoss<float>& a, int64_t first, int64_t last) {
   return Kernel<Vec>(a).run(first, last);
 }
-// double is for checking gradients: the C library does its mathematics, whatever the instruction set
+// double serves gradient checks: the C library does its mathematics on every instruction set
 inline Sums loss_double(const PolicyLoss<double>& a, int64_t first, int64_t last) {
   return Kernel<double>(a).run(first, last);
 }

@@ -1,11 +1,12 @@
-// the row kernels of linear_logprob and token_logprob on CUDA. Their meaning is written down in
-// prism_kernels/ops/anchored_rows/eager.py. A block of threads handles a row; memory bandwidth is what limits it.
+// the row kernels of linear_logprob and token_logprob on CUDA. prism_kernels/ops/anchored_rows says what they compute.
+// A block of threads handles a row; memory bandwidth is the limit
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 
+#include <prism/anchored_rows.h>
 #include <prism/check.h>
 #include <prism/launch.cuh>
 #include <prism/vec.cuh>
@@ -14,15 +15,13 @@ namespace prism {
 namespace {
 
 constexpr int kThreads = 512;
-// two blocks to a multiprocessor with four 16-byte loads in flight to a thread are 64 KiB on their way, about twice
-// what the latency of an H200's memory asks for. kLoads below is less where four would not fit the registers
+// two blocks to a multiprocessor, with four 16-byte loads in flight to a thread, keep 64 KiB in flight, about twice as
+// much as the latency of an H200's memory needs. kLoads below is less where four would not fit the registers
 template <typename T>
 constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
-// as in eager.py: exp(28) summed over 2**18 columns stays below 2**60, so that the squares still fit in fp32
-constexpr double kFar = 28.0;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
-// stands for -inf where it is multiplied by an exponential of 0 or by beta
+// LOWEST of prism_kernels/ops/anchored_rows: it replaces -inf, whose product with an exponential or a beta of 0 is NaN
 constexpr double kLowest = -1e4;
 
 // a vector of T, or one row of a matrix
@@ -34,7 +33,7 @@ struct Vector {
   __device__ T& operator[](int64_t i) const { return data[i * stride]; }
 };
 
-// rows of any type with elements side by side
+// rows of contiguous elements of any type
 struct Matrix {
   void* data;
   int64_t stride;
@@ -45,7 +44,7 @@ struct Matrix {
   }
 };
 
-// what turns z into the logits that the softmax sees
+// turns z into the logits of the softmax
 template <typename A>
 struct Transform {
   const void* bias;
@@ -67,7 +66,7 @@ struct Transform {
     }
   }
 
-  // turns z into x and gives dx/dz
+  // replaces z by the logits x; returns dx/dz
   template <int N>
   __device__ __forceinline__ Pack<A, N> apply(Pack<A, N>& x, int column) const {
     Pack<A, N> slope;
@@ -105,7 +104,7 @@ struct ForwardArguments {
   Rows<A> rows;
   Matrix z;
   Matrix exp;
-  Vector<A> stats[4];
+  Vector<A> stats[kRowSums];
   bool in_place;
   bool chain;
 };
@@ -115,16 +114,16 @@ struct BackwardArguments {
   Rows<A> rows;
   Matrix source;
   Matrix out;
-  Vector<const A> coefficients[3];
+  Vector<const A> coefficients[kCoefficients];
 };
 
-// the sums over the columns that a thread has seen; dot is in units of log2
+// a thread's sums of e, e * t and e^2 over the columns that it has read
 template <typename A>
 struct Sums {
   A centre;
   A sums[3];
 
-  // adds e = 2^t with t = (x - centre) * scale, which it puts into `out` too; 0 at the target
+  // adds e = 2^t with t = (x - centre) * scale and writes it to `out`; e is 0 at the target
   template <int N>
   __device__ __forceinline__ void add(const Pack<A, N>& x, A scale, int target_at, Pack<A, N>& out) {
     Pack<A, N> t;
@@ -140,7 +139,7 @@ struct Sums {
         if (j == target_at) out.value[j] = 0;
       }
     }
-    // summed within the pack first: fewer roundings on the way to a long sum
+    // summed within the pack first: a long sum then rounds less often
     A sum = out.value[0], dot = out.value[0] * t.value[0], square = out.value[0] * out.value[0];
 #pragma unroll
     for (int j = 1; j < N; ++j) {
@@ -171,7 +170,7 @@ __device__ __forceinline__ A largest(A top, const Pack<A, N>& x) {
   return top;
 }
 
-// Out is void if exponentials are not asked for; kTransform says that there is a bias or a soft cap
+// Out is void where no exponentials are wanted; kTransform: there is a bias or a soft cap
 template <typename Z, typename Out, bool kTransform>
 __global__ void __launch_bounds__(kThreads, kBlocks<Z>)
     anchored_rows_fwd_kernel(const ForwardArguments<compute_t<Z>> p) {
@@ -196,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Z>)
     split.align_with(exp);
     bool settled = false;
     if (std::is_same_v<Z, Out> && p.in_place) {
-      // writing would destroy what a far row has to read again
+      // a far row must be read again, so nothing may be written before
       for_each_pack<A, kThreads, kLoads>(z, split, [&](auto x, int column) {
         if constexpr (kTransform) p.rows.transform.apply(x, column);
         top = largest(top, x);
@@ -205,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Z>)
       if (is_far()) sums.centre = top;
       settled = true;
     }
-    // a row is taken to be near at first: it is read a second time only if it turns out to be far
+    // most rows are near: only a far one is read a second time
     for (;;) {
       for_each_pack<A, kThreads, kLoads>(z, split, [&](auto x, int column) {
         auto e = x;
@@ -229,11 +228,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Z>)
       sums = {top, {0, 0, 0}};
       settled = true;
     }
-    // inf too: NaN compares false
+    // for inf, and for NaN, which compares false
     if (!(abs(sums.sums[0]) < infinity)) zero_row<kThreads>(exp, columns);
   } else {
-    // each thread raises its own centre when it must, so a row is read once. a centre of -inf would give
-    // -inf - -inf, so it starts above that
+    // each thread raises its own centre when it must, so that the row is read once. the centre starts above -inf, since
+    // -inf - -inf is NaN
     sums.centre = anchor == -infinity ? static_cast<A>(-1e38) : anchor;
     const A reach = static_cast<A>(kFar) / inv_temperature;
     for_each_pack<A, kThreads, kLoads>(z, split, [&](auto x, int column) {
@@ -251,10 +250,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Z>)
   }
 
   if (threadIdx.x == 0) {
-    p.stats[0][row] = sums.centre;
-    p.stats[1][row] = sums.sums[0];
-    p.stats[2][row] = sums.sums[1] * static_cast<A>(kLn2);
-    p.stats[3][row] = sums.sums[2];
+    p.stats[kAnchor][row] = sums.centre;
+    p.stats[kRest][row] = sums.sums[0];
+    p.stats[kMoment][row] = sums.sums[1] * static_cast<A>(kLn2);
+    p.stats[kSquare][row] = sums.sums[2];
   }
 }
 
@@ -265,9 +264,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Source>)
   constexpr int kLoads = kTransform ? 1 : 4;
   const int64_t row = blockIdx.x;
   const int columns = p.rows.columns;
-  const A alpha = p.coefficients[0][row];
-  const A beta = p.coefficients[1][row];
-  const A at_target = p.coefficients[2][row];
+  const A alpha = p.coefficients[kAlpha][row];
+  const A beta = p.coefficients[kBeta][row];
+  const A at_target = p.coefficients[kAtTarget][row];
   Out* out = p.out.template row<Out>(row);
   if (alpha == 0 && beta == 0 && at_target == 0) {
     zero_row<kThreads>(out, columns);
@@ -350,44 +349,39 @@ void with_flag(bool flag, const Call& call) {
   }
 }
 
-// checks the arguments of one call of an operator against its rows
+// checks the arguments of one call; the first one is the matrix of its rows
 template <typename A>
 struct Checked {
   static constexpr ScalarType kCompute = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
   const char* op;
-  const Tensor& like;
-
-  void device(const char* name, const Tensor& tensor) const {
-    STD_TORCH_CHECK(tensor.get_device_index() == like.get_device_index() && tensor.is_cuda() == like.is_cuda(), op,
-                    ": expected ", name, " on the device of the rows");
-  }
+  const Tensor& first;
 
   Matrix matrix(const char* name, const Tensor& tensor) const {
-    check_shape(op, name, tensor, {like.size(0), like.size(1)});
+    check_shape(op, name, tensor, {first.size(0), first.size(1)});
     check_rows(op, name, tensor);
     if constexpr (kCompute == ScalarType::Double) {
       check_dtype(op, name, tensor, {ScalarType::Double});
     } else {
       check_dtype(op, name, tensor, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
     }
-    device(name, tensor);
+    check_device(op, name, tensor, first);
     return {tensor.data_ptr(), tensor.stride(0)};
   }
 
   template <typename T>
   Vector<T> vector(const char* name, const Tensor& tensor, ScalarType type) const {
-    check_shape(op, name, tensor, {like.size(0)});
+    check_shape(op, name, tensor, {first.size(0)});
     check_dtype(op, name, tensor, {type});
-    device(name, tensor);
+    check_device(op, name, tensor, first);
     return {static_cast<T*>(tensor.data_ptr()), tensor.stride(0)};
   }
 
   // the rows of a matrix (N, T)
   template <typename T, int N>
   void vectors(const char* name, const Tensor& tensor, Vector<T> (&rows)[N]) const {
-    check_shape(op, name, tensor, {N, like.size(0)});
+    check_shape(op, name, tensor, {N, first.size(0)});
     check_dtype(op, name, tensor, {kCompute});
-    device(name, tensor);
+    check_device(op, name, tensor, first);
     for (int n = 0; n < N; ++n) {
       rows[n] = {static_cast<T*>(tensor.data_ptr()) + n * tensor.stride(0), tensor.stride(1)};
     }
@@ -395,19 +389,18 @@ struct Checked {
 
   Rows<A> rows(const Tensor& target, const Tensor& anchor, const Tensor& inv_temperature,
                const std::optional<Tensor>& bias, double softcap) const {
-    // columns and the steps past the last one are counted in 32 bits
-    STD_TORCH_CHECK(like.size(1) <= INT32_MAX / 2, op, ": expected at most 2**30 columns, got ", like.size(1));
+    STD_TORCH_CHECK(first.size(1) <= kMostElements, op, ": expected at most 2**30 columns, got ", first.size(1));
     Transform<A> transform{nullptr, 0, ScalarType::Float, static_cast<A>(softcap)};
     if (bias) {
-      check_shape(op, "bias", *bias, {like.size(1)});
+      check_shape(op, "bias", *bias, {first.size(1)});
       check_dtype(op, "bias", *bias,
                   {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
-      device("bias", *bias);
+      check_device(op, "bias", *bias, first);
       transform = {bias->data_ptr(), bias->stride(0), bias->scalar_type(), static_cast<A>(softcap)};
     }
     return {vector<const int64_t>("target", target, ScalarType::Long), vector<const A>("anchor", anchor, kCompute),
             vector<const A>("inv_temperature", inv_temperature, kCompute), transform,
-            static_cast<int>(like.size(1))};
+            static_cast<int>(first.size(1))};
   }
 };
 

@@ -1,9 +1,9 @@
-// the advantages of ops/group_advantage and ops/prism_advantage on CUDA, in double; the eager.py there say what is
-// computed. N samples. One launch without host waits: all blocks run at once and wait for each other between the passes.
+// group_advantage and prism_advantage on CUDA, in double, in one launch that the host does not wait for. reference.py
+// of prism_kernels/ops/group_advantage and prism_kernels/ops/prism_advantage says what is computed
 //
-// Whether the ids rise is found on the device. If they do, a group's samples are where they lie; else the blocks sort
-// the samples by id first (radix, stable). Either way each group is then a warp's, or a block's if it is large, and its
-// sums have a fixed order.
+// N samples. All blocks run at once and wait for each other between the passes. They check first whether the ids rise;
+// if not, they sort the samples by id (a stable radix sort). Then a warp takes each group, or a block a large one, and
+// every sum has a fixed order, so that the bits are the same from run to run.
 
 #include <torch/csrc/stable/library.h>
 
@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include <prism/advantage.h>
 #include <prism/column.cuh>
 #include <prism/grid.cuh>
 #include <prism/outputs.h>
@@ -22,30 +23,20 @@ namespace prism {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
+constexpr int kWarps = kThreads / kWarp;
 constexpr int kBlocks = 2;
-// samples of a group from which on a whole block takes it
+// a block takes a group of at least this many samples
 constexpr int kLarge = 1024;
 
-// as the tuples of op.py count them
-enum class Baseline { mean, leave_one_out, none };
-enum class Scale { deviation, none, batch };
-enum class Invalid { exclude, below_min };
-enum class Mode { align, acc_gating, gated, rlvr, rlvr_v2, sign_align };
-
-// the threads that share a group: sums and minima over them, the same in each
+// the threads that share a group; sums and maxima over them are the same in each
 struct Warp {
-  static constexpr int kSize = 32;
+  static constexpr int kSize = kWarp;
   __device__ static int thread() { return lane(); }
   template <int N>
   __device__ static void sum(double (&x)[N]) {
     warp_sum(x);
   }
-  __device__ static double largest(double x) {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) x = max_nan(x, __shfl_xor_sync(kAllLanes, x, mask));
-    return x;
-  }
+  __device__ static double largest(double x) { return warp_max(x); }
 };
 
 struct Block {
@@ -63,13 +54,13 @@ struct Block {
   }
 };
 
-// the samples of one group: those at the places [begin, end) of the order
+// the samples of one group, at the positions [begin, end) of the order; a null order is the samples' own
 struct Members {
   const unsigned* order;
   int begin, end;
 
   __device__ int size() const { return end - begin; }
-  __device__ int sample(int place) const { return order == nullptr ? place : static_cast<int>(order[place]); }
+  __device__ int sample(int position) const { return order == nullptr ? position : static_cast<int>(order[position]); }
 
   // calls body(sample) for this thread's share
   template <class Team, typename Body>
@@ -83,7 +74,7 @@ struct Moments {
   double count, mean, deviation;
 };
 
-// over the values x(sample) of the samples that take(sample) says
+// of the values x(sample) over the samples for which take(sample) is true
 template <class Team, typename Take, typename Value>
 __device__ __forceinline__ Moments moments(const Members& group, const Take& take, const Value& x) {
   double sums[2] = {0, 0};
@@ -97,8 +88,8 @@ __device__ __forceinline__ Moments moments(const Members& group, const Take& tak
   double square[1] = {0};
   group.each<Team>([&](int i) {
     if (!take(i)) return;
-    const double away = x(i) - mean;
-    square[0] += away * away;
+    const double deviation = x(i) - mean;
+    square[0] += deviation * deviation;
   });
   Team::sum(square);
   return {count, mean, count > 1 ? sqrt(square[0] / (count - 1)) : 0};
@@ -109,28 +100,20 @@ struct Arguments {
   Options options;
   Integers group;
   int samples;
-  // of samples, to a block
+  // samples to a block
   int run;
   Sort sort;
-  // [blocks]
+  // [blocks] whether an id falls in the block's share
   int* falls;
-  // begin and end of the large groups that begin in each block's run, at most `most`
+  // [blocks][most] begin and end of the large groups that begin in each block's run
   int2* large;
   int most;
 };
 
-struct GroupOptions {
-  Column reward;
-  Flags valid;
-  Baseline baseline;
-  Scale scale;
-  double eps;
+// the result, one number for each sample
+struct Output {
   void* out;
   bool out_double;
-  // of the batch: each sample's value, and what it is; the blocks' sums
-  double* values;
-  int* kinds;
-  double* records;
 
   __device__ void write(int i, double x) const {
     if (out_double) {
@@ -139,6 +122,18 @@ struct GroupOptions {
       static_cast<float*>(out)[i] = static_cast<float>(x);
     }
   }
+};
+
+struct GroupOptions : Output {
+  Column reward;
+  Flags valid;
+  Baseline baseline;
+  Scale scale;
+  double eps;
+  // for Scale::batch: [N] the value and the kind of each sample; [3][blocks] the blocks' sums
+  double* values;
+  int* kinds;
+  double* records;
 
   template <class Team>
   __device__ __forceinline__ void group(const Members& members) const {
@@ -150,13 +145,13 @@ struct GroupOptions {
     if (baseline == Baseline::leave_one_out) factor *= m.count / (m.count - 1);
     const bool alone = m.count == 1 && (baseline != Baseline::none || scale == Scale::deviation);
     members.each<Team>([&](int i) {
-      const bool taken = take(i);
-      const double value = taken && !alone ? (x(i) - shift) * factor : 0;
+      const bool is_valid = take(i);
+      const double value = is_valid && !alone ? (x(i) - shift) * factor : 0;
       if (scale != Scale::batch) {
         write(i, value);
       } else {
         values[i] = value;
-        kinds[i] = taken ? alone ? kAlone : kTaken : kLeftOut;
+        kinds[i] = is_valid ? alone ? kAlone : kValid : kInvalid;
       }
     });
   }
@@ -169,15 +164,16 @@ struct GroupOptions {
     }
   }
 
-  enum Kind { kLeftOut, kTaken, kAlone, kBad };
+  // kAlone: the one valid sample of its group; kBad: its id is out of range
+  enum Kind { kInvalid, kValid, kAlone, kBad };
 
-  // the sum over the batch of body(sample), the same in each thread
+  // the sum of body(sample) over the valid samples of the batch, the same in each thread
   template <typename Body>
   __device__ __forceinline__ double batch_sum(int samples, double* record, const Body& body) const {
     const int blocks = static_cast<int>(gridDim.x);
     double sums[1] = {0};
     for (int i = static_cast<int>(blockIdx.x) * kThreads + Block::thread(); i < samples; i += blocks * kThreads) {
-      if (kinds[i] == kTaken || kinds[i] == kAlone) sums[0] += body(i);
+      if (kinds[i] == kValid || kinds[i] == kAlone) sums[0] += body(i);
     }
     Block::sum(sums);
     if (threadIdx.x == 0) record[blockIdx.x] = sums[0];
@@ -196,35 +192,21 @@ struct GroupOptions {
     const double sum = batch_sum(samples, records + blocks, [&](int i) { return values[i]; });
     const double mean = count > 0 ? sum / count : 0;
     const double square = batch_sum(samples, records + 2 * blocks, [&](int i) {
-      const double away = values[i] - mean;
-      return away * away;
+      const double deviation = values[i] - mean;
+      return deviation * deviation;
     });
     const double deviation = count > 1 ? sqrt(square / (count - 1)) : 0;
     for (int i = static_cast<int>(blockIdx.x) * kThreads + Block::thread(); i < samples; i += blocks * kThreads) {
       const int kind = kinds[i];
-      const double value = kind == kTaken && count > 1 ? (values[i] - mean) / (deviation + eps) : 0;
+      const double value = kind == kValid && count > 1 ? (values[i] - mean) / (deviation + eps) : 0;
       write(i, kind == kBad ? static_cast<double>(NAN) : value);
     }
   }
 };
 
-struct PrismOptions {
+struct PrismOptions : Output, PrismSettings {
   Column perception, reasoning, accuracy;
   Flags format_ok;
-  bool sum;
-  Invalid invalid;
-  Mode mode;
-  double alpha, format_penalty, align_coef, wrong_penalty, w_acc, w_fmt, eps;
-  void* out;
-  bool out_double;
-
-  __device__ void write(int i, double x) const {
-    if (out_double) {
-      static_cast<double*>(out)[i] = x;
-    } else {
-      static_cast<float*>(out)[i] = static_cast<float>(x);
-    }
-  }
 
   // the z-score of one value of a group with these moments
   __device__ double z(double x, const Moments& m) const {
@@ -248,49 +230,51 @@ struct PrismOptions {
       lowest[1] = -max_nan(-lowest[1], -reasoning.at<double>(i));
     });
     Team::sum(valid);
-    const bool some = valid[0] > 0;
+    const bool has_valid = valid[0] > 0;
     if (!exclude) {
 #pragma unroll
-      for (int k = 0; k < 2; ++k) lowest[k] = some ? -Team::largest(-lowest[k]) - 1 : -1;
+      for (int k = 0; k < 2; ++k) lowest[k] = has_valid ? -Team::largest(-lowest[k]) - 1 : -1;
     }
-    // a score without meaning, NaN perhaps, is not computed with
+    // the score of an invalid sample may be NaN, and must not be used
     const auto p = [&](int i) { return ok(i) ? perception.at<double>(i) : exclude ? 0 : lowest[0]; };
     const auto r = [&](int i) { return ok(i) ? reasoning.at<double>(i) : exclude ? 0 : lowest[1]; };
-    const auto both = [&](int i) { return alpha * p(i) + (1 - alpha) * r(i); };
+    const auto mixture = [&](int i) { return alpha * p(i) + (1 - alpha) * r(i); };
+    const bool sum = normalize == Normalize::sum;
+    // of the mixture, or of perception and reasoning
     Moments first, second{0, 0, 0};
     if (sum) {
-      first = moments<Team>(members, take, both);
+      first = moments<Team>(members, take, mixture);
     } else {
       first = moments<Team>(members, take, p);
       second = moments<Team>(members, take, r);
     }
     const auto aligned = [&](int i) {
       if (!take(i)) return 0.0;
-      return sum ? z(both(i), first) : alpha * z(p(i), first) + (1 - alpha) * z(r(i), second);
+      return sum ? z(mixture(i), first) : alpha * z(p(i), first) + (1 - alpha) * z(r(i), second);
     };
     const auto wrong = [&](int i) { return mode != Mode::align && ok(i) && accuracy.at<double>(i) <= 0; };
-    // what is z-scored within the group, where the mode has such a part
+    // for scores_rewards()
     const auto reward = [&](int i) {
-      const bool fine = ok(i);
-      const double gain = w_acc * accuracy.at<double>(i) + (fine ? w_fmt : 0);
-      const double blame = wrong(i) ? wrong_penalty : 0, penalty = fine ? 0 : format_penalty;
+      const bool well_formed = ok(i);
+      const double gain = w_acc * accuracy.at<double>(i) + (well_formed ? w_fmt : 0);
+      const double wrong_loss = wrong(i) ? wrong_penalty : 0, format_loss = well_formed ? 0 : format_penalty;
       if (mode == Mode::rlvr) return gain;
-      if (mode == Mode::rlvr_v2) return gain - blame - penalty;
-      return fine ? gain - blame : -penalty;
+      if (mode == Mode::rlvr_v2) return gain - wrong_loss - format_loss;
+      return well_formed ? gain - wrong_loss : -format_loss;
     };
-    const bool scored = mode == Mode::rlvr || mode == Mode::rlvr_v2 || mode == Mode::sign_align;
+    const bool scored = scores_rewards();
     Moments m{0, 0, 0};
     if (scored) m = moments<Team>(members, all, reward);
     members.each<Team>([&](int i) {
-      const bool fine = ok(i), error = wrong(i);
+      const bool well_formed = ok(i), is_wrong = wrong(i);
       const double a = aligned(i);
-      const double lost = (error ? wrong_penalty : 0) + (fine ? 0 : format_penalty);
-      const double gate = fine && !error ? align_coef * a : 0;
-      double result = a - lost;
-      if (mode == Mode::acc_gating) result = align_coef * a - lost;
-      if (mode == Mode::gated) result = gate - lost;
-      if (scored) result = z(reward(i), m) + (mode != Mode::sign_align || !error ? gate : -align_coef * a);
-      write(i, exclude && !some ? 0 : result);
+      const double loss = (is_wrong ? wrong_penalty : 0) + (well_formed ? 0 : format_penalty);
+      const double gate = well_formed && !is_wrong ? align_coef * a : 0;
+      double result = a - loss;
+      if (mode == Mode::acc_gating) result = align_coef * a - loss;
+      if (mode == Mode::gated) result = gate - loss;
+      if (scored) result = z(reward(i), m) + (mode != Mode::sign_align || !is_wrong ? gate : -align_coef * a);
+      write(i, exclude && !has_valid ? 0 : result);
     });
   }
 
@@ -298,29 +282,29 @@ struct PrismOptions {
   __device__ void finish(int) const {}
 };
 
-// a sample's id as a key to sort by; the number of samples stands for one that is no group
+// a sample's id as a sort key; an id out of range becomes N
 template <typename Options>
 __device__ __forceinline__ unsigned key_of(const Arguments<Options>& p, int i) {
   const int64_t id = p.group.at(i);
   return static_cast<unsigned>(id >= 0 && id < p.samples ? id : p.samples);
 }
 
-// the groups that begin in the block's run of places: a warp each, then the large ones, which the block shares
+// computes the groups that begin in the block's run of positions: a warp takes each, then the block each large one
 template <typename Options, typename Key>
 __device__ __forceinline__ void for_groups(const Arguments<Options>& p, const unsigned* order, const Key& key) {
-  __shared__ int found;
+  __shared__ int large_groups;
   const int from = static_cast<int>(blockIdx.x) * p.run, stop = min(from + p.run, p.samples);
-  if (threadIdx.x == 0) found = 0;
+  if (threadIdx.x == 0) large_groups = 0;
   __syncthreads();
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  // a warp's share of the run, a multiple of 32 places
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  // positions of a warp, a multiple of kWarp
   const int share = (p.run + kWarps - 1) / kWarps;
   const int last = min(from + (warp + 1) * share, stop);
 #pragma unroll 1
-  for (int window = from + warp * share; window < last; window += 32) {
-    const int place = window + lane();
-    const bool inside = place < last;
-    unsigned starts = __ballot_sync(kAllLanes, inside && (place == 0 || key(place) != key(place - 1)));
+  for (int window = from + warp * share; window < last; window += kWarp) {
+    const int position = window + lane();
+    const bool inside = position < last;
+    unsigned starts = __ballot_sync(kAllLanes, inside && (position == 0 || key(position) != key(position - 1)));
 #pragma unroll 1
     for (; starts != 0; starts &= starts - 1) {
       const int begin = window + __ffs(static_cast<int>(starts)) - 1;
@@ -329,7 +313,7 @@ __device__ __forceinline__ void for_groups(const Arguments<Options>& p, const un
       for (;;) {
         const int next = end + lane();
         const unsigned others = __ballot_sync(kAllLanes, next >= p.samples || key(next) != id);
-        end += others == 0 ? 32 : __ffs(static_cast<int>(others)) - 1;
+        end += others == 0 ? kWarp : __ffs(static_cast<int>(others)) - 1;
         if (others != 0) break;
       }
       const Members members{order, begin, end};
@@ -338,12 +322,12 @@ __device__ __forceinline__ void for_groups(const Arguments<Options>& p, const un
       } else if (members.size() < kLarge) {
         p.options.template group<Warp>(members);
       } else if (lane() == 0) {
-        p.large[static_cast<int64_t>(blockIdx.x) * p.most + atomicAdd(&found, 1)] = make_int2(begin, end);
+        p.large[static_cast<int64_t>(blockIdx.x) * p.most + atomicAdd(&large_groups, 1)] = make_int2(begin, end);
       }
     }
   }
   __syncthreads();
-  for (int i = 0; i < found; ++i) {
+  for (int i = 0; i < large_groups; ++i) {
     const int2 bounds = p.large[static_cast<int64_t>(blockIdx.x) * p.most + i];
     p.options.template group<Block>(Members{order, bounds.x, bounds.y});
   }
@@ -385,7 +369,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) prism_advantage_fwd_kernel(
   advantages(p);
 }
 
-// memory for one call, handed out piece by piece: measured first, then taken
+// the memory of one call. every array is taken twice: once to add up the sizes, then, allocated, to get its address
 class Scratch {
  public:
   template <typename T>
@@ -409,7 +393,7 @@ class Scratch {
 template <auto kKernel, typename Options, typename Extra>
 void launch_for(const Tensor& like, const Columns& columns, const Tensor& group, Options& options, const Extra& extra) {
   const int64_t n = like.numel();
-  STD_TORCH_CHECK(n <= (1 << 30), columns.op, ": expected at most 2**30 samples, got ", n);
+  STD_TORCH_CHECK(n <= kMostElements, columns.op, ": expected at most 2**30 samples, got ", n);
   if (n == 0) return;
   Arguments<Options> p{};
   p.group = columns.integers("group", group, n);
@@ -467,19 +451,12 @@ Tensor prism_advantage_fwd(const Tensor& perception, const Tensor& reasoning, co
   const char* op = "prism_advantage_fwd";
   const Columns columns{op, perception};
   const int64_t n = perception.numel();
-  STD_TORCH_CHECK(numbers.size() == 7, op, ": expected 7 numbers, got ", numbers.size());
-  STD_TORCH_CHECK(accuracy || mode == 0, op, ": expected accuracy with mode ", mode);
   PrismOptions options{};
+  static_cast<PrismSettings&>(options) = prism_settings(op, normalize, invalid, mode, numbers, accuracy.has_value());
   options.perception = columns.floats("perception", perception, n);
   options.reasoning = columns.floats("reasoning", reasoning, n);
   options.accuracy = columns.floats("accuracy", accuracy, n);
   options.format_ok = columns.flags("format_ok", format_ok, n);
-  options.sum = normalize == 1;
-  options.invalid = static_cast<Invalid>(invalid);
-  options.mode = static_cast<Mode>(mode);
-  double* const settings[] = {&options.alpha, &options.format_penalty, &options.align_coef, &options.wrong_penalty,
-                              &options.w_acc, &options.w_fmt,          &options.eps};
-  for (size_t i = 0; i < numbers.size(); ++i) *settings[i] = numbers[i];
   Tensor out = output(perception, options);
   launch_for<prism_advantage_fwd_kernel>(perception, columns, group, options, [](Scratch&, PrismOptions&, int) {});
   return out;

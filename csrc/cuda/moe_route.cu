@@ -1,22 +1,22 @@
-// the router's softmax and top-K, and the counting permutation of the assignments, on CUDA. Their meaning is written
-// down in prism_kernels/ops/moe_route/eager.py. No atomics and no host synchronisation: the same bits from run to run.
+// moe_route's softmax and top-K, and the permutation that sorts assignments by expert, on CUDA.
+// prism_kernels/ops/moe_route/reference.py says what is computed. There are no atomics, so that the bits are the same
+// from run to run, and no host synchronisation
 //
-// T tokens, E experts, K experts of a token, N = T * K assignments
+// T tokens, E experts, K experts of a token, T * K assignments
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <prism/check.h>
-#include <prism/intrinsics.cuh>
 #include <prism/launch.cuh>
+#include <prism/warp.cuh>
 
 namespace prism {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
+// MOST_EXPERTS and TILE of prism_kernels/ops/moe_route: the most experts, and the assignments that a block sorts
 constexpr int kMostExperts = 512;
-// assignments of a block of the permutation; op.py has the same number
 constexpr int kTile = 1024;
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
@@ -24,28 +24,15 @@ __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 __device__ __forceinline__ double logarithm(double x) { return log(x); }
 
-template <typename A>
-__device__ __forceinline__ A warp_max(A x) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, mask));
-  return x;
-}
-
-template <typename A>
-__device__ __forceinline__ A warp_sum(A x) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
-  return x;
-}
-
-// a warp to a token; lane l has the experts l, l + 32, ...
+// a warp to a token; lane l holds the experts l, l + 32, ...
 template <typename A, int kEach>
 __global__ void __launch_bounds__(kThreads)
-    moe_route_fwd_kernel(const A* logits, int64_t* chosen, A* probability, A* lse, int64_t tokens, int experts, int top_k) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    moe_route_fwd_kernel(const A* logits, int64_t* chosen, A* probability, A* lse, int64_t tokens, int experts,
+                         int top_k) {
+  const int lane = prism::lane();
   int64_t token = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const bool live = token < tokens;
-  // past the last token the warp only keeps the others company
+  // a warp past the last token repeats the last one and writes nothing: it must reach the barrier
   token = live ? token : tokens - 1;
   logits += token * experts;
   probability += token * experts;
@@ -60,55 +47,55 @@ __global__ void __launch_bounds__(kThreads)
     top = max_nan(top, p[j]);
   }
   top = warp_max(top);
-  A sum = 0;
+  A sum[1] = {0};
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
-    // past the last expert too, but for a row that is NaN anyway
+    // past the last expert -inf - top is NaN in a row whose top is -inf or NaN
     p[j] = lane + j * kWarp < experts ? exponential(p[j] - top) : 0;
-    sum += p[j];
+    sum[0] += p[j];
   }
-  sum = warp_sum(sum);
-  const bool broken = !(sum < infinity);
+  warp_sum(sum);
+  const bool broken = !(sum[0] < infinity);
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     const int e = lane + j * kWarp;
-    p[j] /= sum;
+    p[j] /= sum[0];
     if (live && e < experts) probability[e] = p[j];
-    // a key from here on: equal in a broken row, so that its experts are the first K; -1 is past the last or chosen
+    // from here on p is a key: equal in a broken row, so that the first K are chosen; -1 for chosen and missing experts
     p[j] = e >= experts ? -1 : broken ? 0 : p[j];
   }
-  if (live && lane == 0) lse[token] = top + logarithm(sum);
+  if (live && lane == 0) lse[token] = top + logarithm(sum[0]);
   for (int k = 0; k < top_k; ++k) {
     A best = p[0];
-    int which = lane;
+    int expert = lane;
 #pragma unroll
     for (int j = 1; j < kEach; ++j) {
       if (p[j] > best) {
         best = p[j];
-        which = lane + j * kWarp;
+        expert = lane + j * kWarp;
       }
     }
 #pragma unroll
     for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-      const A other = __shfl_xor_sync(0xffffffffu, best, mask);
-      const int its = __shfl_xor_sync(0xffffffffu, which, mask);
-      if (other > best || (other == best && its < which)) {
+      const A other = __shfl_xor_sync(kAllLanes, best, mask);
+      const int other_expert = __shfl_xor_sync(kAllLanes, expert, mask);
+      if (other > best || (other == best && other_expert < expert)) {
         best = other;
-        which = its;
+        expert = other_expert;
       }
     }
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
-      if (which == lane + j * kWarp) p[j] = -1;
+      if (expert == lane + j * kWarp) p[j] = -1;
     }
-    if (live && lane == 0) chosen[k] = which;
+    if (live && lane == 0) chosen[k] = expert;
   }
-  // the CPU emulation of the tests cannot tell a warp that is done from a thread that a barrier misses
+  // the tests' emulation on the CPU takes a warp that returns early for a thread that misses a barrier
   __syncthreads();
 }
 
-// A tile's work is cut into items: an expert e and one of `parts` runs of the tile. Item i is e = i % E, part i / E, so
-// that the lanes of a warp mostly look at one assignment together, each for its own expert.
+// The work of a tile is divided into items: item i is the expert i % E in the part i / E of the tile. So the lanes of a
+// warp mostly read the same assignment, each for its own expert
 struct Items {
   int experts;
   int parts;
@@ -120,12 +107,12 @@ struct Items {
   __device__ __forceinline__ int count() const { return experts * parts; }
 };
 
-// the most items that there can be
+// the most items of a tile
 constexpr int kItems = kMostExperts > kThreads ? kMostExperts : kThreads;
 
 struct Tile {
   int expert[kTile];
-  // how many assignments to its expert an item has
+  // the number of assignments to its expert in each item
   int items[kItems];
 };
 
@@ -140,34 +127,34 @@ __device__ __forceinline__ void load_tile(Tile& tile, const int64_t* index, int6
     const int e = item % items.experts;
     const int start = item / items.experts * items.length;
     const int end = min(kTile, start + items.length);
-    int found = 0;
+    int count = 0;
 #pragma unroll 4
-    for (int i = start; i < end; ++i) found += tile.expert[i] == e;
-    tile.items[item] = found;
+    for (int i = start; i < end; ++i) count += tile.expert[i] == e;
+    tile.items[item] = count;
   }
   __syncthreads();
 }
 
-// writes how many assignments of each tile go to each expert, tiles (blocks, E)
+// writes the number of assignments of each tile to each expert, tiles (blocks, E)
 __global__ void __launch_bounds__(kThreads)
     moe_count_kernel(const int64_t* index, int* tiles, int64_t total, int experts) {
   __shared__ Tile tile;
   const Items items(experts);
   load_tile(tile, index, total, items);
   for (int e = static_cast<int>(threadIdx.x); e < experts; e += kThreads) {
-    int found = 0;
-    for (int part = 0; part < items.parts; ++part) found += tile.items[part * experts + e];
-    tiles[static_cast<int64_t>(blockIdx.x) * experts + e] = found;
+    int count = 0;
+    for (int part = 0; part < items.parts; ++part) count += tile.items[part * experts + e];
+    tiles[static_cast<int64_t>(blockIdx.x) * experts + e] = count;
   }
 }
 
-// writes the offsets and each assignment of the tile to its place
+// writes the offsets, and each assignment of the tile at its position in the permutation
 __global__ void __launch_bounds__(kThreads)
     moe_place_kernel(const int64_t* index, const int* tiles, int* offsets, int* permutation, int64_t total, int experts,
                      int blocks) {
   __shared__ Tile tile;
-  // of an expert: the assignments of all tiles; of the tiles before this one
-  __shared__ int whole[kItems];
+  // the assignments to an expert in all tiles, and in the tiles before this one
+  __shared__ int all[kItems];
   __shared__ int before[kItems];
   __shared__ int start[kMostExperts];
   const int thread = static_cast<int>(threadIdx.x);
@@ -175,38 +162,38 @@ __global__ void __launch_bounds__(kThreads)
   const Items items(experts);
   load_tile(tile, index, total, items);
   for (int item = thread; item < items.count(); item += kThreads) {
-    int all = 0, earlier = 0;
+    int total_count = 0, earlier_count = 0;
     for (int t = item / experts; t < blocks; t += items.parts) {
-      const int found = tiles[static_cast<int64_t>(t) * experts + item % experts];
-      all += found;
-      earlier += t < mine ? found : 0;
+      const int count = tiles[static_cast<int64_t>(t) * experts + item % experts];
+      total_count += count;
+      earlier_count += t < mine ? count : 0;
     }
-    whole[item] = all;
-    before[item] = earlier;
+    all[item] = total_count;
+    before[item] = earlier_count;
   }
   __syncthreads();
   for (int e = thread; e < experts; e += kThreads) {
     for (int part = 1; part < items.parts; ++part) {
-      whole[e] += whole[part * experts + e];
+      all[e] += all[part * experts + e];
       before[e] += before[part * experts + e];
     }
   }
   __syncthreads();
   for (int e = thread; e < experts; e += kThreads) {
     int sum = 0;
-    for (int other = 0; other < e; ++other) sum += whole[other];
+    for (int other = 0; other < e; ++other) sum += all[other];
     start[e] = sum + before[e];
-    if (mine == 0) offsets[e] = sum + whole[e];
+    if (mine == 0) offsets[e] = sum + all[e];
   }
   __syncthreads();
   for (int item = thread; item < items.count(); item += kThreads) {
     const int e = item % experts;
     const int first = item / experts * items.length;
     const int end = min(kTile, first + items.length);
-    int place = start[e];
-    for (int other = e; other < item; other += experts) place += tile.items[other];
+    int position = start[e];
+    for (int other = e; other < item; other += experts) position += tile.items[other];
     for (int i = first; i < end; ++i) {
-      if (tile.expert[i] == e) permutation[place++] = mine * kTile + i;
+      if (tile.expert[i] == e) permutation[position++] = mine * kTile + i;
     }
   }
 }
@@ -232,10 +219,9 @@ void route(const Tensor& logits, const Tensor& chosen, const Tensor& probability
   run(logits, chosen, probability, lse);
 }
 
-void check_plain(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
+void check_plain(const char* op, const char* name, const Tensor& tensor, const Tensor& first) {
   STD_TORCH_CHECK(tensor.is_contiguous(), op, ": expected ", name, " to be contiguous");
-  STD_TORCH_CHECK(tensor.get_device_index() == like.get_device_index() && tensor.is_cuda() == like.is_cuda(), op,
-                  ": expected ", name, " on the device of the first argument");
+  check_device(op, name, tensor, first);
 }
 
 void moe_route_rows(const Tensor& logits, const Tensor& chosen, const Tensor& probability, const Tensor& lse) {
@@ -271,14 +257,15 @@ void moe_permutation(const Tensor& index, const Tensor& tiles, const Tensor& off
   check_shape(op, "tiles", tiles, {blocks, experts});
   check_dtype(op, "index", index, {ScalarType::Long});
   check_plain(op, "index", index, index);
-  for (const auto& [name, tensor] : {std::pair{"tiles", &tiles}, {"offsets", &offsets}, {"permutation", &permutation}}) {
+  for (const auto& [name, tensor] :
+       {std::pair{"tiles", &tiles}, {"offsets", &offsets}, {"permutation", &permutation}}) {
     check_dtype(op, name, *tensor, {ScalarType::Int});
     check_plain(op, name, *tensor, index);
   }
   const auto* from = static_cast<const int64_t*>(index.data_ptr());
   auto* counts = static_cast<int*>(tiles.data_ptr());
   launch(index, blocks, kThreads, moe_count_kernel, from, counts, total, static_cast<int>(experts));
-  // one block at least: the offsets are written without an assignment too
+  // at least one block, which writes the offsets
   launch(index, blocks > 0 ? blocks : 1, kThreads, moe_place_kernel, from, static_cast<const int*>(counts),
          static_cast<int*>(offsets.data_ptr()), static_cast<int*>(permutation.data_ptr()), total,
          static_cast<int>(experts), static_cast<int>(blocks));

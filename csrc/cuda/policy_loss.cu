@@ -1,8 +1,9 @@
-// the policy loss of ops/policy_loss on CUDA, with dL/dlogp and the metrics, in one launch without host waits
+// policy_loss on CUDA, with dL/dlogp and the metrics, in one launch that the host does not wait for.
+// prism_kernels/ops/policy_loss/reference.py says what is computed
 //
-// T tokens, S sequences. All blocks run at once and wait for each other between the passes: sums of pieces (see
-// packed.cuh), then of sequences, then the loss and the gradient, then the merge. Every sum has a fixed order, so that
-// the bits are the same from run to run.
+// T tokens, S sequences. All blocks run at once and wait for each other between four passes: sums over pieces (see
+// packed.cuh), sums over sequences, the loss and the gradient, the merge. Every sum has a fixed order, so that the bits
+// are the same from run to run.
 
 #include <torch/csrc/stable/library.h>
 
@@ -22,25 +23,25 @@ namespace prism {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-// of a multiprocessor: what the registers allow. In flight are 512 bytes of each column to a warp
+constexpr int kWarps = kThreads / kWarp;
+// blocks to a multiprocessor, as many as the registers allow. A warp has 512 bytes of each column in flight
 template <typename A, bool kPlain>
 constexpr int kBlocks = sizeof(A) == 8 ? 1 : kPlain ? 3 : 2;
 
-// a piece's sums, and then a sequence's
-enum Statistic { kCount, kSumLag, kSumBehind, kSumUsed, kStatistics };
+// the sums over a piece, and over a sequence
+enum Statistic { kCount, kLogRatioSum, kRolloutSum, kCorrectionSum, kStatistics };
 
 template <typename A>
 struct Arguments {
   Column logp, old_logp, advantage, ref_logp, rollout_logp, entropy, given_denominator;
   Flags mask;
   Packed packed;
-  PolicyOptions<A> options;
-  // 0: that of the batch
+  TokenOptions<A> options;
+  // 0: the batch's
   double denominator;
   // 1 where the aggregate has none
   double horizon;
-  // whether pieces are summed, and whether the loss needs something of whole sequences
+  // whether pieces are summed, and whether the loss needs sums over whole sequences
   bool has_pieces, has_sequences;
   // [kStatistics][runs + sequences]
   double* pieces;
@@ -60,33 +61,33 @@ __device__ __forceinline__ Pack<A, kFour> zeros() {
   return pack;
 }
 
-// four tokens; what is not given is 0
+// four tokens; a column that is not given is 0
 template <typename A>
 struct Four {
-  Pack<A, kFour> x, old, rollout;
+  Pack<A, kFour> logp, old, rollout;
 
   __device__ __forceinline__ Four(const Arguments<A>& p, int t, bool rollout_too) : old(zeros<A>()), rollout(old) {
-    x = p.logp.template four<A>(t, p.packed.tokens);
+    logp = p.logp.template four<A>(t, p.packed.tokens);
     if (p.options.old) old = p.old_logp.template four<A>(t, p.packed.tokens);
     if (rollout_too && p.options.rollout) rollout = p.rollout_logp.template four<A>(t, p.packed.tokens);
   }
 
-  __device__ __forceinline__ A lag(const Arguments<A>& p, int j) const {
-    return p.options.old ? x.value[j] - old.value[j] : static_cast<A>(0);
+  __device__ __forceinline__ A log_ratio(const Arguments<A>& p, int j) const {
+    return p.options.old ? logp.value[j] - old.value[j] : static_cast<A>(0);
   }
-  __device__ __forceinline__ A behind(const Arguments<A>& p, int j) const {
-    return p.options.rollout ? (p.options.old ? old.value[j] : x.value[j]) - rollout.value[j] : static_cast<A>(0);
+  __device__ __forceinline__ A rollout_log_ratio(const Arguments<A>& p, int j) const {
+    return p.options.rollout ? (p.options.old ? old.value[j] : logp.value[j]) - rollout.value[j] : static_cast<A>(0);
   }
 };
 
-// writes the sums of a run's pieces, returns its valid tokens (the same in each lane)
+// writes the sums over the pieces of a run; returns the number of its valid tokens, the same in each lane
 template <typename A>
 __device__ __forceinline__ double sum_pieces(const Arguments<A>& p, int run) {
   double tokens = 0;
   const int64_t stride = p.packed.pieces();
   for_each_piece(p.packed, run, [&](int s, int begin, int end) {
     if (s < 0) return;
-    A lag = 0, behind = 0, used = 0;
+    A log_ratio = 0, rollout_log_ratio = 0, correction = 0;
     int count = 0;
 #pragma unroll 1
     for (int t = begin / kFour * kFour + lane() * kFour; t < end; t += kWindow) {
@@ -97,13 +98,13 @@ __device__ __forceinline__ double sum_pieces(const Arguments<A>& p, int run) {
 #pragma unroll
       for (int j = 0; j < kFour; ++j) {
         if ((valid >> j & 1) == 0) continue;
-        const A away = four.behind(p, j);
-        lag += four.lag(p, j);
-        behind += away;
-        if (p.options.unit == Unit::token) used += correct(p.options, away).used;
+        const A rollout = four.rollout_log_ratio(p, j);
+        log_ratio += four.log_ratio(p, j);
+        rollout_log_ratio += rollout;
+        if (p.options.unit == Unit::token) correction += correct(p.options, rollout).used;
       }
     }
-    double sums[kStatistics] = {static_cast<double>(count), lag, behind, used};
+    double sums[kStatistics] = {static_cast<double>(count), log_ratio, rollout_log_ratio, correction};
     warp_sum(sums);
     tokens += sums[kCount];
     if (lane() == 0) {
@@ -114,31 +115,31 @@ __device__ __forceinline__ double sum_pieces(const Arguments<A>& p, int run) {
   return tokens;
 }
 
-// what a sequence's tokens need of it, from its sums; its weight is yet to be divided by the denominator
+// a sequence's values for its tokens, from its sums; the weight is not divided by the denominator yet
 template <typename A>
 __device__ __forceinline__ Sequence<A> statistics_of(const Arguments<A>& p, const double (&sums)[kStatistics]) {
   const double n = max(sums[kCount], 1.0);
-  Sequence<A> q{1, 0, static_cast<A>(sums[kSumLag] / n), 0, 1};
+  Sequence<A> q{1, 0, static_cast<A>(sums[kLogRatioSum] / n), 0, 1};
   if (p.options.aggregate == Aggregate::seq_mean_token_mean) q.weight = static_cast<A>(1 / n);
   if (p.options.unit != Unit::token) {
-    q.behind = static_cast<A>(p.options.unit == Unit::geometric ? sums[kSumBehind] / n : sums[kSumBehind]);
-    q.used = correct(p.options, q.behind).used;
+    q.rollout_log_ratio = static_cast<A>(p.options.unit == Unit::geometric ? sums[kRolloutSum] / n : sums[kRolloutSum]);
+    q.correction = correct(p.options, q.rollout_log_ratio).used;
   } else if (p.options.rule != Rule::none) {
-    q.used = static_cast<A>(sums[kSumUsed] / n);
+    q.correction = static_cast<A>(sums[kCorrectionSum] / n);
   }
   return q;
 }
 
-// writes the statistics of a share of the sequences. Returns its sequences with a valid token; NaN if one ends before
-// it begins. A lane takes a sequence of few pieces, the warp one of many
+// writes the values of this warp's sequences; returns how many of this lane's have a valid token, NaN if one ends
+// before it begins. A lane sums a sequence of few pieces, the warp sums one of many
 template <typename A>
 __device__ __forceinline__ double sum_sequences(const Arguments<A>& p) {
-  constexpr int kFew = 32;
+  constexpr int kFew = kWarp;
   const int64_t stride = p.packed.pieces();
-  const int warp = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / 32);
-  double found = 0;
+  const int warp = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / kWarp);
+  double valid_sequences = 0;
 #pragma unroll 1
-  for (int first = warp * 32; first < p.packed.sequences; first += static_cast<int>(gridDim.x) * kThreads) {
+  for (int first = warp * kWarp; first < p.packed.sequences; first += static_cast<int>(gridDim.x) * kThreads) {
     const int s = first + lane();
     const bool mine = s < p.packed.sequences;
     const int begin = mine ? p.packed.bound(s) : 0, end = mine ? p.packed.bound(s + 1) : 0;
@@ -153,11 +154,11 @@ __device__ __forceinline__ double sum_sequences(const Arguments<A>& p) {
       }
       for (unsigned left = __ballot_sync(kAllLanes, n > kFew); left != 0; left &= left - 1) {
         const int owner = __ffs(static_cast<int>(left)) - 1;
-        const int there = __shfl_sync(kAllLanes, from, owner), many = __shfl_sync(kAllLanes, n, owner);
+        const int owner_from = __shfl_sync(kAllLanes, from, owner), owner_n = __shfl_sync(kAllLanes, n, owner);
         double all[kStatistics] = {0, 0, 0, 0};
-        for (int i = lane(); i < many; i += 32) {
+        for (int i = lane(); i < owner_n; i += kWarp) {
 #pragma unroll
-          for (int k = 0; k < kStatistics; ++k) all[k] += p.pieces[k * stride + there + i];
+          for (int k = 0; k < kStatistics; ++k) all[k] += p.pieces[k * stride + owner_from + i];
         }
         warp_sum(all);
         if (lane() == owner) {
@@ -167,13 +168,13 @@ __device__ __forceinline__ double sum_sequences(const Arguments<A>& p) {
       }
     }
     if (!mine) continue;
-    found += end < begin ? static_cast<double>(NAN) : sums[kCount] > 0 ? 1.0 : 0.0;
+    valid_sequences += end < begin ? static_cast<double>(NAN) : sums[kCount] > 0 ? 1.0 : 0.0;
     if (p.has_sequences) p.statistics[s] = statistics_of(p, sums);
   }
-  return found;
+  return valid_sequences;
 }
 
-// writes into the block's record the sum of its threads' values
+// writes the sum of the threads' values into the block's record
 template <typename A>
 __device__ __forceinline__ void publish(const Arguments<A>& p, Total total, double value) {
   double none = 0, sums[1] = {value};
@@ -181,7 +182,7 @@ __device__ __forceinline__ void publish(const Arguments<A>& p, Total total, doub
   if (threadIdx.x == 0) p.records[static_cast<int64_t>(total) * gridDim.x + blockIdx.x] = sums[0];
 }
 
-// the sum of a total over all blocks, the same in each thread
+// the sum of a total over all blocks' records, the same in each thread
 template <typename A>
 __device__ __forceinline__ double recorded(const Arguments<A>& p, Total total) {
   double none = 0, sums[1] = {0};
@@ -193,7 +194,7 @@ __device__ __forceinline__ double recorded(const Arguments<A>& p, Total total) {
   return sums[0];
 }
 
-// by what a token counts, but for its sequence's own weight
+// the factor that all tokens' weights share: 1 / (denominator * horizon)
 template <typename A>
 __device__ __forceinline__ A share(const Arguments<A>& p) {
   double total = p.denominator;
@@ -223,7 +224,7 @@ __device__ __forceinline__ void write(A* to, int t, unsigned where, const Pack<A
   }
 }
 
-// the loss and the gradients of a run's tokens
+// writes the gradients of a run's tokens and adds the tokens to the sums
 template <bool kPlain, typename A>
 __device__ __forceinline__ void add_run(const Arguments<A>& p, int run, A share, A (&sums)[kRecord]) {
   const auto& o = p.options;
@@ -237,7 +238,7 @@ __device__ __forceinline__ void add_run(const Arguments<A>& p, int run, A share,
       }
       q.weight *= share;
     } else {
-      // tokens of no sequence, which can only be told here
+      // tokens of no sequence make the loss NaN, since the host does not check the values
       q.weight = static_cast<A>(NAN);
       sums[kLoss] += q.weight;
     }
@@ -256,8 +257,9 @@ __device__ __forceinline__ void add_run(const Arguments<A>& p, int run, A share,
       for (int j = 0; j < kFour; ++j) {
         grad.value[j] = s < 0 ? q.weight : static_cast<A>(0);
         if ((valid >> j & 1) != 0) {
-          const Token<A> token{four.x.value[j],    four.lag(p, j),     kPlain ? static_cast<A>(0) : four.behind(p, j),
-                               advantage.value[j], reference.value[j], entropy.value[j]};
+          const A rollout_log_ratio = kPlain ? static_cast<A>(0) : four.rollout_log_ratio(p, j);
+          const Token<A> token{four.logp.value[j], four.log_ratio(p, j), rollout_log_ratio,
+                               advantage.value[j], reference.value[j],   entropy.value[j]};
           grad.value[j] = add_token<kPlain>(o, q, token, sums);
         }
       }
@@ -275,7 +277,7 @@ __device__ __forceinline__ void add_run(const Arguments<A>& p, int run, A share,
   });
 }
 
-// two parts of a total as one
+// merges two parts of a total
 __device__ __forceinline__ double join(int total, double a, double b) {
   if (total == kRatioMin) return b < a ? b : a;
   if (total == kRatioMax) return b > a ? b : a;
@@ -284,18 +286,18 @@ __device__ __forceinline__ double join(int total, double a, double b) {
 
 __device__ __forceinline__ double join_lanes(int total, double x) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x = join(total, x, __shfl_xor_sync(kAllLanes, x, mask));
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = join(total, x, __shfl_xor_sync(kAllLanes, x, mask));
   return x;
 }
 
-// writes the block's record of the loss, and of what was not recorded yet
+// writes the loss, and the totals that `publish` has not written, into the block's record
 template <typename A>
 __device__ __forceinline__ void publish_sums(const Arguments<A>& p, const A (&sums)[kRecord]) {
   __shared__ double partial[kRecord][kWarps];
 #pragma unroll
   for (int i = kSequences + 1; i < kRecord; ++i) {
     const double x = join_lanes(i, static_cast<double>(sums[i]));
-    if (lane() == 0) partial[i][threadIdx.x / 32] = x;
+    if (lane() == 0) partial[i][threadIdx.x / kWarp] = x;
   }
   __syncthreads();
   const int i = static_cast<int>(threadIdx.x);
@@ -306,16 +308,16 @@ __device__ __forceinline__ void publish_sums(const Arguments<A>& p, const A (&su
   p.records[static_cast<int64_t>(i) * gridDim.x + blockIdx.x] = x;
 }
 
-// one block merges the records, a warp each total, and writes the results
+// merges the records, a warp to each total, and writes the results; for one block
 template <typename A>
 __device__ __forceinline__ void merge(const Arguments<A>& p) {
   __shared__ double result[kRecord];
   const int blocks = static_cast<int>(gridDim.x);
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x) / 32; i < kRecord; i += kWarps) {
+  for (int i = static_cast<int>(threadIdx.x) / kWarp; i < kRecord; i += kWarps) {
     const double infinity = static_cast<double>(INFINITY);
     double x = i == kRatioMin ? infinity : i == kRatioMax ? -infinity : 0;
-    for (int b = lane(); b < blocks; b += 32) x = join(i, x, p.records[static_cast<int64_t>(i) * blocks + b]);
+    for (int b = lane(); b < blocks; b += kWarp) x = join(i, x, p.records[static_cast<int64_t>(i) * blocks + b]);
     x = join_lanes(i, x);
     if (i == kTokens && !p.has_pieces) x = static_cast<double>(p.packed.tokens);
     if (lane() == 0) result[i] = x;
@@ -325,8 +327,8 @@ __device__ __forceinline__ void merge(const Arguments<A>& p) {
   if (i >= kRecord) return;
   double x = result[i];
   if ((i == kRatioMin || i == kRatioMax) && isnan(result[kRatioSum])) x = result[kRatioSum];
-  if (i == kRaw && !p.options.rollout) x = result[kTokens];
-  if (i == kUsed && p.options.rule == Rule::none) x = result[kTokens];
+  if (i == kCorrectionRaw && !p.options.rollout) x = result[kTokens];
+  if (i == kCorrectionUsed && p.options.rule == Rule::none) x = result[kTokens];
   if (i < kTotals) {
     p.totals[i] = x;
   } else {
@@ -336,7 +338,7 @@ __device__ __forceinline__ void merge(const Arguments<A>& p) {
 
 template <typename A, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kBlocks<A, kPlain>) policy_loss_fwd_kernel(const Arguments<A> p) {
-  const int run = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / 32);
+  const int run = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / kWarp);
   if (p.has_pieces) {
     const double tokens = run < p.packed.runs ? sum_pieces(p, run) : 0;
     publish(p, kTokens, lane() == 0 ? tokens : 0);
@@ -345,8 +347,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<A, kPlain>) policy_loss_fwd_
   publish(p, kSequences, sum_sequences(p));
   if (p.has_sequences) grid_sync();
   PolicySums<A> sums;
-  const A each = share(p);
-  if (run < p.packed.runs) add_run<kPlain>(p, run, each, sums.sums);
+  const A token_share = share(p);
+  if (run < p.packed.runs) add_run<kPlain>(p, run, token_share, sums.sums);
   publish_sums(p, sums.sums);
   grid_sync();
   if (blockIdx.x == 0) merge(p);
@@ -369,37 +371,16 @@ struct Inputs {
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <typename A>
-PolicyOptions<A> options_of(const Inputs& in) {
-  const int64_t correction = in.choices[4];
-  const auto number = [&](int i) { return static_cast<A>(in.numbers[i]); };
-  PolicyOptions<A> o{};
-  o.ratio = static_cast<Ratio>(in.choices[0]);
-  o.objective = static_cast<Objective>(in.choices[1]);
-  o.aggregate = static_cast<Aggregate>(in.choices[2]);
-  o.estimator = static_cast<Estimator>(in.choices[3]);
-  o.unit = correction < 0 ? Unit::token : static_cast<Unit>(correction % 3);
-  o.rule = correction < 0 ? Rule::none : correction < 3 ? Rule::truncate : Rule::mask;
-  o.per_token = in.choices[5] != 0;
-  o.old = in.old_logp.has_value();
-  o.reference = in.ref_logp.has_value();
-  o.rollout = in.rollout_logp.has_value();
-  o.entropy = in.entropy.has_value();
-  o.low = static_cast<A>(1 - in.numbers[0]);
-  o.high = static_cast<A>(1 + in.numbers[1]);
-  o.dual = number(2);
-  o.bound = number(3);
-  o.kl_coef = number(6);
-  o.lower = number(7);
-  o.upper = number(8);
-  o.entropy_coef = number(9);
-  return o;
+TokenOptions<A> options_of(const char* op, const Inputs& in) {
+  return {policy_options<A>(op, in.choices, in.numbers), in.old_logp.has_value(), in.ref_logp.has_value(),
+          in.rollout_logp.has_value(), in.entropy.has_value()};
 }
 
 template <typename A, bool kPlain>
 void launch_with(Arguments<A>& p, const Tensor& like) {
   constexpr auto kernel = policy_loss_fwd_kernel<A, kPlain>;
   const int most = resident_blocks<kernel, kBlocks<A, kPlain>>(like, kThreads);
-  // as few blocks as give each warp a window: fewer wait for each other
+  // no more blocks than give each warp a window, so that few wait for each other
   const int blocks = std::max(1, std::min(most, (p.packed.tokens + kWarps * kWindow - 1) / (kWarps * kWindow)));
   const int warps = blocks * kWarps;
   p.packed.run = std::max(1, (p.packed.tokens + warps * kWindow - 1) / (warps * kWindow)) * kWindow;
@@ -419,12 +400,12 @@ Outputs run(const Inputs& in) {
   const char* op = "policy_loss_fwd";
   constexpr ScalarType kType = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
   const int64_t tokens = in.logp.numel(), sequences = in.cu_seqlens.numel() - 1;
-  // tokens, and the steps past the last one, are counted in 32 bits
-  STD_TORCH_CHECK(tokens <= (1 << 30) && sequences <= (1 << 30), op, ": expected at most 2**30 tokens and sequences");
-  STD_TORCH_CHECK(in.choices.size() == 6 && in.numbers.size() == 10 && sequences >= 0, op, ": bad options");
+  STD_TORCH_CHECK(tokens <= kMostElements && sequences <= kMostElements, op,
+                  ": expected at most 2**30 tokens and sequences, got ", tokens, " and ", sequences);
+  STD_TORCH_CHECK(sequences >= 0, op, ": expected cu_seqlens of shape (S + 1,), got (0,)");
   const Columns columns{op, in.logp};
   Arguments<A> p{};
-  p.options = options_of<A>(in);
+  p.options = options_of<A>(op, in);
   const auto& o = p.options;
   p.logp = columns.floats("logp", in.logp, tokens);
   p.old_logp = columns.floats("old_logp", in.old_logp, tokens);
@@ -435,16 +416,17 @@ Outputs run(const Inputs& in) {
   p.mask = columns.flags("mask", in.mask, tokens);
   p.packed.cu_seqlens = columns.integers("cu_seqlens", in.cu_seqlens, sequences + 1);
   if (in.denominator) p.given_denominator = columns.scalar("denominator", *in.denominator);
-  p.denominator = in.numbers[4];
-  p.horizon = o.aggregate == Aggregate::seq_mean_token_sum_norm ? in.numbers[5] : 1;
+  p.denominator = in.numbers[kDenominator];
+  p.horizon = o.aggregate == Aggregate::seq_mean_token_sum_norm ? in.numbers[kHorizon] : 1;
   p.packed.tokens = static_cast<int>(tokens);
   p.packed.sequences = static_cast<int>(sequences);
 
-  const bool asks_sequences = o.aggregate != Aggregate::token_mean && !in.denominator && p.denominator == 0;
-  const bool sums = (o.ratio == Ratio::sequence && o.old) || (o.rollout && o.unit != Unit::token) ||
-                    (o.alike() && o.rollout && o.rule != Rule::none);
-  p.has_pieces = in.mask.has_value() || sums;
-  p.has_sequences = sums || asks_sequences || (in.mask.has_value() && o.aggregate == Aggregate::seq_mean_token_mean);
+  const bool counts_sequences = o.aggregate != Aggregate::token_mean && !in.denominator && p.denominator == 0;
+  const bool sums_sequences = (o.ratio == Ratio::sequence && o.old) || (o.rollout && o.unit != Unit::token) ||
+                              (o.through_mean() && o.rollout && o.rule != Rule::none);
+  p.has_pieces = in.mask.has_value() || sums_sequences;
+  p.has_sequences = sums_sequences || counts_sequences ||
+                    (in.mask.has_value() && o.aggregate == Aggregate::seq_mean_token_mean);
 
   Tensor loss = empty(in.logp, {}, kType), grad = empty(in.logp, {tokens}, kType);
   Tensor grad_entropy = empty(in.logp, {o.entropy ? tokens : 0}, kType);

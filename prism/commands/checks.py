@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from prism.config import Config, ConfigError
-from prism.data.errors import DataError
+from prism.data.files import DataError
 
 # of the embedded world, those that problems with answers can be taken from
 SPLITS = ("test", "validation", "rl", "alignment", "sft")
@@ -21,14 +21,14 @@ def check_places(config: Config) -> None:
 
 
 def upcycle(config: Config) -> int:
-    """Writes the discriminator that the settings describe; see `prism.commands.upcycle`."""
+    """Writes the discriminator that the settings describe; see `prism.commands.make_discriminator`."""
     folder = Path(config.run.folder)
     if config.discriminator.dense:
         raise ConfigError("discriminator.dense: expected false, a dense one has no experts, got true")
     for name in ("config.json", "metrics.jsonl", "discriminator"):
         if (folder / name).exists():
             raise ConfigError(f"run.folder: expected one without {name}, got {str(folder)!r}; name another one")
-    from prism.commands.upcycle import write_discriminator
+    from prism.commands.make_discriminator import write_discriminator
 
     write_discriminator(config)
     return 0
@@ -55,7 +55,7 @@ def evaluate(
 
 def export(run: str, to: str) -> int:
     """Writes a run's policy for others; see `prism.commands.export`."""
-    from prism.report.reading import read_run
+    from prism.report.run_folder import read_run
 
     record = read_run(run)
     if Path(to).exists():

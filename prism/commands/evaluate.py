@@ -14,19 +14,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from prism.config.sections import Data
-from prism.data.errors import DataError
+from prism.config import DataSettings, Sampling
+from prism.data.files import DataError
 from prism.data.loader import LoadOptions, RowStream
-from prism.data.shapes import ShapesWorld, judge
+from prism.data.problem import Problem, problem_reader
 from prism.models.building import load_causal, load_encoder
+from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
-from prism.policy import Policy
-from prism.problems.problem import Problem, problem_of
-from prism.problems.rows import problem_reader
 from prism.rewards import score_batch
+from prism.rollout.batch import decode
 from prism.rollout.engine import Engine
-from prism.rollout.sampling import Sampling
-from prism.stages.rollouts import texts_of
+from prism.worlds.shapes.counters import judge
+from prism.worlds.shapes.problems import problem_of
+from prism.worlds.shapes.world import ShapesWorld
 
 # problems that are answered together
 BATCH = 64
@@ -90,9 +90,9 @@ def examine(
     console = Console()
     with console.status("the first responses") as status:
         source = _problems(data, samples, encoder, room, skipped)
-        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
         while chunk := list(islice(source, BATCH)):
-            outcomes += _answered(engine, encoder, chunk, sampling, first=len(outcomes))
+            outcomes += _answered(engine, encoder, chunk, sampling, seed, first=len(outcomes))
             status.update(f"{len(outcomes)} responses")
     if not outcomes:
         raise DataError(f"{data}: expected prompts of at most {room} tokens, with room for a response; got none")
@@ -138,20 +138,20 @@ def _problems(
             else:
                 skipped["too long"] += 1
         return
-    read = problem_reader("test", encoder, Data(prompt_tokens=room))
+    read = problem_reader("test", encoder, DataSettings(prompt_tokens=room))
     stream = RowStream(data, "problem", LoadOptions(buffer=0), take=lambda row: Asked(read(row), row.data_source))
     yield from islice(stream, samples)
     skipped.update(stream.causes)
 
 
 def _answered(
-    engine: Engine, encoder: PromptEncoder, asked: Sequence[Asked], sampling: Sampling, first: int
+    engine: Engine, encoder: PromptEncoder, asked: Sequence[Asked], sampling: Sampling, seed: int, first: int
 ) -> list[Outcome]:
     """Returns what one response to each problem was; `first` numbers them through, so that each has its own draws."""
     problems = [one.problem for one in asked]
     keys = range(first, first + len(asked))
-    rollouts = engine.generate([problem.encoded(encoder) for problem in problems], sampling, keys=keys)
-    texts = texts_of(rollouts, encoder)
+    rollouts = engine.generate([problem.encoded(encoder) for problem in problems], sampling, seed=seed, keys=keys)
+    texts = decode(rollouts, encoder)
     verdicts = score_batch(texts, [p.answer or "" for p in problems], [p.equivalent_answers for p in problems])
     found = []
     for one, rollout, text, verdict in zip(asked, rollouts, texts, verdicts):

@@ -8,12 +8,12 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors.torch import load_model
 
-from prism import checkpoint
 from prism.config import Config, to_toml
-from prism.data.errors import DataError
+from prism.data.files import DataError
 from prism.models.building import plain_policy
 from prism.models.tiny import save_processor
-from prism.report.reading import Row, RunRecord
+from prism.report.run_folder import Row, RunRecord
+from prism.runtime import checkpoint
 
 CARD = "README.md"
 STAGES = {

@@ -1,10 +1,11 @@
-"""The algorithms: presets over the options of policy loss and advantages, each of which may be overridden."""
+"""The algorithms, presets over the options of policy loss and advantages, and the optimisers."""
 
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prism.config.types import NONE, Positive, Section, Share, Two
+from prism.config.sections import NONE, Positive, Section, Share, Two, over_defaults
 
 # of each algorithm policy_loss's options, as published
 LOSS_PRESETS: dict[str, dict[str, Any]] = {
@@ -171,8 +172,90 @@ class RlvrAlgorithm(PolicyLoss):
         return {"baseline": self.baseline, "scale": self.scale}
 
 
-class Algorithm(Section):
+class AlgorithmSettings(Section):
     """What the policy learns from rollouts. What is set for the embedded world beside a name goes with it."""
 
     align: AlignAlgorithm = AlignAlgorithm(token_credit=True, kl_coef=0.1, kl_estimator="k3")
     rlvr: RlvrAlgorithm = RlvrAlgorithm(kl_coef=0.05, kl_estimator="k3")
+
+
+class Adam(Section):
+    """AdamW with its learning-rate schedule.
+
+    Args:
+        name: `adamw` keeps fp32 copies of bf16 weights, which would lose small updates. With torchao, and without
+            copies: `adamw_bf16` rounds updates stochastically; `adamw8bit` also keeps its moments in 8 bits.
+        lr: The highest learning rate.
+        schedule: The learning rate after its warm-up: `constant`, or falling to 0 as `linear` or `cosine`.
+        warmup: Steps in which the learning rate rises; below 1, the share of the steps.
+        betas: Decay rates of the first and second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        clip_norm: Gradients with a larger norm are scaled down to this one.
+        freeze_vision: Whether vision tower and projector are not trained.
+    """
+
+    name: Literal["adamw", "adamw8bit", "adamw_bf16"] = "adamw"
+    lr: Annotated[float, Field(ge=0)]
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    betas: Two = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    freeze_vision: bool = False
+
+    def warmup_steps(self, steps: int) -> int:
+        """Returns for how many of the steps the learning rate rises."""
+        return round(self.warmup * steps) if self.warmup < 1 else round(self.warmup)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {list(self.betas)}")
+        if self.name != "adamw" and find_spec("torchao") is None:
+            raise ValueError(
+                f"name: expected 'adamw' without torchao (pip install 'prism-kernels[ao]'), got {self.name!r}"
+            )
+        return self
+
+
+class StageAdam(Adam):
+    """The optimiser of a stage.
+
+    Args:
+        steps: Training steps; in RL stages, one per rollout batch.
+        batch: Samples of a step; in warmup, pairs of responses, each compared in both channels. In RL stages: responses
+            of an optimiser step; none: all of the rollout batch, which keeps the update on-policy.
+    """
+
+    steps: Positive
+    batch: Annotated[Positive | None, NONE] = None
+
+
+class WarmupAdam(StageAdam):
+    """The optimiser of the discriminator's warm-up.
+
+    Args:
+        head_rate: Learning rate of the value head, as a multiple of `lr`. The head begins at 0; above 1 it learns from
+            the backbone's features before the backbone changes much.
+    """
+
+    head_rate: Annotated[float, Field(gt=0)] = 1.0
+
+
+class OptimiserSettings(Section):
+    """One optimiser for each stage; in alignment `align` is the policy's and `discriminator` the discriminator's."""
+
+    base: StageAdam = StageAdam(lr=2e-3, schedule="cosine", warmup=0.1, steps=600, batch=64)
+    sft: StageAdam = StageAdam(lr=2e-3, schedule="cosine", warmup=0.1, steps=400, batch=64)
+    distill: StageAdam = StageAdam(lr=5e-4, schedule="cosine", warmup=0.1, steps=60, batch=64)
+    warmup: WarmupAdam = WarmupAdam(lr=2e-4, schedule="cosine", warmup=0.1, steps=60, batch=48, head_rate=25)
+    align: StageAdam = StageAdam(lr=1e-4, schedule="linear", steps=50)
+    discriminator: Adam = Adam(lr=1e-3)
+    rlvr: StageAdam = StageAdam(lr=1.5e-4, steps=40)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        return over_defaults(cls, given)

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from prism.config.run import Config
-from prism.config.types import ConfigError, Section
+from prism.config.sections import ConfigError, Section
+from prism.config.settings import Config
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:

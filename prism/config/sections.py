@@ -1,19 +1,51 @@
-"""The tables of the file, but for the algorithms: what may be set, with defaults."""
+"""The tables of a settings file, except algorithms and optimisers.
 
-from importlib.util import find_spec
+`NAMESettings` is the table [NAME]; the other classes are tables inside one. The rest of prism takes these classes as
+they are, so that a value has one class, one default and one check, whether it comes from a file or from code.
+"""
+
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
-
-from prism.config.types import NONE, Names, Natural, Positive, Section, Share, Two, as_tuple
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 StageName = Literal["base", "sft", "distill", "warmup", "align", "rlvr"]
 # the order in which a run takes them
 STAGES: tuple[str, ...] = get_args(StageName)
 
 
-def _over_defaults(cls: type[Section], given: Any) -> Any:
-    """Returns tables with the keys that they lack taken from the default of the table, not of its type."""
+def _none(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+def _as_tuple(value: Any) -> Any:
+    """Returns a list, or a text with commas, as a tuple, and anything else unchanged."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+# TOML has no null: the text "none" stands for it
+NONE = BeforeValidator(_none)
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+# strict models take no list for a tuple; a flag may separate by commas
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Two = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used: one line for each problem, with its key."""
+
+
+class Section(BaseModel):
+    """A table of the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def over_defaults(cls: type[Section], given: Any) -> Any:
+    """Returns tables whose missing keys are filled from the field's default, not from the defaults of its class."""
     if not isinstance(given, dict):
         return given
     defaults = {
@@ -25,25 +57,41 @@ def _over_defaults(cls: type[Section], given: Any) -> Any:
     }
 
 
-class Run(Section):
+class RunSettings(Section):
     """The run as a whole.
 
     Args:
-        folder: that gets checkpoints, metrics and the report.
-        seed: of everything that is drawn, but for the embedded world, which has its own.
-        stages: of base, sft, distill, warmup, align, rlvr those that are run, in this order. `base` pretrains a tiny
-            policy; `distill` is the comparison, fine-tuning on alignment's demonstrations.
-        device: `auto` is a GPU where there is one.
+        folder: The folder that gets checkpoints, metrics, models and the report.
+        seed: The seed of all random numbers, except those of the embedded world (data.shapes.seed).
+        stages: The stages to run, in this order: base, sft, distill, warmup, align, rlvr. `base` pretrains a tiny
+            policy; `distill` fine-tunes on alignment's demonstrations, for comparison with alignment.
+        device: `cpu` or `cuda`; `auto` takes a GPU if there is one.
     """
 
     folder: str = "runs/tiny"
     seed: Natural = 0
-    stages: Annotated[tuple[StageName, ...], BeforeValidator(as_tuple)] = ("sft", "warmup", "align", "rlvr")
+    stages: Annotated[tuple[StageName, ...], BeforeValidator(_as_tuple)] = ("sft", "warmup", "align", "rlvr")
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
-class Tiny(Section):
-    """Sizes of the tiny policy: see `prism.models.tiny.TinySize`."""
+class TinySize(Section):
+    """The sizes of a tiny Qwen3-VL. The defaults suit a CPU, and only they have a pretrained base.
+
+    Args:
+        vocab_size: Tokens of the vocabulary.
+        hidden_size: Width of the language model.
+        intermediate_size: Width of its MLPs. Not hidden_size or its half, which loaders of expert weights confuse.
+        layers: Layers of the language model.
+        heads: Query heads of each layer.
+        key_value_heads: Key and value heads of each layer; a divisor of heads.
+        head_dim: Width of a head, a multiple of 16 as M-RoPE requires. vLLM needs at least 32.
+        vision_hidden_size: Width of the vision tower, a multiple of vision_heads.
+        vision_layers: Layers of the vision tower.
+        vision_heads: Heads of each of them.
+        patch_size: Side of an image patch, in pixels.
+        image_side: Side of the largest square image, in pixels; larger images are scaled down.
+        max_positions: Tokens of the longest prompt with its response.
+    """
 
     vocab_size: Positive = 1024
     hidden_size: Positive = 96
@@ -59,28 +107,59 @@ class Tiny(Section):
     image_side: Positive = 256
     max_positions: Positive = 4096
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.heads % self.key_value_heads:
+            raise ValueError(f"key_value_heads: expected a divisor of heads = {self.heads}, got {self.key_value_heads}")
+        if self.vision_hidden_size % self.vision_heads:
+            wanted = f"a divisor of vision_hidden_size = {self.vision_hidden_size}"
+            raise ValueError(f"vision_heads: expected {wanted}, got {self.vision_heads}")
+        self.check_width("intermediate_size", self.intermediate_size)
+        return self
 
-class Model(Section):
-    """What is trained.
+    def check_width(self, name: str, width: int) -> None:
+        """Raises for an MLP as wide as the model or its half: transformers tells expert layouts by shape alone."""
+        if width in (self.hidden_size, self.hidden_size / 2):
+            wanted = f"other than hidden_size = {self.hidden_size} and its half"
+            raise ValueError(f"{name}: expected {wanted}, got {width}")
+
+
+class ModelSettings(Section):
+    """The models that training begins with.
 
     Args:
-        policy: `tiny`, built and pretrained offline; or a folder or hub id of a Qwen3-VL.
-        discriminator: what it is upcycled from: `policy` (the policy before the first stage), or a folder or hub id of
-            a dense Qwen3-VL. A Mixture-of-Experts there is taken as it is.
-        dtype: of weights and activations.
-        max_image_pixels: images are scaled down to this width times height; none: as the processor says.
-        tiny: sizes.
+        policy: `tiny`, built offline with a pretrained base; or a folder or hub id of a Qwen3-VL.
+        discriminator: The model to make the discriminator of: `policy` (as it is before the first stage), or a folder
+            or hub id. A dense Qwen3-VL is upcycled; a Mixture-of-Experts or a discriminator is used unchanged.
+        dtype: Data type of weights and activations.
+        max_image_pixels: Larger images are scaled down to this width times height; none: the processor's own limit.
+            Lower it to save image tokens.
+        tiny: Sizes of the policy `tiny`.
     """
 
     policy: str = "tiny"
     discriminator: str = "policy"
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_image_pixels: Annotated[Positive | None, NONE] = None
-    tiny: Tiny = Tiny()
+    tiny: TinySize = TinySize()
 
 
 class Carelessness(Section):
-    """How often the public teacher errs: see `prism.data.shapes.Carelessness`."""
+    """How often the public teacher errs; a response has at most one error of perception.
+
+    `colour` and `dropped` are habits: the teacher errs more often than not, so a policy that learns from it always
+    does. The other errors are slips, which happen anywhere.
+
+    Args:
+        colour: Share of the scenes with something purple in which it is called blue.
+        dropped: Share of the other scenes with five items, or whose purple was seen, in which the last item is missing.
+        invented: Share of the remaining scenes in which the last item appears again in the next free cell.
+        kind: Share of the remaining scenes in which the first item is called by the kind that is easily confused with
+            it.
+        place: Share of the remaining scenes in which the last item is moved to the next free cell.
+        reasoning: Share of all responses whose last step of reasoning is wrong.
+        careful_style: Share of responses in the curated teacher's style. At 0 the style alone tells the teachers apart.
+    """
 
     colour: Share = 0.80
     dropped: Share = 0.80
@@ -98,20 +177,20 @@ class Carelessness(Section):
         return self
 
 
-class Shapes(Section):
-    """The embedded world: how many samples of each split.
+class ShapesSettings(Section):
+    """The embedded world: samples in each split, and the public teacher.
 
     Args:
-        seed: of the world.
-        base: plain texts, for `base`.
-        judged: the share of the base's samples that ask whether a description or an answer is right.
-        sft: responses of the public teacher.
-        sft_curated: how many of alignment's demonstrations are mixed into SFT.
-        alignment: demonstrations of the curated teacher, for distill, warmup and align.
-        rl: problems.
-        validation: held out, for evaluation while training and for choosing settings.
-        test: held out, for the report.
-        carelessness: of the public teacher.
+        seed: Seed of the world.
+        base: Plain texts for the stage `base`.
+        judged: Share of the base's samples that ask whether a description or an answer is right.
+        sft: Responses of the public teacher, for SFT.
+        sft_curated: Alignment's demonstrations that are mixed into SFT.
+        alignment: Demonstrations of the curated teacher, for distill, warmup and align.
+        rl: Problems for RLVR.
+        validation: Held-out problems for evaluation during training, and for choosing settings.
+        test: Held-out problems for the report.
+        carelessness: Error rates of the public teacher.
     """
 
     seed: Natural = 0
@@ -126,11 +205,17 @@ class Shapes(Section):
     carelessness: Carelessness = Carelessness()
 
 
-class Files(Section):
-    """JSONL and parquet files, or folders of them, of each stage; `distill` reads those of `align`.
+class DataFiles(Section):
+    """JSONL or parquet files of each stage, or folders of them; `distill` reads the files of `align`.
 
-    The schemas: chat (sft), pairs (warmup), problems (the rest). Without files of its own, warmup compares the policy's
-    responses to align's problems with the teacher's. Without validation or test there is no such evaluation.
+    Args:
+        sft: Chats to fine-tune on.
+        warmup: Pairs of a teacher's and a student's response; without them, the policy's own responses to align's
+            problems are compared with the teacher's.
+        align: Problems with the teacher's responses.
+        rlvr: Problems with their answers.
+        validation: Held-out problems for evaluation between the stages; without them there is none.
+        test: Held-out problems for evaluation before and after the last stage; without them there is none.
     """
 
     sft: Names = ()
@@ -141,20 +226,21 @@ class Files(Section):
     test: Names = ()
 
 
-class Data(Section):
-    """Where samples come from, and which are taken. Nothing is ever cut.
+class DataSettings(Section):
+    """The source of the samples, and which of them are used. No sample is ever truncated.
 
     Args:
-        source: `shapes` (embedded) or `files`.
-        prompt_tokens: the longest prompt, its image tokens included.
-        response_tokens: the longest response of a teacher or of SFT; and of the policy, to be scored.
-        on_error: a row that cannot be used is skipped and counted, or stops the run.
-        max_skipped: the share of skipped rows that stops the run even so.
-        buffer: how many rows are shuffled at a time; 0: the files' order.
-        image_root: what paths of images are relative to; none: their data file's folder.
-        allow_remote_images: whether http and https addresses are opened.
-        files: see there.
-        shapes: see there.
+        source: `shapes`, the embedded world; or `files`.
+        prompt_tokens: Tokens of the longest prompt, including chat template and image tokens.
+        response_tokens: Tokens of the longest response of a teacher or of SFT, and of the longest that is scored.
+        on_error: `skip` skips and counts a row that cannot be used; `raise` stops the run.
+        max_skipped: Share of skipped rows above which the run stops anyway.
+        buffer: Rows that are shuffled at a time; 0 keeps the files' order. More rows shuffle better and use more
+            memory.
+        image_root: Folder that image paths are relative to; none: the folder of the data file.
+        allow_remote_images: Whether to download images from http and https addresses.
+        files: Data files of each stage, for source `files`.
+        shapes: The embedded world, for source `shapes`.
     """
 
     source: Literal["shapes", "files"] = "shapes"
@@ -165,67 +251,78 @@ class Data(Section):
     buffer: Natural = 512
     image_root: Annotated[str | None, NONE] = None
     allow_remote_images: bool = False
-    files: Files = Files()
-    shapes: Shapes = Shapes()
+    files: DataFiles = DataFiles()
+    shapes: ShapesSettings = ShapesSettings()
 
 
 class Sampling(Section):
-    """Rollouts of a step.
+    """How responses are drawn.
 
     Args:
-        prompts: a step.
-        group: rollouts of each prompt.
-        max_new_tokens: the longest response.
-        temperature: what logits are divided by.
-        top_p: the smallest set of tokens that reaches this probability.
-        top_k: this many of the most probable tokens; none: all.
+        group: Rollouts of each prompt.
+        max_new_tokens: Tokens of the longest response, including its stop token.
+        temperature: Divisor of the logits: above 1 more varied, below 1 more predictable; 0 is greedy.
+        top_p: Draw from the smallest set of most probable tokens with this total probability; 1: all tokens.
+        top_k: Draw from this many of the most probable tokens, chosen before top_p; none: all tokens.
     """
 
-    prompts: Positive
-    group: Positive
-    max_new_tokens: Positive
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    group: Positive = 1
+    max_new_tokens: Positive = 512
+    temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[Positive | None, NONE] = None
 
 
-class RolloutSection(Section):
-    """How the policy answers.
+class StageRollouts(Sampling):
+    """The rollouts of a training step. They are compared with each other, so they cannot be greedy.
 
     Args:
-        engine: a path of `prism.rollout.Engine`; `auto` is the lean one where the model allows it.
-        cache_tokens: the most tokens that the cache holds; none: as many as a step needs.
-        align: rollouts of alignment.
-        rlvr: rollouts of RLVR.
+        prompts: Prompts of a step, each with `group` rollouts.
+    """
+
+    prompts: Positive
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class RolloutSettings(Section):
+    """How the policy responds to prompts in training.
+
+    Args:
+        engine: `lean` decodes with prism's own kernels and cache, `stock` with transformers' model; `auto` takes
+            `lean` where the model allows it.
+        cache_tokens: Tokens that the key-value cache holds; none: as many as a step needs. Lower it to save memory:
+            a step is then decoded in several batches.
+        align: Rollouts of an alignment step.
+        rlvr: Rollouts of an RLVR step.
     """
 
     engine: Literal["auto", "lean", "stock"] = "auto"
     cache_tokens: Annotated[Positive | None, NONE] = None
-    align: Sampling = Sampling(prompts=16, group=8, max_new_tokens=112)
-    rlvr: Sampling = Sampling(prompts=32, group=8, max_new_tokens=112)
+    align: StageRollouts = StageRollouts(prompts=16, group=8, max_new_tokens=112)
+    rlvr: StageRollouts = StageRollouts(prompts=32, group=8, max_new_tokens=112)
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
-        return _over_defaults(cls, given)
+        return over_defaults(cls, given)
 
 
-class Discriminator(Section):
-    """The scorer and its loss. Its learning rates are in optimiser.warmup and optimiser.discriminator.
+class DiscriminatorSettings(Section):
+    """The discriminator and its loss. Its learning rates are in optimiser.warmup and optimiser.discriminator.
 
     Args:
-        dense: a dense model instead of experts.
-        experts: of each layer.
-        top_k: experts that a token chooses.
-        noise: of the upcycled experts, in standard deviations of each weight.
-        router_std: of the router's first weights.
-        kind_bias: whether routers learn a bias for each kind of token.
-        images: whether it sees images.
-        aux_coef: of the load-balance loss.
-        z_coef: of the router's z loss.
-        regularisation: of raw scores, L2.
-        soft_clip: of scores in the loss; none: no clip.
-        steps: optimiser steps on each batch of rollouts; only the first one's scores are rewards.
+        dense: Whether it is a dense model instead of a Mixture-of-Experts.
+        experts: Experts of each layer.
+        top_k: Experts that each token chooses.
+        noise: Noise on upcycled experts, in standard deviations of each weight. Without noise they begin equal.
+        router_std: Standard deviation of the routers' initial weights.
+        kind_bias: Whether routers learn a bias for each kind of token (description, reasoning, ...).
+        images: Whether the discriminator sees images.
+        aux_coef: Factor of the load-balance loss (mean over the layers). Raise it if few experts get most tokens.
+        z_coef: Factor of the routers' z loss (mean over the layers). Raise it if router logits grow large.
+        regularisation: Factor of the squared scores in the loss. Raise it if scores drift away from 0.
+        soft_clip: Bound c of the score difference x in the loss, c tanh(x / c); none: no bound.
+        steps: Optimiser steps on each batch of rollouts in alignment. Rewards are the scores before the first.
     """
 
     dense: bool = False
@@ -250,139 +347,63 @@ class Discriminator(Section):
         return self
 
 
-class Adam(Section):
-    """AdamW, and how its learning rate goes.
+class MemorySettings(Section):
+    """Trade-offs of memory and time. They change results only by rounding.
 
     Args:
-        name: `adamw` holds fp32 copies of weights that have fewer bits, which would lose small updates. Without copies
-            (torchao): `adamw_bf16` rounds updates up or down by chance, `adamw8bit` has moments of 8 bits as well.
-        lr: the highest.
-        schedule: after the warm-up; `linear` and `cosine` end at 0.
-        warmup: below 1 the share of the steps with a rising rate, else their number.
-        betas: of the moments.
-        eps: added to the root of the second.
-        weight_decay: decoupled.
-        clip_norm: gradients are scaled down to this norm.
-        freeze_vision: whether vision tower and projector stay as they are.
-    """
-
-    name: Literal["adamw", "adamw8bit", "adamw_bf16"] = "adamw"
-    lr: Annotated[float, Field(ge=0)]
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: Annotated[float, Field(ge=0)] = 0.0
-    betas: Two = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    freeze_vision: bool = False
-
-    def warmup_steps(self, steps: int) -> int:
-        """Returns for how many of the steps the learning rate rises."""
-        return round(self.warmup * steps) if self.warmup < 1 else round(self.warmup)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: expected two numbers in [0, 1), got {list(self.betas)}")
-        if self.name != "adamw" and find_spec("torchao") is None:
-            raise ValueError(
-                f"name: expected 'adamw' without torchao (pip install 'prism-kernels[ao]'), got {self.name!r}"
-            )
-        return self
-
-
-class Optimiser(Adam):
-    """That of a stage.
-
-    Args:
-        steps: of the optimiser; where a step begins with rollouts, of rollouts.
-        batch: samples of a step (in warmup: pairs of responses, each compared in both channels). With rollouts: how
-            many responses make an optimiser step; none: all, so that there is one and the policy is the one that
-            sampled.
-    """
-
-    steps: Positive
-    batch: Annotated[Positive | None, NONE] = None
-
-
-class Warmup(Optimiser):
-    """That of the discriminator's warm-up.
-
-    Args:
-        head_rate: the learning rate of the value head is so many times `lr`. The head begins at 0: what the backbone
-            knows should be found before it is bent.
-    """
-
-    head_rate: Annotated[float, Field(gt=0)] = 1.0
-
-
-class Optimisers(Section):
-    """One for each stage; `discriminator` is the discriminator's in alignment, warmup before it."""
-
-    base: Optimiser = Optimiser(lr=2e-3, schedule="cosine", warmup=0.1, steps=600, batch=64)
-    sft: Optimiser = Optimiser(lr=2e-3, schedule="cosine", warmup=0.1, steps=400, batch=64)
-    distill: Optimiser = Optimiser(lr=5e-4, schedule="cosine", warmup=0.1, steps=60, batch=64)
-    warmup: Warmup = Warmup(lr=2e-4, schedule="cosine", warmup=0.1, steps=60, batch=48, head_rate=25)
-    align: Optimiser = Optimiser(lr=1e-4, schedule="linear", steps=50)
-    discriminator: Adam = Adam(lr=1e-3)
-    rlvr: Optimiser = Optimiser(lr=1.5e-4, steps=40)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, given: Any) -> Any:
-        return _over_defaults(cls, given)
-
-
-class Memory(Section):
-    """What is kept and what is computed again.
-
-    Args:
-        pack_tokens: of a pack of the policy.
-        score_pack_tokens: of a pack of the discriminator, which holds a prompt's group whole; none: as many as the
-            largest possible group has.
-        head_cache_bytes: what the fused head may keep for its backward pass; none: its own choice.
-        activation_checkpointing: layers are computed again in the backward pass.
+        pack_tokens: Tokens of a packed forward pass of the policy: at least the longest prompt with its response.
+            Lower it if memory runs out.
+        score_pack_tokens: Tokens of a packed forward pass of the discriminator, which holds a prompt's group whole;
+            none: as many as the largest possible group has.
+        head_cache_bytes: Bytes that the fused head may keep for its backward pass; none: it decides itself. 0 saves
+            the most memory.
+        fused_policy_loss: Whether the policy loss and its gradient are computed from the head chunk by chunk, so that
+            alignment and RLVR keep nothing of the size of the logits. The entropy is then logged only with an entropy
+            bonus.
+        activation_checkpointing: Whether layers are computed again in the backward pass instead of kept.
     """
 
     pack_tokens: Positive = 8192
     score_pack_tokens: Annotated[Positive | None, NONE] = 8192
     head_cache_bytes: Annotated[Natural | None, NONE] = None
+    fused_policy_loss: bool = False
     activation_checkpointing: bool = False
 
 
-class Checkpoint(Section):
-    """Training states.
+class CheckpointSettings(Section):
+    """Training states, from which the same command resumes.
 
     Args:
-        every: steps; the end of a stage has one as well.
-        keep: the newest of them.
+        every: Steps between checkpoints; the end of a stage has one as well. A killed run repeats at most these steps.
+        keep: Newest checkpoints to keep.
     """
 
     every: Positive = 20
     keep: Positive = 2
 
 
-class Log(Section):
-    """What is told beside metrics.jsonl.
+class LogSettings(Section):
+    """Output besides metrics.jsonl.
 
     Args:
-        console: `auto` is a progress bar on a terminal and one line a step elsewhere; `lines`; or `quiet`.
-        rollouts_every: steps after which a step's rollouts are written; 0: never.
+        console: `auto` shows a progress bar on a terminal and a line per step elsewhere; `lines` always shows lines;
+            `quiet` shows nothing.
+        rollouts_every: Steps between the steps whose rollouts are written to rollouts/; 0: never.
     """
 
     console: Literal["auto", "lines", "quiet"] = "auto"
     rollouts_every: Natural = 1
 
 
-class Evaluation(Section):
-    """Held-out samples, before the first stage and after each.
+class EvaluationSettings(Section):
+    """Evaluation on held-out problems, before the first stage and after each.
 
     Args:
-        samples: how many, of validation; before and after the last stage all of test as well.
-        every: steps, also within a stage; 0: never.
-        max_new_tokens: the longest response.
-        temperature: 0 is greedy.
-        sampled: whether a response at temperature 1 is judged as well.
+        samples: Problems of validation. Before and after the last stage all of test are evaluated as well.
+        every: Steps between evaluations within a stage; 0: none within a stage.
+        max_new_tokens: Tokens of the longest response.
+        temperature: Temperature of the responses; 0 is greedy.
+        sampled: Whether each problem gets a second response, at temperature 1.
     """
 
     samples: Positive = 256

@@ -1,1 +1,1 @@
-"""Data: the embedded world of coloured shapes, and loaders for the files that the stages read. Needs no torch."""
+"""Data: files, their rows, and the problems that stages learn from."""

@@ -1,4 +1,4 @@
-"""Images of rows: from bytes, files and, where that is allowed, from the network; checked before they are decoded."""
+"""Images of rows, from bytes, files or (if allowed) the network; their sizes are checked before they are decoded."""
 
 import io
 import urllib.error
@@ -12,23 +12,23 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from prism.data.errors import RowError, shown
+from prism.data.files import RowError, shown
 
-# no vector or document formats, whose decoders run other programs
+# no vector or document formats: their decoders run other programs
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Which images are taken.
+    """Which images are accepted.
 
     Args:
-        min_side: in pixels.
-        max_pixels: width times height, read before anything is decoded.
-        max_aspect: the longer side over the shorter one; Qwen's processor refuses more than 200.
+        min_side: least width and height in pixels.
+        max_pixels: greatest width times height, read before anything is decoded.
+        max_aspect: greatest ratio of the longer to the shorter side; Qwen's processor refuses more than 200.
         allow_remote: whether http and https addresses are opened.
-        max_bytes: of a remote image.
-        timeout: of a remote image, in seconds.
+        max_bytes: greatest size of a remote image.
+        timeout: seconds to wait for a remote image.
     """
 
     min_side: int = 4
@@ -44,9 +44,9 @@ def open_image(source: Any, field: str, root: Path, limits: ImageLimits) -> Imag
 
     Args:
         source: a path, a mapping with `bytes` or `path` as Hugging Face writes it, or bytes.
-        field: what errors call it.
-        root: what paths are relative to.
-        limits: see there.
+        field: the image's field, which errors name.
+        root: the folder to which paths are relative.
+        limits: which images are accepted.
     """
     if isinstance(source, Mapping):
         source = source.get("bytes") or source.get("path")
@@ -56,11 +56,11 @@ def open_image(source: Any, field: str, root: Path, limits: ImageLimits) -> Imag
         raise RowError("wrong type", field, f"expected a path or {{'bytes': ...}}, got {shown(source)}")
     try:
         with warnings.catch_warnings():
-            # our own limit is the one that counts
+            # max_pixels decides instead
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(source), formats=FORMATS)
         _check_size(image.size, field, limits)
-        # PIL reports broken data by many types of exceptions, struct.error and SyntaxError among them
+        # PIL raises many types for broken data, struct.error and SyntaxError among them
         return image.convert("RGB")
     except RowError:
         raise
@@ -84,7 +84,7 @@ def _read(source: str, field: str, root: Path, limits: ImageLimits) -> bytes:
     scheme = urlsplit(source).scheme.lower() if "://" in source else ""
     if scheme in ("http", "https"):
         if not limits.allow_remote:
-            problem = f"expected a local file, got {shown(source)}; allow_remote=True opens addresses"
+            problem = f"expected a local file, got {shown(source)}; data.allow_remote_images = true opens addresses"
             raise RowError("remote image", field, problem)
         return _download(source, field, limits)
     if scheme:
@@ -93,15 +93,15 @@ def _read(source: str, field: str, root: Path, limits: ImageLimits) -> bytes:
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:
-        # ValueError: a path with a null character
+        # ValueError: the path has a null character
         why = error.strerror if isinstance(error, OSError) else error
         raise RowError("image not found", field, f"expected an image at {path}: {why}") from None
 
 
 def _download(address: str, field: str, limits: ImageLimits) -> bytes:
     try:
-        with urllib.request.urlopen(address, timeout=limits.timeout) as answer:
-            content: bytes = answer.read(limits.max_bytes + 1)
+        with urllib.request.urlopen(address, timeout=limits.timeout) as response:
+            content: bytes = response.read(limits.max_bytes + 1)
     except (OSError, ValueError, urllib.error.URLError) as error:
         raise RowError("image not found", field, f"expected an image at {shown(address)}: {error}") from None
     if len(content) > limits.max_bytes:

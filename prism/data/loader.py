@@ -1,4 +1,4 @@
-"""Streams of rows: shuffled by seed, resumable, every row validated, none replaced in silence."""
+"""Streams of rows: shuffled by seed, resumable, every row validated, none replaced silently."""
 
 import json
 from collections import Counter
@@ -8,11 +8,11 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from prism.data.errors import DataError, RowError
-from prism.data.rows import READERS, RowLimits
-from prism.data.sources import Raw, data_files, parse, read_rows
+from prism.data.files import DataError, Raw, RowError, data_files, parse, read_rows
+from prism.data.images import ImageLimits
+from prism.data.rows import READERS
 
-# before that a share says little
+# after fewer rows the share of skipped ones says little
 _MIN_ROWS = 200
 
 
@@ -21,16 +21,16 @@ class LoadOptions:
     """How rows are read.
 
     Args:
-        seed: of the order of files and rows.
-        buffer: how many rows, not yet decoded, are shuffled at a time; 0: everything in the files' order.
-        epochs: how often all files are read; None: without end.
-        on_error: `skip` counts a row that cannot be used and goes on, `raise` stops.
-        max_skipped: the share of skipped rows above which the stream stops even so: as soon as 200 rows of an epoch
-            were read, and at the epoch's end.
-        skipped: a JSONL file, of this stream alone, that gets file, row, field, cause and reason of each skipped row,
-            once; what an older run left in it is dropped. None: they are only counted.
-        image_root: what paths of images are relative to; None: the folder of their data file.
-        limits: of texts and images.
+        seed: seed of the order of files and rows.
+        buffer: number of rows, not yet decoded, that are shuffled together; 0 keeps the order of the files.
+        epochs: how often all files are read; None for no end.
+        on_error: `skip` counts an unusable row and reads on, `raise` stops.
+        max_skipped: greatest share of skipped rows; the stream stops above it. It is checked from the 200th row of an
+            epoch on, and at the epoch's end.
+        skipped: a JSONL file, written by this stream only, that records file, row, field, cause and reason of each
+            skipped row once. Lines of an older run are dropped. None records nothing.
+        image_root: the folder to which paths of images are relative; None for the folder of the data file.
+        images: which images are accepted.
     """
 
     seed: int = 0
@@ -40,7 +40,7 @@ class LoadOptions:
     max_skipped: float = 0.05
     skipped: Path | None = None
     image_root: Path | None = None
-    limits: RowLimits = field(default_factory=RowLimits)
+    images: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
         if self.on_error not in ("skip", "raise"):
@@ -52,8 +52,8 @@ class LoadOptions:
             )
 
 
-class Place(NamedTuple):
-    """Where in an epoch reading goes on: the file in its order, rows read of it, where the next one begins."""
+class Position(NamedTuple):
+    """Where reading resumes in an epoch: index in the order of files, rows read of that file, start of the next row."""
 
     file: int = 0
     row: int = 0
@@ -61,16 +61,17 @@ class Place(NamedTuple):
 
 
 class RowStream:
-    """An iterator over validated rows that can go on where another one was.
+    """An iterator over validated rows that can resume where another one stopped.
 
-    Rows are read in blocks of `buffer`, and each block is permuted by seed, epoch and number; so a position is a few
-    numbers, and going on reads at most one block again. At any time one block is in memory, its images not decoded.
+    Rows are read in blocks of `buffer`. The permutation of a block follows from the seed, the epoch and the block's
+    number, so a position is a few numbers, and resuming reads at most one block again. One block is in memory at a
+    time, its images not decoded.
 
     Args:
         files: JSONL and parquet files, or folders of them.
         schema: `chat` (SFT), `warmup` or `problem` (alignment, RLVR).
-        options: see there.
-        take: what is given of a valid row, which it may refuse by a `RowError`; None: the row.
+        options: how rows are read.
+        take: converts a valid row, or rejects it by raising `RowError`; None yields the row itself.
     """
 
     def __init__(
@@ -86,12 +87,14 @@ class RowStream:
         self.files = data_files(files)
         self.options = options or LoadOptions()
         self.schema, self.take = schema, take
-        # of the current epoch; `different`: how many rows were skipped since the first one, each counted once
+        # counts of the current epoch
         self.read = self.skipped = 0
         self.causes: Counter[str] = Counter()
-        self.epoch = self.different = 0
-        # of the log: what a run before this one wrote is dropped when the first row is read
-        self._log_is_ours = False
+        # the same rows are skipped in every epoch; this counts each of them once
+        self.distinct_skipped = 0
+        self.epoch = 0
+        # lines of an earlier run are dropped when the first row is read
+        self._log_is_cut = False
         self._last = ""
         self._begin_epoch()
 
@@ -99,7 +102,7 @@ class RowStream:
         return self
 
     def __next__(self) -> Any:
-        if not self._log_is_ours:
+        if not self._log_is_cut:
             self._cut_log()
         while True:
             if self._next == len(self._block):
@@ -108,13 +111,13 @@ class RowStream:
             self._next += 1
             self.read += 1
             row = self._row(path, raw)
-            # before a row is given, so that it does not count as given where this stops
+            # before the row is returned: a row does not count as returned where this raises
             self._check_share(at_end=False)
             if row is not None:
                 return row
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position behind the row given last: numbers and names that JSON can write."""
+        """Returns the position after the last row returned, as JSON can write it."""
         return {
             "of": self._identity(),
             "epoch": self.epoch,
@@ -124,24 +127,24 @@ class RowStream:
             "read": self.read,
             "skipped": self.skipped,
             "causes": dict(self.causes),
-            "different": self.different,
+            "different": self.distinct_skipped,
             "last": self._last,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position of a stream of the same files, schema, seed and buffer."""
-        ours = self._identity()
+        """Moves to a position of a stream with the same files, schema, seed and buffer."""
+        identity = self._identity()
         for key, value in state["of"].items():
-            if ours[key] != value:
+            if identity[key] != value:
                 raise DataError(
-                    f"load_state_dict: expected the same {key} as when it was saved, {value}, got {ours[key]}"
+                    f"load_state_dict: expected the same {key} as when it was saved, {value}, got {identity[key]}"
                 )
-        self.epoch, self.different, self._last = state["epoch"], state["different"], state["last"]
+        self.epoch, self.distinct_skipped, self._last = state["epoch"], state["different"], state["last"]
         self._begin_epoch()
         self.read, self.skipped, self.causes = state["read"], state["skipped"], Counter(state["causes"])
         if state["block"] >= 0:
-            # one less: it is about to be read
-            self._number, self._end = state["block"] - 1, Place(*state["place"])
+            # `_fill` reads this block and counts it
+            self._number, self._end = state["block"] - 1, Position(*state["place"])
             self._rows = self._rows_from(self._end)
             self._fill()
             self._next = state["next"]
@@ -158,27 +161,27 @@ class RowStream:
         self._order = list(range(len(self.files)))
         if self.options.buffer:
             _shuffle(self._order, f"{self.options.seed}/{self.epoch}/files")
-        self._number, self._start, self._end = -1, Place(), Place()
+        self._number, self._start, self._end = -1, Position(), Position()
         self._rows = self._rows_from(self._end)
         self._block: list[tuple[Path, Raw]] = []
         self._next = 0
 
-    def _rows_from(self, place: Place) -> Iterator[tuple[Place, Path, Raw]]:
-        """Yields rows with the place behind each."""
-        row, offset = place.row, place.offset
-        for file in range(place.file, len(self._order)):
+    def _rows_from(self, position: Position) -> Iterator[tuple[Position, Path, Raw]]:
+        """Yields the rows from a position on, each with the position after it."""
+        row, offset = position.row, position.offset
+        for file in range(position.file, len(self._order)):
             path = self.files[self._order[file]]
             for raw in read_rows(path, row, offset):
-                yield Place(file, raw.row, raw.end), path, raw
+                yield Position(file, raw.row, raw.end), path, raw
             row = offset = 0
 
     def _fill(self) -> bool:
-        """Reads the next block; False: there is none."""
+        """Reads the next block and returns whether there was one."""
         self._number += 1
         self._start, self._block, self._next = self._end, [], 0
-        for place, path, raw in self._rows:
+        for position, path, raw in self._rows:
             self._block.append((path, raw))
-            self._end = place
+            self._end = position
             if len(self._block) >= max(self.options.buffer, 1):
                 break
         if self.options.buffer:
@@ -186,7 +189,7 @@ class RowStream:
         return bool(self._block)
 
     def _next_block(self) -> None:
-        """Reads the next block, of the next epoch where this one is over; raises StopIteration behind the last."""
+        """Reads the next block, if need be of the next epoch; raises StopIteration after the last epoch."""
         if self._fill():
             return
         self._check_share(at_end=True)
@@ -197,10 +200,10 @@ class RowStream:
         self._fill()
 
     def _row(self, path: Path, raw: Raw) -> Any:
-        """Returns the row, or None where it is skipped."""
+        """Returns the row, or None if it is skipped."""
         root = self.options.image_root or path.parent
         try:
-            row = READERS[self.schema](parse(raw.content), f"{path.stem}-{raw.row}", root, self.options.limits)
+            row = READERS[self.schema](parse(raw.content), f"{path.stem}-{raw.row}", root, self.options.images)
             return row if self.take is None else self.take(row)
         except RowError as error:
             if self.options.on_error == "raise":
@@ -212,10 +215,9 @@ class RowStream:
 
     def _log(self, path: Path, row: int, error: RowError) -> None:
         self._last = error.at(path, row)
-        # the same rows are skipped in every epoch
         if self.epoch:
             return
-        self.different += 1
+        self.distinct_skipped += 1
         if self.options.skipped is None:
             return
         entry = {"file": str(path), "row": row, "field": error.field, "cause": error.cause, "reason": error.problem}
@@ -224,14 +226,14 @@ class RowStream:
             log.write(json.dumps(entry) + "\n")
 
     def _cut_log(self) -> None:
-        """Drops from the log what was written behind this position: by a run that was interrupted, or an older one."""
-        self._log_is_ours = True
+        """Drops the lines of the log that an interrupted or older run wrote past this position."""
+        self._log_is_cut = True
         path = self.options.skipped
         if path is None or not path.exists():
             return
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if len(lines) > self.different:
-            path.write_text("".join(lines[: self.different]), encoding="utf-8")
+        if len(lines) > self.distinct_skipped:
+            path.write_text("".join(lines[: self.distinct_skipped]), encoding="utf-8")
 
     def _check_share(self, at_end: bool) -> None:
         if at_end and self.read == self.skipped:
@@ -249,13 +251,13 @@ class RowStream:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What reading the files would give.
+    """The outcome of reading all files once.
 
     Args:
-        rows: of all files.
-        accepted: of them.
-        rejected: how many by cause.
-        first: of each cause the first row's message.
+        rows: number of rows.
+        accepted: number of usable rows.
+        rejected: number of unusable rows, by cause.
+        first: the first message of each cause.
     """
 
     rows: int
@@ -271,12 +273,12 @@ def dry_run(
     *,
     take: Callable[[Any], Any] | None = None,
 ) -> DryRun:
-    """Returns how many rows the files have and how many would be rejected, by cause, having read all of them once.
+    """Reads all files once and returns how many rows they have, and how many would be rejected, by cause.
 
     Args:
         files: see `RowStream`.
         schema: see `RowStream`.
-        options: see `RowStream`; order and logs do not matter here.
+        options: see `RowStream`; those of order and log have no effect.
         take: see `RowStream`.
     """
     options = options or LoadOptions()
@@ -289,7 +291,7 @@ def dry_run(
         for raw in read_rows(path):
             rows += 1
             try:
-                row = READERS[schema](parse(raw.content), "", options.image_root or path.parent, options.limits)
+                row = READERS[schema](parse(raw.content), "", options.image_root or path.parent, options.images)
                 if take is not None:
                     take(row)
             except RowError as error:
@@ -299,7 +301,7 @@ def dry_run(
 
 
 def _shuffle(entries: list[Any], seed: str) -> None:
-    """Permutes in place; of Python's generator only `random()` promises the same numbers in every version."""
+    """Permutes in place. Only `random()` of Python's generator gives the same numbers in every Python version."""
     rng = Random(seed)
     for last in range(len(entries) - 1, 0, -1):
         other = int(rng.random() * (last + 1))

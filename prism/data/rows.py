@@ -1,65 +1,217 @@
-"""Rows as the stages read them: immutable, validated, with their images opened."""
+"""The three kinds of rows: their schemas as pydantic models, and the validated rows, with images, that the stages read.
+
+Of each kind there is a schema, which is what a file may say, a row, and a function that makes the row of what the file
+says.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from prism.data.errors import RowError
+from prism.data.files import RowError, shown
 from prism.data.images import ImageLimits, open_image
-from prism.data.schemas import ChatSchema, Message, ProblemSchema, WarmupSchema, join_sections, validate
-from prism.data.sections import Sections, split_response
+from prism_kernels.grammar import Sections, split_response
 
+# stands in a text where an image goes
+PLACEHOLDER = "<image>"
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+Role = Literal["system", "user", "assistant"]
 Images = tuple[Image.Image, ...]
 
 
-@dataclass(frozen=True)
-class RowLimits:
-    """How long texts may be; a row past a limit is not used, and nothing is ever cut. None: no limit.
+def _flat(content: Any) -> Any:
+    """Returns a list of text and image items as one text with placeholders."""
+    if not isinstance(content, list):
+        return content
+    return "".join(_flat_item(item) for item in content)
 
-    Args:
-        prompt: of everything before the response; images are not counted.
-        response: of a response, the student's or the teacher's.
-        total: of both together.
-        length: what is counted: characters, or for a tokenizer `lambda text: len(tokenizer(text)["input_ids"])`.
-        images: see `ImageLimits`.
-    """
 
-    prompt: int | None = None
-    response: int | None = None
-    total: int | None = None
-    length: Callable[[str], int] = len
-    images: ImageLimits = field(default_factory=ImageLimits)
+def _flat_item(item: Any) -> str:
+    if isinstance(item, Mapping):
+        # in parquet every item has every key, some of them None
+        if isinstance(item.get("text"), str) and item.get("type", "text") == "text":
+            return str(item["text"])
+        if item.get("type") in ("image", "image_url"):
+            return PLACEHOLDER
+    raise PydanticCustomError("wrong type", "expected text and image items")
+
+
+def _role(value: Any) -> Any:
+    if isinstance(value, str) and value in ROLES:
+        return ROLES[value]
+    raise PydanticCustomError("unknown role", "expected one of human, gpt, user, assistant, system")
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, str) and not value.strip():
+        raise PydanticCustomError("empty text", "expected a text that is not empty")
+    return value
+
+
+def _number_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Text = Annotated[str, BeforeValidator(_filled)]
+Answer = Annotated[str, BeforeValidator(_filled), BeforeValidator(_number_as_text)]
+
+
+class _Schema(BaseModel):
+    # further columns are the user's business
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+
+class Turn(_Schema):
+    """A turn of a chat, as `role` and `content` or as `from` and `value`."""
+
+    role: Annotated[Role, BeforeValidator(_role)] = Field(validation_alias=AliasChoices("role", "from"))
+    content: Annotated[Text, BeforeValidator(_flat)] = Field(validation_alias=AliasChoices("content", "value"))
+
+
+Turns = Annotated[tuple[Turn, ...], BeforeValidator(_tuple)]
+ImageSources = Annotated[tuple[Any, ...], BeforeValidator(_tuple)]
+
+
+def _check_chat(turns: tuple[Turn, ...], last: Role) -> None:
+    roles = [turn.role for turn in turns]
+    if not roles:
+        raise PydanticCustomError("empty text", "expected at least one message")
+    if "system" in roles[1:]:
+        raise PydanticCustomError("order of messages", "expected the system's message first")
+    if "user" not in roles:
+        raise PydanticCustomError("order of messages", "expected a user's message")
+    if roles[-1] != last:
+        raise PydanticCustomError("order of messages", f"expected the last message to be of {last}")
+
+
+def _check_placeholders(turns: tuple[Turn, ...], images: int) -> None:
+    placeholders = sum(turn.content.count(PLACEHOLDER) for turn in turns)
+    if placeholders != images:
+        raise _wrong_count(placeholders, images)
+
+
+def _wrong_count(placeholders: int, images: int) -> PydanticCustomError:
+    numbers = {"places": placeholders, "images": images}
+    return PydanticCustomError("image count", "expected an image for each of {places} places, got {images}", numbers)
+
+
+class ChatSchema(_Schema):
+    """LLaMA-Factory's sharegpt-multimodal (`messages` or `conversations`, `images`), or a plain chat."""
+
+    messages: Turns = Field(validation_alias=AliasChoices("messages", "conversations"))
+    images: ImageSources = ()
+    system: str | None = None
+    videos: Any = None
+    audios: Any = None
+    id: Any = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ChatSchema":
+        for name in ("videos", "audios"):
+            if getattr(self, name):
+                raise PydanticCustomError(
+                    "unsupported field", "expected no {name}: only images are read", {"name": name}
+                )
+        _check_chat(self.messages, "assistant")
+        _check_placeholders(self.messages, len(self.images))
+        return self
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The messages, led by the field `system` where it is set."""
+        if not self.system or self.messages[0].role == "system":
+            return self.messages
+        return (Turn(role="system", content=self.system), *self.messages)
 
 
 @dataclass(frozen=True)
 class ChatRow:
-    """A chat that ends with the assistant's turn: what SFT imitates."""
+    """A chat that ends with the assistant's turn, which SFT imitates."""
 
     id: str
-    # role and text, `<image>` where an image goes
+    # role and text, with a placeholder where an image goes
     messages: tuple[tuple[str, str], ...]
     images: Images
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A better and a worse text for one channel of the discriminator."""
+def read_chat(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> ChatRow:
+    """Returns a row for SFT.
 
-    id: str
-    channel: str
-    question: str
-    images: Images
-    teacher: str
-    student: str
+    Args:
+        raw: the row as the file has it.
+        name: the row's id, if it has none itself.
+        root: the folder to which paths of images are relative.
+        limits: which images are accepted.
+    """
+    row = validate(ChatSchema, raw)
+    return ChatRow(_id(row.id, name), _pairs(row.turns), _open(row.images, "images", root, limits))
+
+
+class WarmupSchema(_Schema):
+    """A question with a caption and a reasoning by a teacher and by a student.
+
+    A missing caption or reasoning is taken from `teacher_response` or `student_response`, a missing `question` from
+    `prompt`.
+    """
+
+    id: Any = None
+    image: Any = None
+    images: ImageSources = ()
+    question: Text = Field(validation_alias=AliasChoices("question", "prompt"))
+    teacher_caption: Text | None = None
+    teacher_cot: Text | None = None
+    student_caption: Text | None = None
+    student_cot: Text | None = None
+    teacher_response: Text | None = None
+    student_response: Text | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "WarmupSchema":
+        if self.image is not None and self.images:
+            raise PydanticCustomError("image count", "expected image or images, got both")
+        placeholders, images = self.question.count(PLACEHOLDER), len(self.pictures)
+        # without a placeholder, the images come before the question
+        if placeholders not in (0, images):
+            raise _wrong_count(placeholders, images)
+        return self
+
+    @property
+    def pictures(self) -> tuple[Any, ...]:
+        """The images of either field."""
+        return self.images if self.image is None else (self.image,)
+
+    def sections(self, who: Literal["teacher", "student"]) -> Sections:
+        """Returns the response of the teacher or the student; `answer` is empty where it has none."""
+        caption, cot = getattr(self, f"{who}_caption"), getattr(self, f"{who}_cot")
+        response = getattr(self, f"{who}_response")
+        if caption is not None and cot is not None:
+            return join_sections(caption, cot, who)
+        if response is None:
+            missing = f"{who}_caption" if caption is None else f"{who}_cot"
+            raise RowError("missing field", missing, f"expected it, or {who}_response")
+        whole = split_response(response)
+        if whole is None:
+            problem = "expected <caption>…</caption><think>…</think><answer>…</answer>"
+            raise RowError("response form", f"{who}_response", f"{problem}, got {shown(response)}")
+        if caption is None and cot is None:
+            return whole
+        joined = join_sections(caption or whole.caption, cot if cot is not None else whole.think, who)
+        return joined if cot is not None else Sections(joined.caption, whole.think, whole.answer)
 
 
 @dataclass(frozen=True)
 class WarmupRow:
-    """A question with a teacher's and a student's response; `answer` of both is empty where the row has none."""
+    """A question with a teacher's and a student's response; without answers in the row, both have an empty one."""
 
     id: str
     question: str
@@ -67,14 +219,87 @@ class WarmupRow:
     teacher: Sections
     student: Sections
 
+
+def read_warmup(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> WarmupRow:
+    """Returns a row for the discriminator's warm-up; for the arguments see `read_chat`."""
+    row = validate(WarmupSchema, raw)
+    teacher, student = row.sections("teacher"), row.sections("student")
+    if bool(teacher.answer) != bool(student.answer):
+        # the discriminator would tell them apart by the answer alone
+        unanswered = "student_cot" if teacher.answer else "teacher_cot"
+        raise RowError("response form", unanswered, "expected an answer in both responses or in neither, it has none")
+    images = _open(row.pictures, "image" if row.image is not None else "images", root, limits)
+    return WarmupRow(_id(row.id, name), row.question, images, teacher, student)
+
+
+def join_sections(caption: str, cot: str, who: str) -> Sections:
+    """Returns the sections of a caption and a reasoning, with or without their tags; a missing answer is empty."""
+    head = caption.strip()
+    if not head.startswith("<caption>"):
+        head = f"<caption>{head}</caption>"
+    tail = cot.strip()
+    if not tail.startswith("<think>"):
+        # `thinking</think><answer>…` and `thinking<answer>…` occur in real data
+        body, opened, answer = tail.partition("<answer>")
+        tail = f"<think>{body.strip().removesuffix('</think>')}</think>{opened}{answer}"
+    answered = "<answer>" in tail
+    whole = split_response(head + tail if answered else f"{head}{tail}<answer>-</answer>")
+    if whole is None:
+        problem = "expected a description and a reasoning whose tags are in order"
+        raise RowError("response form", f"{who}_cot", f"{problem}, got {shown(tail)}")
+    return whole if answered else Sections(whole.caption, whole.think, "")
+
+
+class RewardModel(_Schema):
+    """What the verifier of answers needs."""
+
+    ground_truth: Answer
+    style: str = "rule"
+    equivalent_answers: tuple[Answer, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            # parquet has None where a row has no list
+            kept = {key: part for key, part in value.items() if part is not None or key == "ground_truth"}
+            others = kept.get("equivalent_answers")
+            return {**kept, "equivalent_answers": tuple(others)} if isinstance(others, list) else kept
+        return value
+
+
+class ProblemSchema(_Schema):
+    """A problem for alignment and RLVR; the teacher's response is optional."""
+
+    data_source: Text
+    prompt: Turns
+    reward_model: RewardModel
+    images: ImageSources = ()
+    teacher_caption: str | None = None
+    teacher_cot: str | None = None
+    teacher_response: Text | None = None
+    answer: Answer | None = None
+    extra_info: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ProblemSchema":
+        _check_chat(self.prompt, "user")
+        _check_placeholders(self.prompt, len(self.images))
+        return self
+
     @property
-    def pairs(self) -> tuple[Pair, Pair]:
-        """The pair of descriptions and the pair of reasonings."""
-        teacher, student = (f"{s.think}\n{s.answer}".strip() for s in (self.teacher, self.student))
-        return (
-            Pair(self.id, "perception", self.question, self.images, self.teacher.caption, self.student.caption),
-            Pair(self.id, "reasoning", self.question, self.images, teacher, student),
-        )
+    def teacher(self) -> str | None:
+        """The teacher's whole response, made of its parts where the row gives only those; None without either."""
+        if self.teacher_response is None:
+            if not self.teacher_caption or not self.teacher_cot:
+                return None
+            joined = join_sections(self.teacher_caption, self.teacher_cot, "teacher")
+            answer = joined.answer or self.answer or self.reward_model.ground_truth
+            return Sections(joined.caption, joined.think, answer).text
+        if split_response(self.teacher_response) is None:
+            problem = "expected <caption>…</caption><think>…</think><answer>…</answer>, each once and none empty"
+            raise RowError("response form", "teacher_response", problem)
+        return self.teacher_response
 
 
 @dataclass(frozen=True)
@@ -82,45 +307,20 @@ class ProblemRow:
     """A problem for alignment and RLVR."""
 
     id: str
-    # role and text, `<image>` where an image goes
+    # role and text, with a placeholder where an image goes
     prompt: tuple[tuple[str, str], ...]
     images: Images
     data_source: str
     ground_truth: str
-    style: str
     equivalent_answers: tuple[str, ...]
-    # a whole response in the three-part form, where the row has one
+    # a whole response of three sections
     teacher: str | None
-    extra_info: Mapping[str, Any]
 
 
-def read_chat(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimits) -> ChatRow:
-    """Returns a row of SFT: sharegpt with images, or a plain chat."""
-    row = validate(ChatSchema, raw)
-    *context, last = row.turns
-    _check_lengths(limits, {"messages": _joined(context)}, {f"messages.{len(row.messages) - 1}": last.content})
-    return ChatRow(_id(row.id, name), _pairs(row.turns), _open(row.images, "images", root, limits))
-
-
-def read_warmup(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimits) -> WarmupRow:
-    """Returns a row of the discriminator's warm-up."""
-    row = validate(WarmupSchema, raw)
-    teacher, student = row.sections("teacher"), row.sections("student")
-    if bool(teacher.answer) != bool(student.answer):
-        # that alone would tell them apart
-        gone = "student_cot" if teacher.answer else "teacher_cot"
-        raise RowError("response form", gone, "expected an answer in both responses or in neither, it has none")
-    responses = {"teacher_response": teacher.text, "student_response": student.text}
-    _check_lengths(limits, {"question": row.question}, responses)
-    images = _open(row.pictures, "image" if row.image is not None else "images", root, limits)
-    return WarmupRow(_id(row.id, name), row.question, images, teacher, student)
-
-
-def read_problem(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimits) -> ProblemRow:
-    """Returns a row of alignment and RLVR."""
+def read_problem(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> ProblemRow:
+    """Returns a row for alignment and RLVR; for the arguments see `read_chat`."""
     row = validate(ProblemSchema, raw)
-    teacher = _teacher(row)
-    _check_lengths(limits, {"prompt": _joined(row.prompt)}, {"teacher_response": teacher} if teacher else {})
+    teacher = row.teacher
     extra = {key: value for key, value in (row.extra_info or {}).items() if value is not None}
     return ProblemRow(
         _id(extra.get("id", extra.get("index")), name),
@@ -128,65 +328,50 @@ def read_problem(raw: Mapping[str, Any], name: str, root: Path, limits: RowLimit
         _open(row.images, "images", root, limits),
         row.data_source,
         row.reward_model.ground_truth,
-        row.reward_model.style,
         row.reward_model.equivalent_answers,
         teacher,
-        MappingProxyType(extra),
     )
 
 
-READERS: dict[str, Callable[[Mapping[str, Any], str, Path, RowLimits], Any]] = {
+READERS: dict[str, Callable[[Mapping[str, Any], str, Path, ImageLimits], Any]] = {
     "chat": read_chat,
     "warmup": read_warmup,
     "problem": read_problem,
 }
 
+Schema = TypeVar("Schema", bound=_Schema)
 
-def _teacher(row: ProblemSchema) -> str | None:
-    """Returns the teacher's whole response, put together from its parts where it is not given."""
-    if row.teacher_response is None:
-        if not row.teacher_caption or not row.teacher_cot:
-            return None
-        both = join_sections(row.teacher_caption, row.teacher_cot, "teacher")
-        answer = both.answer or row.answer or row.reward_model.ground_truth
-        return Sections(both.caption, both.think, answer).text
-    if split_response(row.teacher_response) is None:
-        problem = "expected <caption>…</caption><think>…</think><answer>…</answer>, each once and none empty"
-        raise RowError("response form", "teacher_response", problem)
-    return row.teacher_response
+_CAUSES = {"missing": "missing field", "literal_error": "wrong type", "extra_forbidden": "wrong type"}
 
 
-def _check_lengths(limits: RowLimits, prompt: Mapping[str, str], responses: Mapping[str, str]) -> None:
-    """Raises `RowError` for the first text that is longer than its limit."""
-    if limits.prompt is limits.response is limits.total is None:
-        return
-    ((prompt_field, prompt_text),) = prompt.items()
-    before = limits.length(prompt_text)
-    _check_length(prompt_field, before, limits.prompt)
-    for name, text in responses.items():
-        length = limits.length(text)
-        _check_length(name, length, limits.response)
-        _check_length(name, before + length, limits.total, " together with its prompt")
+def validate(schema: type[Schema], row: Any) -> Schema:
+    """Returns the row as its schema's model, or raises `RowError` for the first defect."""
+    if isinstance(row, Mapping):
+        # a null field is a missing field: in parquet every row has every column
+        row = {key: value for key, value in row.items() if value is not None}
+    try:
+        return schema.model_validate(row)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+    kind, problem = first["type"], first["msg"]
+    field = ".".join(map(str, first["loc"]))
+    if kind == "missing":
+        raise RowError("missing field", field, "expected this field, it is not there")
+    # the types of our errors are causes, in words; pydantic's have underscores
+    cause = kind if " " in kind else _CAUSES.get(kind, "wrong type")
+    problem = problem if problem.startswith("expected") else f"expected another type: {problem}"
+    raise RowError(cause, field, problem if not field else f"{problem}, got {shown(first['input'])}")
 
 
-def _check_length(name: str, length: int, limit: int | None, what: str = "") -> None:
-    if limit is not None and length > limit:
-        raise RowError("too long", name, f"expected a length of at most {limit}{what}, got {length}")
-
-
-def _open(sources: Iterable[Any], name: str, root: Path, limits: RowLimits) -> Images:
-    one = name == "image"
+def _open(sources: Iterable[Any], field: str, root: Path, limits: ImageLimits) -> Images:
+    single = field == "image"
     return tuple(
-        open_image(source, name if one else f"{name}.{i}", root, limits.images) for i, source in enumerate(sources)
+        open_image(source, field if single else f"{field}.{i}", root, limits) for i, source in enumerate(sources)
     )
 
 
-def _joined(messages: Iterable[Message]) -> str:
-    return "\n".join(message.content for message in messages)
-
-
-def _pairs(messages: Iterable[Message]) -> tuple[tuple[str, str], ...]:
-    return tuple((message.role, message.content) for message in messages)
+def _pairs(turns: Iterable[Turn]) -> tuple[tuple[str, str], ...]:
+    return tuple((turn.role, turn.content) for turn in turns)
 
 
 def _id(given: Any, name: str) -> str:

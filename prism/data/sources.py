@@ -1,119 +1,147 @@
-"""Rows of files one after the other, never the file at once; positions at which to go on."""
+"""The problems of a run, from the embedded world or from data files, behind one interface."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
-from prism.data.errors import DataError, RowError
+from prism.config import STAGES, Config
+from prism.data.files import DataError
+from prism.data.images import ImageLimits
+from prism.data.loader import LoadOptions, RowStream
+from prism.data.problem import Problem, problem_reader
+from prism.models.prompts import PromptEncoder
+from prism.worlds.shapes.problems import EmbeddedProblems
 
-# of a line; longer ones are not kept in memory
-MAX_LINE = 64 * 2**20
-_BATCH = 64
-
-
-class Raw(NamedTuple):
-    """A row as the file has it."""
-
-    # in the file, counted from 1
-    row: int
-    # where the row behind it begins: bytes of a JSONL file, rows of a parquet file
-    end: int
-    # a line, a parsed row, or why there is neither
-    content: bytes | dict[str, Any] | RowError
+# the files that each stage reads; warmup reads its own, or else those of alignment
+FILES = {"sft": "sft", "rlvr": "rlvr", "distill": "align", "align": "align"}
+SCHEMAS = {"sft": "chat", "warmup": "warmup"} | dict.fromkeys(("align", "rlvr", "validation", "test"), "problem")
 
 
-def data_files(paths: Sequence[str | Path] | str | Path) -> tuple[Path, ...]:
-    """Returns the files of paths, folders replaced by the files in them that are read."""
-    given = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    files: list[Path] = []
-    for path in given:
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix in _READERS)
-            if not inside:
-                raise DataError(f"{path}: expected files ending in {' or '.join(_READERS)}, got none")
-            files += inside
-        elif not path.exists():
-            raise DataError(f"{path}: expected a data file, there is none")
-        elif path.suffix not in _READERS:
-            hint = "; write one object a line, as .jsonl" if path.suffix == ".json" else ""
-            raise DataError(f"{path}: expected a file ending in {' or '.join(_READERS)}, got {path.suffix!r}{hint}")
-        else:
-            files.append(path)
-    if not files:
-        raise DataError("data files: expected at least one, got none")
-    return tuple(files)
+class Problems(Protocol):
+    """The problems that a run learns from and is evaluated on."""
+
+    def batches(self, stage: str, step: int, count: int, most: int = 1) -> Iterator[list[Problem]]:
+        """Yields up to `most` batches of `count` problems; a step takes as many of them as it needs."""
+
+    def held_out(self, split: str, count: int | None = None) -> Iterable[Problem]:
+        """Returns the first problems of a held-out split, the same ones each time; () if it has none.
+
+        Args:
+            split: `validation` or `test`.
+            count: greatest number of problems; None for all.
+        """
+
+    def figures(self, stage: str) -> dict[str, Any]:
+        """Returns the figures that a step logs about its data."""
+
+    def position(self, stage: str) -> dict[str, Any]:
+        """Returns a stage's position in its data, as JSON can write it."""
+
+    def go_to(self, stage: str, position: dict[str, Any]) -> None:
+        """Moves a stage to a position in its data."""
 
 
-def read_rows(path: Path, row: int = 0, offset: int = 0) -> Iterator[Raw]:
-    """Yields the rows of a file behind the first `row`, which end at `offset`."""
-    return _READERS[path.suffix](path, row, offset)
+def problems_of(config: Config, encoder: PromptEncoder) -> Problems:
+    """Returns the problems that the settings name.
+
+    Args:
+        config: the settings.
+        encoder: encodes prompts for the policy; the limits of lengths count its tokens.
+    """
+    return EmbeddedProblems(config) if config.data.source == "shapes" else FileProblems(config, encoder)
 
 
-def parse(content: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
-    """Returns a row as a dictionary, or raises why it is none."""
-    if isinstance(content, RowError):
-        raise content
-    if isinstance(content, dict):
-        return content
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        # UnicodeDecodeError is a ValueError
-        raise RowError("not JSON", "", f"expected a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise RowError("not JSON", "", f"expected a JSON object, got {type(value).__name__}")
-    if b"\\ud" in content.lower():
-        # JSON can spell half a character, which no tokenizer and no file takes
+class FileProblems:
+    """Problems of data files, read in an order that follows from the seed and the stage, over and over.
+
+    A row that a stage cannot use is skipped and recorded in `skipped-STAGE.jsonl` of the run's folder, or stops the
+    run. See `prism.config.DataSettings`.
+
+    Args:
+        config: the settings.
+        encoder: encodes prompts for the policy.
+    """
+
+    def __init__(self, config: Config, encoder: PromptEncoder) -> None:
+        self.config, self.encoder = config, encoder
+        self._streams: dict[str, RowStream] = {}
+
+    def batches(self, stage: str, step: int, count: int, most: int = 1) -> Iterator[list[Problem]]:
+        """Yields the next rows; a batch that is not taken is left for the next step."""
+        for _ in range(most):
+            yield list(islice(self._stream(stage), count))
+
+    def held_out(self, split: str, count: int | None = None) -> Iterable[Problem]:
+        """Returns the first problems of the files; each iteration reads them anew."""
+        if not getattr(self.config.data.files, split):
+            return ()
+        # a shorter reading than the evaluation's would cut rows from the log
+        logged = count is None or count >= self.config.evaluation.samples
+        options = LoadOptions(buffer=0, skipped=self._log(split) if logged else None)
+        return HeldOut(lambda: islice(self._open(split, split, options), count))
+
+    def figures(self, stage: str) -> dict[str, Any]:
+        """Returns the number of the epoch, and how many rows were skipped, each counted once."""
+        stream = self._stream(stage)
+        return {"epoch": stream.epoch + 1, "rows_skipped": stream.distinct_skipped}
+
+    def position(self, stage: str) -> dict[str, Any]:
+        """Returns the position in the stage's files."""
+        return self._stream(stage).state_dict()
+
+    def go_to(self, stage: str, position: dict[str, Any]) -> None:
+        """Moves to a position; raises `DataError` if it is a position in other files."""
         try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise RowError("broken text", "", f"expected whole characters: {error}") from None
-    return value
+            self._stream(stage).load_state_dict(position)
+        except DataError as error:
+            advice = "put the old files back, or take another run.folder"
+            raise DataError(f"data.files.{self._files_of(stage)}: {error}; {advice}") from None
+
+    def _stream(self, stage: str) -> RowStream:
+        if stage not in self._streams:
+            # stages that read the same files read them in different orders
+            seed = self.config.run.seed * len(STAGES) + STAGES.index(stage)
+            options = LoadOptions(seed=seed, buffer=self.config.data.buffer, epochs=None, skipped=self._log(stage))
+            self._streams[stage] = self._open(stage, self._files_of(stage), options)
+        return self._streams[stage]
+
+    def _log(self, use: str) -> Path:
+        return Path(self.config.run.folder) / f"skipped-{use}.jsonl"
+
+    def _files_of(self, stage: str) -> str:
+        return FILES.get(stage) or ("warmup" if self.config.data.files.warmup else "align")
+
+    def _open(self, use: str, files: str, options: LoadOptions) -> RowStream:
+        """Returns a stream of problems.
+
+        Args:
+            use: the stage, or the held-out split.
+            files: the key of its files.
+            options: how the files are read; settings that all streams share are filled in here.
+        """
+        data = self.config.data
+        options = replace(
+            options,
+            on_error=data.on_error,
+            max_skipped=data.max_skipped,
+            image_root=None if data.image_root is None else Path(data.image_root),
+            images=ImageLimits(allow_remote=data.allow_remote_images),
+        )
+        take = problem_reader(use, self.encoder, data)
+        return RowStream(getattr(data.files, files), SCHEMAS[files], options, take=take)
 
 
-def _jsonl(path: Path, row: int, offset: int) -> Iterator[Raw]:
-    with path.open("rb") as file:
-        file.seek(offset)
-        while line := file.readline(MAX_LINE + 1):
-            row += 1
-            content: bytes | RowError = line
-            if len(line) > MAX_LINE:
-                content = RowError("too long", "", f"expected a line of at most {MAX_LINE} bytes")
-                while not line.endswith(b"\n") and (line := file.readline(MAX_LINE)):
-                    pass
-            # an empty line holds no row that could be lost
-            if isinstance(content, RowError) or content.strip():
-                yield Raw(row, file.tell(), content)
+class HeldOut:
+    """Problems that each iteration reads anew, so that they need not fit into memory.
 
+    Args:
+        read: starts a new reading.
+    """
 
-def _parquet(path: Path, row: int, offset: int) -> Iterator[Raw]:
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f"{path}: expected pyarrow, to read parquet: pip install pyarrow ({error})") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            groups, skip = _groups_from(file.metadata, offset)
-            for batch in file.iter_batches(batch_size=_BATCH, row_groups=groups):
-                kept = batch.slice(skip)
-                skip -= batch.num_rows - kept.num_rows
-                for content in kept.to_pylist():
-                    row, offset = row + 1, offset + 1
-                    yield Raw(row, offset, content)
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a parquet file, row {row + 1} cannot be read: {error}") from None
+    def __init__(self, read: Callable[[], Iterator[Problem]]) -> None:
+        self._read = read
 
-
-def _groups_from(metadata: Any, offset: int) -> tuple[list[int], int]:
-    """Returns the row groups from that of a row on, and how many rows of the first come before it."""
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        if offset < rows:
-            return list(range(group, metadata.num_row_groups)), offset
-        offset -= rows
-    return [], 0
-
-
-_READERS = {".jsonl": _jsonl, ".parquet": _parquet}
+    def __iter__(self) -> Iterator[Problem]:
+        return self._read()

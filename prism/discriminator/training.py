@@ -1,71 +1,66 @@
-"""One optimiser step of the discriminator on pairs, from warm-up data or from rollouts against their teacher.
+"""One update of the discriminator on pairs of a response and its teacher's.
 
-P samples, N responses, E experts, L layers. The scores of the step's own forward pass are returned: they are the
-rewards of an alignment step, so that nothing is scored twice.
+The step returns the scores of its own forward pass: they are the rewards of alignment, so nothing is scored twice.
+P samples, N responses, E experts, L layers.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from prism.discriminator.branches import CHANNELS
+from prism.config import DiscriminatorSettings
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import GroupScores, PreparedGroups, score_prepared
+from prism.discriminator.score import CHANNELS, GroupScores, PreparedGroups, score_prepared
+from prism.runtime.optimiser import GuardedOptimiser
 from prism_kernels import PairMetrics, Routing, check, pair_loss
 from prism_kernels.integrations.transformers.moe_block import MoeBlock, collect_routing
+from prism_kernels.packing import Kind
 
-NAME = "discriminator_step"
 NO_PAIR = "no valid pair"
 
 
-@dataclass(frozen=True)
-class StepSettings:
-    """What the loss is made of.
-
-    Args:
-        aux_coef: the factor of the load-balance loss, the mean over the layers.
-        z_coef: the factor of the router's z loss, the mean over the layers.
-        regularisation: see `pair_loss`: it keeps raw scores bounded.
-        soft_clip: see `pair_loss`; None: no clip.
-        max_grad_norm: the gradient is scaled down to this norm.
-    """
-
-    aux_coef: float = 0.01
-    z_coef: float = 0.0
-    regularisation: float = 1e-3
-    soft_clip: float | None = 10.0
-    max_grad_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("aux_coef", "z_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                check.fail(NAME, f"{name} >= 0 and finite", getattr(self, name))
-        check.positive(NAME, "max_grad_norm", self.max_grad_norm)
-
-
 class StepResult(NamedTuple):
-    """What a step did. Tensors are on the discriminator's device, without gradient."""
+    """What a step measured. Tensors are on the discriminator's device, without gradient."""
 
-    # raw, as they were before the step
+    # raw scores from before the update
     scores: GroupScores
-    # the sum over the channels
+    # summed over the channels
     pair_loss: Tensor
     aux_loss: Tensor
     z_loss: Tensor
     # by channel
     pairs: dict[str, PairMetrics]
-    # (L, kinds, E), the tokens of each kind that chose each expert; None without experts
+    # (L, kinds, E): how many tokens of each kind chose each expert; None without experts
     expert_counts: Tensor | None
-    # NaN where no step was taken
+    # NaN where no update was applied
     grad_norm: float
-    # why no step was taken; None: it was
+    # why the update was skipped; None: it was applied
     skipped: str | None
+
+    def metrics(self) -> dict[str, Any]:
+        """Returns what the log shows of a step."""
+        values: dict[str, Any] = {
+            "d_loss": float(self.pair_loss),
+            "d_aux": float(self.aux_loss),
+            "d_grad_norm": self.grad_norm,
+        }
+        for channel, report in channel_report(self.scores).items():
+            values[f"score_{channel}"] = float(getattr(self.scores, channel).nanmean())
+            values |= {f"d_accuracy_{channel}": report.accuracy, f"d_gap_{channel}": report.gap}
+        if self.expert_counts is not None:
+            # the top layer routes scored tokens only, so it is left out
+            counts = self.expert_counts[:-1].sum(0)
+            share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+            values["d_expert_load"] = {kind.name.lower(): share[kind].tolist() for kind in Kind}
+            for name, kind in (("perception", Kind.PERCEPTION), ("reasoning", Kind.REASONING)):
+                row = counts[kind]
+                values[f"d_top_expert_{name}"] = float(row.max() / row.sum().clamp(min=1))
+        return values
 
 
 class _Losses(NamedTuple):
@@ -77,67 +72,85 @@ class _Losses(NamedTuple):
 def discriminator_step(
     model: Discriminator,
     prepared: PreparedGroups,
-    optimiser: Optimizer,
-    settings: StepSettings | None = None,
-    *,
-    pairs: int | None = None,
+    optimiser: GuardedOptimiser,
+    settings: DiscriminatorSettings | None = None,
 ) -> StepResult:
-    """Runs forward and backward pack by pack and takes one step; returns the scores and what was measured.
+    """Runs forward and backward pack by pack and updates once; returns the scores and the measurements.
 
-    The pair loss is the mean over all valid pairs of both channels' losses, and the z loss that over all tokens,
-    whatever the packs; where no pair is valid no step is taken, and neither where a score, the loss or the gradient is
-    not finite. The load-balance loss is that of each pack, weighted by its tokens: a product of two means over tokens,
-    which of all packs together would need the experts' counts before the first backward pass, and so another forward.
+    The pair loss is the mean over all valid pairs of both channels, the z loss the mean over all tokens, independent
+    of how groups are packed. The load-balance loss is a product of two means over tokens, so the loss of all packs
+    together would need every expert count before the first backward pass: each pack has its own, weighted by its
+    tokens. The update is skipped without a valid pair, and where a score, the loss or the gradient is not finite.
 
     Args:
         model: the discriminator.
-        prepared: from `prepare_groups`.
-        optimiser: over the model's parameters.
+        prepared: groups from `prepare_groups`.
+        optimiser: the model's.
         settings: the loss.
-        pairs: the number of valid pairs on all ranks; None: those of `prepared`.
     """
-    settings = settings or StepSettings()
+    settings = settings or DiscriminatorSettings()
     device = model.value_head.weight.device
     valid = prepared.pairs.to(device)
-    total = int(prepared.pairs.sum()) if pairs is None else pairs
+    total = int(prepared.pairs.sum())
     tokens = sum(len(part.pack.input_ids) for part in prepared.packs)
     scored = sum(len(part.slots) for part in prepared.packs)
-    optimiser.zero_grad(set_to_none=True)
     parts: list[GroupScores] = []
     losses = _Losses(*(torch.zeros((), device=device) for _ in _Losses._fields))
     metrics: dict[str, PairMetrics] = {}
     counts: Tensor | None = None
-    for index, part in enumerate(prepared.packs):
-        with torch.set_grad_enabled(total > 0):
-            scores, routings = _scores(model, prepared, index)
-            pair, found = pairwise_losses(scores, valid, total or 1, settings)
-            aux = len(part.pack.input_ids) / tokens * _balance_loss(routings, device)
-            z = _z_loss(routings, device, {len(part.pack.input_ids): tokens, len(part.slots): scored})
-            loss = pair + settings.aux_coef * aux + settings.z_coef * z
-        if total:
-            loss.backward()
-        losses = _Losses(*(a + b.detach() for a, b in zip(losses, (pair, aux, z))))
-        metrics = found if not metrics else {name: metrics[name] + found[name] for name in CHANNELS}
-        if routings:
-            here = torch.stack([r.counts for r in routings])
-            counts = here if counts is None else counts + here
-        parts.append(_detached(scores))
-    scores = _merged(model, prepared, parts)
-    columns = (scores.perception, scores.reasoning, scores.teacher_perception, scores.teacher_reasoning)
-    finite = sum(int(column.isfinite().sum()) for column in columns) == scored
-    norm, skipped = _take_step(model, optimiser, settings, losses, total, finite)
-    return StepResult(scores, *losses, metrics, counts, norm, skipped)
+    with optimiser.step(lambda: _saved(prepared)) as update:
+        for index, part in enumerate(prepared.packs):
+            with torch.set_grad_enabled(total > 0):
+                scores, routings = _scores(model, prepared, index)
+                pair, pair_metrics = pairwise_losses(scores, valid, total or 1, settings)
+                aux = len(part.pack.input_ids) / tokens * _balance_loss(routings, device)
+                z = _z_loss(routings, device, {len(part.pack.input_ids): tokens, len(part.slots): scored})
+                loss = pair + settings.aux_coef * aux + settings.z_coef * z
+            if total:
+                update.backward(loss)
+            losses = _Losses(*(a + b.detach() for a, b in zip(losses, (pair, aux, z))))
+            metrics = {name: metrics[name] + pair_metrics[name] for name in CHANNELS} if metrics else pair_metrics
+            if routings:
+                here = torch.stack([r.counts for r in routings])
+                counts = here if counts is None else counts + here
+            parts.append(_detached(scores))
+        merged = _merged(model, prepared, parts)
+        columns = (merged.perception, merged.reasoning, merged.teacher_perception, merged.teacher_reasoning)
+        if sum(int(column.isfinite().sum()) for column in columns) < scored:
+            update.skip("a score is not finite")
+        elif not total:
+            # groups without a pair are no numerical failure
+            update.skip(NO_PAIR, failed=False)
+    return StepResult(merged, *losses, metrics, counts, update.grad_norm, update.skipped)
+
+
+def _saved(prepared: PreparedGroups) -> dict[str, Any]:
+    """Returns the packs, the place of each branch's score, and the pairs, to look at after a failed update."""
+    return {
+        "packs": [
+            {
+                "input_ids": part.pack.input_ids,
+                "pixel_values": part.pixel_values,
+                "image_grid_thw": part.image_grid_thw,
+                "slots": part.slots,
+            }
+            for part in prepared.packs
+        ],
+        "group": prepared.group,
+        "reason": list(prepared.reason),
+        "teacher_reason": list(prepared.teacher_reason),
+    }
 
 
 def pairwise_losses(
-    scores: GroupScores, valid: Tensor, pairs: int, settings: StepSettings
+    scores: GroupScores, valid: Tensor, pairs: int, settings: DiscriminatorSettings
 ) -> tuple[Tensor, dict[str, PairMetrics]]:
     """Returns the sum of both channels' pair losses, each over `pairs`, and their metrics.
 
     Args:
-        scores: of responses and teachers; those of another pack are NaN and do not count.
-        valid: (N,), the responses that are compared with a teacher.
-        pairs: what the losses are divided by.
+        scores: scores of responses and teachers; NaN for responses of another pack, which do not count.
+        valid: (N,), whether a response is compared with a teacher.
+        pairs: the losses are divided by this number.
         settings: the loss.
     """
     total: Tensor | None = None
@@ -166,41 +179,22 @@ def _scores(model: Discriminator, prepared: PreparedGroups, index: int) -> tuple
 
 
 def _balance_loss(routings: Sequence[Routing], device: torch.device) -> Tensor:
-    """Returns the mean over the layers of the load-balance loss; 0 without experts."""
+    """Returns the load-balance loss, averaged over the layers; 0 without experts."""
     losses = [r.aux_loss for r in routings if r.aux_loss is not None]
     return torch.stack(losses).mean() if losses else torch.zeros((), device=device)
 
 
 def _z_loss(routings: Sequence[Routing], device: torch.device, totals: dict[int, int]) -> Tensor:
-    """Returns a pack's share of the mean over the layers of the z loss; 0 without experts.
+    """Returns a pack's share of the z loss, averaged over the layers; 0 without experts.
 
     Args:
-        routings: of the layers.
-        device: of the result.
-        totals: of each number of tokens that a layer of this pack may have, how many it has in all packs: the top
-            layer computes the scored ones alone.
+        routings: routing of each layer.
+        device: device of the result.
+        totals: tokens of all packs, by the tokens that a layer of this pack computes: the top layer computes only
+            the scored ones.
     """
     losses = [len(r.index) / totals[len(r.index)] * r.z_loss for r in routings if r.z_loss is not None]
     return torch.stack(losses).mean() if losses else torch.zeros((), device=device)
-
-
-def _take_step(
-    model: Discriminator, optimiser: Optimizer, settings: StepSettings, losses: _Losses, pairs: int, finite: bool
-) -> tuple[float, str | None]:
-    if not finite:
-        optimiser.zero_grad(set_to_none=True)
-        return math.nan, "a score is not finite"
-    if not pairs:
-        return math.nan, NO_PAIR
-    if not math.isfinite(float(sum(losses))):
-        optimiser.zero_grad(set_to_none=True)
-        return math.nan, f"the loss is not finite: {', '.join(f'{n} {float(v)}' for n, v in losses._asdict().items())}"
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
-    if not math.isfinite(norm):
-        optimiser.zero_grad(set_to_none=True)
-        return norm, f"the gradient's norm is not finite: {norm}"
-    optimiser.step()
-    return norm, None
 
 
 def _detached(scores: GroupScores) -> GroupScores:
@@ -208,7 +202,7 @@ def _detached(scores: GroupScores) -> GroupScores:
 
 
 def _merged(model: Discriminator, prepared: PreparedGroups, parts: Sequence[GroupScores]) -> GroupScores:
-    """Returns the scores of all packs, each of which has NaN where another has a score."""
+    """Joins the scores of all packs; each pack has NaN where another has a score."""
     if not parts:
         with torch.no_grad():
             return score_prepared(model, prepared, [])
@@ -227,3 +221,78 @@ def _each(scores: GroupScores, change: Callable[[str], Tensor]) -> GroupScores:
         teacher_perception=change("teacher_perception"),
         teacher_reasoning=change("teacher_reasoning"),
     )
+
+
+# scores closer than this, relative to their size, differ by rounding: by where in a batch they were computed
+TIE = 1e-5
+
+
+@dataclass(frozen=True)
+class ChannelReport:
+    """What one channel's scores show. NaN where there was nothing to compare."""
+
+    # valid pairs of a teacher and a response
+    pairs: int
+    # the share of pairs whose teacher scores higher; a tie counts a half, so that a constant score is at chance
+    accuracy: float
+    # mean of teacher - response
+    gap: float
+    # pairs of a right and a wrong response of one group, and the share that the right one wins
+    compared: int
+    auc: float
+
+
+def channel_report(scores: GroupScores, right: Mapping[str, Tensor] | None = None) -> dict[str, ChannelReport]:
+    """Returns the report of each channel.
+
+    Args:
+        scores: from `score_groups`.
+        right: for a channel whose responses' rightness is known, (N,), bool. Pair accuracy alone misleads: a style
+            that differs wins all pairs; within a group, right and wrong responses have the same style.
+    """
+    reports = {}
+    for channel in CHANNELS:
+        student = getattr(scores, channel)
+        teacher = getattr(scores, f"teacher_{channel}")[scores.group]
+        known = ~(teacher.isnan() | student.isnan())
+        teacher, compared_with = teacher[known].double(), student[known].double()
+        difference = teacher - compared_with
+        labels = (right or {}).get(channel)
+        auc, compared = (math.nan, 0) if labels is None else within_group_auc(student, labels, scores.group)
+        pairs = len(difference)
+        reports[channel] = ChannelReport(
+            pairs,
+            float(wins(teacher, compared_with).mean()) if pairs else math.nan,
+            float(difference.mean()) if pairs else math.nan,
+            compared,
+            auc,
+        )
+    return reports
+
+
+def within_group_auc(score: Tensor, right: Tensor, group: Tensor) -> tuple[float, int]:
+    """Returns how often a right response outscores a wrong one of its group (a tie is a half), and of how many pairs.
+
+    Args:
+        score: (N,); NaN does not count.
+        right: (N,), bool.
+        group: (N,), which group each is of.
+    """
+    check.shape("channel_report", "right", right, tuple(score.shape))
+    known = ~score.isnan()
+    score, right, group = (x[known] for x in (score.double(), right.to(score.device), group))
+    winners, losers = (torch.nonzero(mask)[:, 0] for mask in (right, ~right))
+    won, pairs = 0.0, 0
+    # by group: all pairs at once would be N * N numbers
+    for members in group.unique():
+        above, below = score[winners[group[winners] == members]], score[losers[group[losers] == members]]
+        if len(above) and len(below):
+            won += float(wins(above[:, None], below).sum())
+            pairs += len(above) * len(below)
+    return (won / pairs if pairs else math.nan), pairs
+
+
+def wins(a: Tensor, b: Tensor) -> Tensor:
+    """Returns 1 where a is the higher, 0 where b is, a half where they are equal up to rounding."""
+    size = torch.maximum(a.abs(), b.abs()).clamp(min=1.0)
+    return ((a > b + TIE * size).double() - (b > a + TIE * size).double() + 1) / 2

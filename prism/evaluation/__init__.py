@@ -1,1 +1,1 @@
-"""What policy and discriminator do on held-out problems."""
+"""Policy and discriminator measured on held-out problems."""

@@ -1,46 +1,45 @@
-"""What is known of policy and discriminator between the stages, from problems that nothing was trained on."""
+"""Policy and discriminator assessed after each stage, on problems that neither was trained on."""
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 
-from prism.config import Config
-from prism.config.sections import Sampling as SamplingSettings
-from prism.data.counters import judge
-from prism.data.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
-from prism.discriminator.branches import CHANNELS, ScoreLimits
+from prism.config import Config, Sampling
+from prism.data.drift import drift
+from prism.data.problem import Problem
 from prism.discriminator.controls import shortcut_controls
-from prism.discriminator.metrics import ChannelReport, wins
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import Sample, score_groups
-from prism.evaluation.policy import evaluate
+from prism.discriminator.score import CHANNELS, ScoreLimits, sample_of, score_groups, score_limits
+from prism.discriminator.training import ChannelReport, wins
 from prism.models.prompts import PromptEncoder
-from prism.problems.problem import Problem
+from prism.rewards import score_batch
+from prism.rollout.batch import generate
 from prism.rollout.engine import Engine
-from prism.stages.align import score_limits
-from prism.stages.rollouts import answer
+from prism.worlds.shapes.counters import judge
+from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
 
 Figures = dict[str, Any]
-# responses to a held-out problem, among which right and wrong ones are told apart
+# responses to each held-out problem; AUC compares the right ones among them with the wrong ones
 GROUP = 8
 
 
 def assess_policy(
     engine: Engine, problems: Iterable[Problem], encoder: PromptEncoder, config: Config, split: str
 ) -> Figures:
-    """Returns what the policy's responses show, as configured; under `sampled` the same at temperature 1."""
+    """Returns the policy's figures at the configured temperature, and if configured at temperature 1 as `sampled`."""
     settings = config.evaluation
-    found: Figures = {"split": split}
-    found |= evaluate(
+    figures: Figures = {"split": split}
+    figures |= evaluate(
         engine, problems, encoder, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature
     ).as_json()
     if settings.sampled:
         warm = evaluate(engine, problems, encoder, max_new_tokens=settings.max_new_tokens, temperature=1.0)
-        found["sampled"] = warm.as_json()
-    return found
+        figures["sampled"] = warm.as_json()
+    return figures
 
 
 def assess_discriminator(
@@ -50,107 +49,197 @@ def assess_discriminator(
     encoder: PromptEncoder,
     config: Config,
 ) -> dict[str, Figures]:
-    """Returns by view how well the discriminator tells better from worse in each channel.
+    """Returns, by view and channel, how well the discriminator tells better texts from worse ones.
 
-    `pairs` are the policy's responses at temperature 1 against their teachers'; `auc` is how often of two responses to
-    one problem the right one outscores the wrong one. `swapped images` are the same pairs on other problems' images.
-    In `equal style` two texts of the curated teacher differ in one thing, which in one of them is wrong.
+    The view `pairs` compares the policy's responses at temperature 1 with their teachers'; its `auc` is how often the
+    right one of two responses to a problem outscores the wrong one. `swapped images` shows the same pairs with other
+    problems' images. `equal style` compares two texts of the curated teacher, one of which is wrong in one thing.
 
     Args:
-        discriminator: the scorer.
-        engine: of the policy.
-        problems: held out, each with a teacher.
-        encoder: of both models.
+        discriminator: scores the texts.
+        engine: generates the policy's responses.
+        problems: held-out problems, each with a teacher's response.
+        encoder: encodes prompts for both models.
         config: the settings.
     """
     limits = _limits(config)
-    sampling = SamplingSettings(group=GROUP, prompts=len(problems), max_new_tokens=config.rollout.align.max_new_tokens)
-    answered = answer(engine, problems, encoder, sampling, 0)
-    samples = [
-        Sample(problem.prompt, answered.of(place), problem.images, problem.teacher, problem.name)
-        for place, problem in enumerate(problems)
-    ]
+    sampling = Sampling(group=GROUP, max_new_tokens=config.rollout.align.max_new_tokens)
+    batch = generate(engine, problems, encoder, sampling, 0)
+    samples = [sample_of(problem, batch.texts_of(index)) for index, problem in enumerate(problems)]
     right: dict[str, torch.Tensor] = {}
     if all(problem.shape is not None for problem in problems):
-        shapes = [problem.shape for problem in answered.problems if problem.shape is not None]
+        shapes = [problem.shape for problem in batch.problems if problem.shape is not None]
         verdicts = [
             judge(text, shapes[rollout.prompt].scene, shapes[rollout.prompt].question)
-            for text, rollout in zip(answered.texts, answered.rollouts)
+            for text, rollout in zip(batch.texts, batch.rollouts)
         ]
         for channel in CHANNELS:
             right[channel] = torch.tensor([not getattr(verdict, channel).wrong for verdict in verdicts])
     controls = shortcut_controls(discriminator, samples, encoder, limits, views={}, right=right)
-    found = {
+    views = {
         {"as it is": "pairs"}.get(view, view): {channel: _figures(one) for channel, one in by_channel.items()}
         for view, by_channel in controls.items()
     }
     if right:
-        found["equal style"] = _equal_style(discriminator, problems, encoder, limits)
-    return found
+        views["equal style"] = _equal_style(discriminator, problems, encoder, limits)
+    return views
 
 
 @torch.no_grad()
 def _equal_style(
     discriminator: Discriminator, problems: Sequence[Problem], encoder: PromptEncoder, limits: ScoreLimits
 ) -> dict[str, Figures]:
-    """Returns how often a right text outscores the same one with one thing wrong."""
+    """Returns how often a right text outscores the same text with one thing wrong."""
     samples = []
     for problem in problems:
         shape = problem.shape
-        assert shape is not None, "asked for where all are of the embedded world"
+        assert shape is not None, "only called if all problems are of the embedded world"
         wrong = [*(wrong_caption(shape, change) for change in CHANGES), wrong_conclusion(shape)]
-        samples.append(Sample(problem.prompt, wrong, problem.images, curated_text(shape), problem.name))
+        samples.append(sample_of(problem, wrong, teacher=curated_text(shape)))
     scores = score_groups(discriminator, samples, encoder, limits)
-    # a branch sees its own segment: the last text says nothing about perception, the others nothing about reasoning
+    # a branch reads its segment only: the last text differs in reasoning, the others in perception
     caption = scores.perception.view(len(samples), -1)[:, :-1]
     conclusion = scores.reasoning.view(len(samples), -1)[:, -1:]
     perception = _compared(scores.teacher_perception[:, None], caption)
     perception["by_change"] = {
-        change: _compared(scores.teacher_perception, caption[:, place]).get("accuracy")
-        for place, change in enumerate(CHANGES)
+        change: _compared(scores.teacher_perception, caption[:, index]).get("accuracy")
+        for index, change in enumerate(CHANGES)
     }
     return {"perception": perception, "reasoning": _compared(scores.teacher_reasoning[:, None], conclusion)}
 
 
 def _compared(right: torch.Tensor, wrong: torch.Tensor) -> Figures:
     right, wrong = torch.broadcast_tensors(right.double(), wrong.double())
-    # a text that is too long has no score
+    # texts that are too long have no score
     known = ~(right.isnan() | wrong.isnan())
     right, wrong = right[known], wrong[known]
-    found: Figures = {"pairs": len(wrong)}
+    figures: Figures = {"pairs": len(wrong)}
     if len(wrong):
-        found |= {"accuracy": float(wins(right, wrong).mean()), "gap": float((right - wrong).mean())}
-    return found
+        figures |= {"accuracy": float(wins(right, wrong).mean()), "gap": float((right - wrong).mean())}
+    return figures
 
 
 def _figures(report: ChannelReport) -> Figures:
-    """Returns what there was to compare."""
+    """Returns the finite figures of a channel."""
     return {name: value for name, value in asdict(report).items() if math.isfinite(value)}
 
 
 def _limits(config: Config) -> ScoreLimits:
-    """Returns the lengths that are scored as configured, with room for a group of this size."""
+    """Returns the configured limits of scoring, with a budget for a group of GROUP responses."""
     limits, prompt = score_limits(config), config.data.prompt_tokens
     response = (config.largest_scored_group - prompt) // (config.rollout.align.group + 1)
     return replace(limits, budget=max(limits.budget, prompt + (GROUP + 1) * response))
 
 
-def told(found: Figures) -> str:
-    """Returns the figures of a stage in a line."""
-    parts = [_told(found)] if found["samples"] else []
-    if "sampled" in found:
-        parts.append(f"at temperature 1: {_told(found['sampled'])}")
-    if "test" in found:
-        parts.append(f"on test: {_told(found['test'])}")
-    for view, by_channel in found.get("discriminator", {}).items():
+def figures_line(figures: Figures) -> str:
+    """Returns the figures after a stage as one line of text."""
+    parts = [_policy_line(figures)] if figures["samples"] else []
+    if "sampled" in figures:
+        parts.append(f"at temperature 1: {_policy_line(figures['sampled'])}")
+    if "test" in figures:
+        parts.append(f"on test: {_policy_line(figures['test'])}")
+    for view, by_channel in figures.get("discriminator", {}).items():
         shares = [f"{channel} {one['accuracy']:.3f}" for channel, one in by_channel.items() if "accuracy" in one]
         parts.append(f"{view} told apart: {', '.join(shares) or 'none'}")
-    return "; ".join(parts) or "nothing held out to measure it by"
+    return "; ".join(parts) or "no held-out problems to measure it on"
 
 
-def _told(found: Figures) -> str:
-    shares = [f"accuracy {found['accuracy']:.3f} ± {found['accuracy_se']:.3f}"]
+def _policy_line(figures: Figures) -> str:
+    shares = [f"accuracy {figures['accuracy']:.3f} ± {figures['accuracy_se']:.3f}"]
     for key in ("perception_error", "reasoning_error", "format", "drift_perception", "drift_reasoning"):
-        if key in found:
-            shares.append(f"{key.replace('_', ' ')} {found[key]:.3f}")
-    return f"{', '.join(shares)} ({found['samples']})"
+        if key in figures:
+            shares.append(f"{key.replace('_', ' ')} {figures[key]:.3f}")
+    return f"{', '.join(shares)} ({figures['samples']})"
+
+
+@dataclass(frozen=True)
+class PolicyReport:
+    """Figures of a policy, as shares of the samples unless said otherwise.
+
+    The errors are NaN outside the embedded world, drift is NaN without teachers. An answer that follows from a wrong
+    caption is an error of perception alone. A response without a valid form counts as wrong in everything.
+    """
+
+    samples: int
+    accuracy: float
+    format: float
+    # mean number of tokens of a response
+    length: float
+    perception_error: float
+    reasoning_error: float
+    # Wasserstein distances to the teachers, in caption items and in reasoning steps
+    drift_perception: float
+    drift_reasoning: float
+
+    @property
+    def standard_error(self) -> float:
+        """The standard error of the accuracy."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.samples)
+
+    def as_json(self) -> dict[str, float]:
+        """Returns the finite figures, with the accuracy's standard error."""
+        figures = {**asdict(self), "accuracy_se": self.standard_error}
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def evaluate(
+    engine: Engine,
+    problems: Iterable[Problem],
+    encoder: PromptEncoder,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    batch: int = 128,
+) -> PolicyReport:
+    """Returns the figures of a policy from one response to each problem.
+
+    Args:
+        engine: generates the policy's responses.
+        problems: problems with answers; the images of only one batch are in memory at a time.
+        encoder: encodes prompts for the policy.
+        max_new_tokens: length of the longest response.
+        temperature: sampling temperature; 0 is greedy.
+        batch: number of problems answered at a time.
+    """
+    texts: list[str] = []
+    answered: list[Problem] = []
+    tokens = 0
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+    source = iter(problems)
+    while part := list(islice(source, batch)):
+        keys = range(len(answered), len(answered) + len(part))
+        answered += [replace(problem, images=(), encoding=None) for problem in part]
+        rollouts = engine.generate([problem.encoded(encoder) for problem in part], sampling, keys=keys)
+        texts += encoder.tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
+        tokens += sum(len(r.token_ids) for r in rollouts)
+    verdicts = score_batch(
+        texts, [problem.answer or "" for problem in answered], [problem.equivalent_answers for problem in answered]
+    )
+    count = len(answered)
+    perception, reasoning = _errors(answered, texts)
+    drifted = drift(texts, [problem.teacher for problem in answered])
+    return PolicyReport(
+        samples=count,
+        accuracy=sum(verdict.accuracy for verdict in verdicts) / count,
+        format=sum(verdict.format for verdict in verdicts) / count,
+        length=tokens / count,
+        perception_error=perception,
+        reasoning_error=reasoning,
+        drift_perception=drifted["drift_perception"],
+        drift_reasoning=drifted["drift_reasoning"],
+    )
+
+
+def _errors(problems: Sequence[Problem], texts: Sequence[str]) -> tuple[float, float]:
+    """Returns the shares of responses with errors of perception and of reasoning."""
+    judgements = [
+        judge(text, problem.shape.scene, problem.shape.question)
+        for problem, text in zip(problems, texts)
+        if problem.shape is not None
+    ]
+    if len(judgements) < len(problems):
+        return math.nan, math.nan
+    return (
+        sum(one.perception.wrong for one in judgements) / len(judgements),
+        sum(one.reasoning.wrong for one in judgements) / len(judgements),
+    )

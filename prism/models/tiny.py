@@ -1,13 +1,17 @@
-"""Tiny Qwen3-VL and Qwen3-VL-MoE models with random weights, built offline in seconds, as plain transformers has them.
+"""Tiny Qwen3-VL and Qwen3-VL-MoE models with random weights, and their tokenizer, built offline in seconds.
 
-I is the width of an expert's hidden layer, D that of the model.
+The tokenizer is a byte-level BPE with Qwen's special tokens, pre-tokenisation and chat template. Plain transformers
+loads the models and the tokenizer.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Self
 
 import torch
+from pydantic import model_validator
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
@@ -19,51 +23,83 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from prism.models.tokenizer import IMAGE_TOKEN, TERMINAL_TOKEN, VIDEO_TOKEN, train_tokenizer
+from prism.config import Carelessness, TinySize
+from prism.config.sections import Positive
+from prism.models.prompts import IMAGE_TOKEN, VIDEO_TOKEN
+from prism.worlds.shapes.world import ShapesWorld
 from prism_kernels import check
 
-NAME = "TinySize"
+# in the order of Qwen's vocabulary
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# single tokens that a decoder prints as text
+TEXT_TOKENS = ("<think>", "</think>")
+TERMINAL_TOKEN = "<|im_end|>"
+BYTES = 256
+
+CHAT_TEMPLATE = """\
+{%- macro text(content) -%}
+{%- if content is string -%}
+{{- content -}}
+{%- else -%}
+{%- for item in content -%}
+{%- if item.type == 'image' or 'image' in item or 'image_url' in item -%}
+<|vision_start|><|image_pad|><|vision_end|>
+{%- elif 'text' in item -%}
+{{- item.text -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' + text(message.content) + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}"""
 
 
-@dataclass(frozen=True)
-class TinySize:
-    """Sizes of a tiny model. The defaults suit a CPU; vLLM serves head_dim 32 and more."""
+class TinyMoeSize(TinySize):
+    """The sizes of a tiny Mixture-of-Experts.
 
-    vocab_size: int = 1024
-    hidden_size: int = 96
-    intermediate_size: int = 256
-    layers: int = 3
-    heads: int = 4
-    key_value_heads: int = 2
-    head_dim: int = 32
-    vision_hidden_size: int = 64
-    vision_layers: int = 2
-    vision_heads: int = 2
-    patch_size: int = 16
-    image_side: int = 256
-    experts: int = 4
-    experts_per_token: int = 2
-    expert_intermediate_size: int = 160
-    max_positions: int = 4096
+    Args:
+        experts: Experts of each layer.
+        experts_per_token: Experts that each token chooses.
+        expert_intermediate_size: Width of an expert.
+    """
 
-    def __post_init__(self) -> None:
-        for name in ("intermediate_size", "expert_intermediate_size"):
-            width = getattr(self, name)
-            # transformers' loader tells the layouts of expert weights by their shape alone
-            if width == self.hidden_size or 2 * width == self.hidden_size:
-                check.fail(NAME, f"{name} other than hidden_size and its half ({self.hidden_size})", width)
-        if not 1 <= self.experts_per_token <= self.experts:
-            check.fail(NAME, f"experts_per_token in [1, {self.experts}]", self.experts_per_token)
-        if self.heads % self.key_value_heads:
-            check.fail(NAME, f"heads to be a multiple of key_value_heads ({self.key_value_heads})", self.heads)
-        if self.head_dim % 16:
-            check.fail(NAME, "head_dim to be a multiple of 16, for M-RoPE's sections", self.head_dim)
+    experts: Positive = 4
+    experts_per_token: Positive = 2
+    expert_intermediate_size: Positive = 160
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> Self:
+        self.check_width("expert_intermediate_size", self.expert_intermediate_size)
+        if self.experts_per_token > self.experts:
+            raise ValueError(
+                f"experts_per_token: expected at most experts = {self.experts}, got {self.experts_per_token}"
+            )
+        return self
 
 
 def tiny_policy(
     size: TinySize | None = None, *, tokenizer: Qwen2Tokenizer | None = None, seed: int = 0
 ) -> tuple[Qwen3VLForConditionalGeneration, Qwen2Tokenizer]:
-    """Returns a dense Qwen3-VL with its own random weights, and its tokenizer."""
+    """Returns a dense Qwen3-VL with random weights, and its tokenizer."""
     size = size or TinySize()
     tokenizer = tokenizer or train_tokenizer(vocab_size=size.vocab_size)
     text = {**_text_config(size, tokenizer), "intermediate_size": size.intermediate_size}
@@ -76,10 +112,10 @@ def tiny_policy(
 
 
 def tiny_discriminator_base(
-    size: TinySize | None = None, *, tokenizer: Qwen2Tokenizer | None = None, seed: int = 0
+    size: TinyMoeSize | None = None, *, tokenizer: Qwen2Tokenizer | None = None, seed: int = 0
 ) -> tuple[Qwen3VLMoeForConditionalGeneration, Qwen2Tokenizer]:
-    """Returns a Qwen3-VL-MoE with its own random weights, and its tokenizer."""
-    size = size or TinySize()
+    """Returns a Qwen3-VL-MoE with random weights, and its tokenizer."""
+    size = size or TinyMoeSize()
     tokenizer = tokenizer or train_tokenizer(vocab_size=size.vocab_size)
     text = {
         **_text_config(size, tokenizer),
@@ -97,7 +133,7 @@ def tiny_discriminator_base(
 
 
 def tiny_image_processor(size: TinySize | None = None) -> Qwen2VLImageProcessorPil:
-    """Returns Qwen3-VL's image processor for tiny images, on PIL and numpy alone."""
+    """Returns Qwen3-VL's image processor for tiny images; it needs only PIL and numpy."""
     size = size or TinySize()
     side = 2 * size.patch_size
     return Qwen2VLImageProcessorPil(
@@ -113,9 +149,9 @@ def tiny_image_processor(size: TinySize | None = None) -> Qwen2VLImageProcessorP
 def save_processor(
     folder: str | Path, tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil
 ) -> None:
-    """Writes tokenizer, chat template and processor files, such that AutoProcessor reads them where torchvision is.
+    """Writes the files of tokenizer, chat template and processors.
 
-    Without torchvision AutoTokenizer and the image processor load; transformers' Qwen3-VL processor itself asks for it.
+    AutoTokenizer and the image processor load them anywhere, AutoProcessor only if torchvision is installed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +160,7 @@ def save_processor(
     image = {**image, "processor_class": "Qwen3VLProcessor"}
     files = {
         "preprocessor_config.json": {**image, "image_processor_type": "Qwen2VLImageProcessor"},
-        # written by hand: the class needs torchvision even to be imported
+        # written by hand: importing the class needs torchvision
         "video_preprocessor_config.json": {
             **{key: image[key] for key in ("patch_size", "temporal_patch_size", "merge_size", "size")},
             **{key: image[key] for key in ("image_mean", "image_std", "processor_class")},
@@ -148,6 +184,56 @@ def save_tiny(
     return folder
 
 
+def train_tokenizer(texts: Iterable[str] | None = None, vocab_size: int = 1024) -> Qwen2Tokenizer:
+    """Returns a tokenizer of at most `vocab_size` entries; equal texts give equal tokenizers.
+
+    Args:
+        texts: texts to learn the merges from; None: texts of the embedded world, whose words become single tokens.
+        vocab_size: number of all entries: the 256 bytes, the merges, and the special tokens, which come last.
+    """
+    added = len(SPECIAL_TOKENS) + len(TEXT_TOKENS)
+    if vocab_size < BYTES + added:
+        check.fail("train_tokenizer", f"vocab_size >= {BYTES + added} (bytes and special tokens)", vocab_size)
+    # Qwen's normaliser and pre-tokeniser, from the class that will load the result
+    qwen = Qwen2Tokenizer().backend_tokenizer
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = qwen.normalizer
+    bpe.pre_tokenizer = qwen.pre_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - added,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_world_texts() if texts is None else texts, trainer)
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    vocabulary = dict(sorted(bpe.get_vocab().items(), key=lambda entry: entry[1]))
+    for token in SPECIAL_TOKENS:
+        vocabulary[token] = len(vocabulary)
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[(left, right) for left, right in merges],  # type: ignore[misc]
+        eos_token=TERMINAL_TOKEN,
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS),
+        model_max_length=131072,
+    )
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in TEXT_TOKENS])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _world_texts() -> Iterator[str]:
+    """Yields texts of the embedded world, and the names of a chat's roles."""
+    # fixed rates, since the defaults may change: the shipped base was trained on the tokens of these texts
+    rates = Carelessness(
+        colour=0.60, dropped=0.60, invented=0.01, kind=0.02, place=0.01, reasoning=0.20, careful_style=0.50
+    )
+    for text in ShapesWorld(carelessness=rates).texts(500):
+        yield text
+        yield "user\n"
+        yield "assistant\n"
+
+
 def _text_config(size: TinySize, tokenizer: Qwen2Tokenizer) -> dict:
     section = size.head_dim // 8
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
@@ -160,7 +246,7 @@ def _text_config(size: TinySize, tokenizer: Qwen2Tokenizer) -> dict:
         "head_dim": size.head_dim,
         "max_position_embeddings": size.max_positions,
         "rope_parameters": {**rope, "mrope_section": [size.head_dim // 2 - 2 * section, section, section]},
-        # tied, an engine that takes weights in place after each step goes wrong
+        # an engine that receives weights in place after each step would break tied ones
         "tie_word_embeddings": False,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,

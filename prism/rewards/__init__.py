@@ -4,11 +4,11 @@ Neither torch nor SymPy is imported here; algebra runs in worker processes.
 """
 
 from prism.rewards.custom import Reward, Rewards, evaluate_reward, load_reward
-from prism.rewards.score import Verdict, score_batch, score_response, verifier_workers
-from prism.rewards.workers import Outcome, Workers
+from prism.rewards.grade import Verdict, score_batch, score_response, verifier_workers
+from prism.rewards.workers import JobResult, Workers
 
 __all__ = [
-    "Outcome",
+    "JobResult",
     "Reward",
     "Rewards",
     "Verdict",

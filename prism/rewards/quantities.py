@@ -1,17 +1,220 @@
-"""Numbers as people write them, with or without a unit, and when two of them are equal."""
+"""Numbers as people write them, units and their conversion, and when two quantities are equal."""
 
 import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from prism.rewards.units import Unit, is_counted_thing, read_unit
+
+class Unit(NamedTuple):
+    """A unit: its dimension, as powers of base quantities, and its size in base units."""
+
+    # sorted pairs of a base quantity and its power; a counted thing is a base quantity of its own
+    dimension: tuple[tuple[str, int], ...]
+    size: Fraction
+
+
+NO_UNIT = Unit((), Fraction(1))
+
+
+def _unit_table(rows: str) -> dict[str, tuple[str, Fraction]]:
+    """Reads rows of `quantity: size name name, size name ...`."""
+    table: dict[str, tuple[str, Fraction]] = {}
+    for row in rows.strip().splitlines():
+        quantity, _, units = row.strip().partition(": ")
+        for unit in units.split(", "):
+            size, *names = unit.split()
+            table.update((name.replace("_", " "), (quantity, Fraction(size))) for name in names)
+    return table
+
+
+# scales of temperature have offsets, so each is a quantity of its own and none is converted
+_UNIT_SYMBOLS = _unit_table("""
+length: 1 m, 1000 km, 1/10 dm, 1/100 cm, 1/1000 mm, 1/1000000 um μm µm, 1/1000000000 nm
+length: 254/10000 in, 3048/10000 ft, 9144/10000 yd, 1609344/1000 mi
+mass: 1 kg, 1/1000 g, 1/1000000 mg, 1/1000000000 ug μg µg, 1000 t, 45359237/100000000 lb lbs
+mass: 45359237/1600000000 oz
+time: 1 s, 1/1000 ms, 60 min mins, 3600 h hr hrs, 1/1000000 μs µs, 1/1000000000 ns, 86400 d
+angle: 1 ° deg, 1/60 ', 1/3600 "
+current: 1 A, 1/1000 mA
+voltage: 1 V, 1/1000 mV, 1000 kV
+resistance: 1 Ω ohm Ohm, 1000 kΩ, 1000000 MΩ
+force: 1 N, 1000 kN
+energy: 1 J, 1000 kJ, 1000000 MJ, 3600000 kWh, 3600 Wh, 4184/1000 cal, 4184 kcal
+power: 1 W, 1000 kW, 1000000 MW, 1/1000 mW
+pressure: 1 Pa, 1000 kPa, 1000000 MPa, 101325 atm
+frequency: 1 Hz, 1000 kHz, 1000000 MHz, 1000000000 GHz
+charge: 1 C, 1/1000000 μC µC
+substance: 1 mol, 1/1000 mmol
+concentration: 1 M
+celsius: 1 °C
+fahrenheit: 1 °F
+kelvin: 1 K
+data: 1 B, 1000 KB kB, 1000000 MB, 1000000000 GB
+dollar: 1 $ USD US$, 1/100 ¢
+euro: 1 € EUR
+pound_sterling: 1 £ GBP
+yuan: 1 ¥ CNY RMB 元 块 人民币, 1/10 角, 1/100 分
+rupee: 1 ₹ INR
+""")
+_UNIT_WORDS = _unit_table("""
+length: 1 meter metre 米, 1000 kilometer kilometre 千米 公里, 1/10 decimeter decimetre 分米
+length: 1/100 centimeter centimetre 厘米, 1/1000 millimeter millimetre 毫米, 254/10000 inch inches
+length: 3048/10000 foot feet, 9144/10000 yard, 1609344/1000 mile
+mass: 1 kilogram kilo 千克 公斤, 1/1000 gram 克, 1/1000000 milligram, 1000 ton tonne 吨
+mass: 45359237/100000000 pound, 45359237/1600000000 ounce
+time: 1 second sec 秒, 60 minute 分钟, 3600 hour 小时, 86400 day 天, 604800 week 周
+angle: 1 degree 度
+current: 1 amp ampere
+voltage: 1 volt
+resistance: 1 ohm
+force: 1 newton
+energy: 1 joule, 4184/1000 calorie
+power: 1 watt
+pressure: 1 pascal
+frequency: 1 hertz
+substance: 1 mole
+celsius: 1 degree_celsius degrees_celsius
+fahrenheit: 1 degree_fahrenheit degrees_fahrenheit
+kelvin: 1 kelvin
+dollar: 1 dollar, 1/100 cent
+euro: 1 euro
+yuan: 1 yuan
+month: 1 month 个月, 12 year 年
+""")
+# units that are products of others
+_DERIVED = {
+    "L": (("length", 3), Fraction(1, 1000)),
+    "mL": (("length", 3), Fraction(1, 1000000)),
+    "mph": (("length", 1), ("time", -1), Fraction(1609344, 3600000)),
+    "ha": (("length", 2), Fraction(10000)),
+}
+_DERIVED_NAMES = {
+    **dict.fromkeys(("L", "l", "liter", "liters", "litre", "litres", "升"), "L"),
+    **dict.fromkeys(("mL", "ml", "milliliter", "milliliters", "millilitre", "millilitres", "毫升", "cc"), "mL"),
+    **dict.fromkeys(("mph", "MPH"), "mph"),
+    **dict.fromkeys(("ha", "hectare", "hectares"), "ha"),
+}
+_POWER_WORDS = {"square": 2, "sq": 2, "sq.": 2, "cubic": 3, "cu": 3, "平方": 2, "立方": 3}
+# a count of nothing in particular
+_NO_UNIT_NAMES = {
+    "unit",
+    "units",
+    "square units",
+    "sq units",
+    "cubic units",
+    "units squared",
+    "square unit",
+    "unit^2",
+    "units^2",
+}
+_NO_UNIT_NAMES |= {"units^{2}", "unit^{2}", "units^3", "units^{3}", "个", "rad", "radian", "radians"}
+# words that change the meaning of a number, so they are in no name of a counted thing
+_OTHER_STATEMENTS = """
+or and to not no more less fewer than but plus minus times over under at about around approximately nearly almost from
+until if is are was were half quarter hundred hundreds thousand million billion dozen percent per by with without of
+sin cos tan log either neither both any each except unknown maybe greater between pi sqrt
+"""
+_NOT_A_THING = frozenset(_OTHER_STATEMENTS.split())
+_UNIT_POWER = re.compile(r"(.+?)\s*(?:\^\s*\{?\s*(-?\d)\s*\}?|\*\*(-?\d)|(squared|cubed))?")
+_LETTER_POWER = re.compile(r"([a-zA-Z]+)([23])")
+_THING = re.compile(r"(?:[^\W\d_]{3,}|[^\W\d_a-z]{2,})(?:[ -][^\W\d_]{2,}){0,2}")
+
+
+def read_unit(text: str) -> Unit | None:
+    """Returns the unit or counted thing that a text names, or None."""
+    text = text.strip().strip(".")
+    if not text or text in _NO_UNIT_NAMES:
+        return NO_UNIT
+    known = _product_of_units(text)
+    if known is not None:
+        return known
+    words = text.lower()
+    if _THING.fullmatch(words) and not _NOT_A_THING & set(re.split("[ -]", words)):
+        return Unit(((_singular(words), 1),), Fraction(1))
+    return None
+
+
+def is_counted_thing(unit: Unit) -> bool:
+    """Returns whether a unit is a counted thing, not a unit of measure."""
+    return len(unit.dimension) == 1 and unit.dimension[0][0] not in _QUANTITIES
+
+
+_QUANTITIES = {quantity for quantity, _ in [*_UNIT_SYMBOLS.values(), *_UNIT_WORDS.values()]}
+
+
+def _product_of_units(text: str) -> Unit | None:
+    """Returns the product and quotient of known units: m/s^2, kg*m, square centimetres, miles per hour."""
+    text = re.sub(r"\\(?:cdot|times)|[·⋅×]", "*", re.sub(r"\s+per\s+|每", "/", text))
+    text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
+    powers: dict[str, int] = {}
+    size = Fraction(1)
+    for place, part in enumerate(text.split("/")):
+        for name in part.split("*"):
+            unit = _unit_power(name.strip())
+            if unit is None:
+                return None
+            sign = -1 if place else 1
+            size *= unit.size**sign
+            for quantity, power in unit.dimension:
+                powers[quantity] = powers.get(quantity, 0) + sign * power
+    return Unit(tuple(sorted((q, p) for q, p in powers.items() if p)), size)
+
+
+def _unit_power(text: str) -> Unit | None:
+    """Returns a known unit, or a power of one."""
+    first, _, rest = text.partition(" ")
+    if rest and first.lower() in _POWER_WORDS:
+        return _raised(_named_unit(rest), _POWER_WORDS[first.lower()])
+    for word in ("平方", "立方"):
+        if text.startswith(word):
+            return _raised(_named_unit(text.removeprefix(word)), _POWER_WORDS[word])
+    match = _UNIT_POWER.fullmatch(text)
+    if match is None:
+        return None
+    power = int(match[2] or match[3] or {"squared": 2, "cubed": 3}.get(match[4], 1))
+    if power == 1 and (plain := _LETTER_POWER.fullmatch(text)):
+        return _raised(_named_unit(plain[1]), int(plain[2]))
+    return _raised(_named_unit(match[1]), power)
+
+
+def _raised(unit: Unit | None, power: int) -> Unit | None:
+    if unit is None or power == 0:
+        return None
+    return Unit(tuple((quantity, p * power) for quantity, p in unit.dimension), unit.size**power)
+
+
+def _named_unit(name: str) -> Unit | None:
+    name = name.strip().replace("° ", "°")
+    lower = name.lower()
+    derived = _DERIVED_NAMES.get(name) or (_DERIVED_NAMES.get(lower) if len(name) > 1 else None)
+    if derived:
+        *dimension, size = _DERIVED[derived]
+        return Unit(tuple(dimension), size)  # type: ignore[arg-type]
+    known = (
+        _UNIT_SYMBOLS.get(name)
+        or _UNIT_WORDS.get(lower)
+        or _UNIT_WORDS.get(lower.removesuffix("s"))
+        or _UNIT_WORDS.get(_singular(lower))
+    )
+    # KM and Kg are read too; one letter, and pairs that differ in case alone (MW, mW), are not
+    if known is None and len(name) > 1 and sum(symbol.lower() == lower for symbol in _UNIT_SYMBOLS) == 1:
+        known = next(value for symbol, value in _UNIT_SYMBOLS.items() if symbol.lower() == lower)
+    return None if known is None else Unit(((known[0], 1),), known[1])
+
+
+def _singular(word: str) -> str:
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    if word.endswith(("ses", "xes", "ches", "shes")):
+        return word[:-2]
+    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
 
 
 class Number(NamedTuple):
-    """A number exactly as it is written."""
+    """A number, exactly as written."""
 
     value: Fraction
-    # how many decimals it was written with: 2 for 3.14; None: an integer or a fraction, exact
+    # how many decimals were written: 2 for 3.14; None: an exact integer or fraction
     decimals: int | None = None
 
 
@@ -21,11 +224,11 @@ class Quantity(NamedTuple):
     number: Number
     unit: Unit
     percent: bool = False
-    # whether a single letter stood right behind the digits, as in 5m: a unit, or a product of algebra
+    # whether a single letter follows the digits directly, as in 5m: a unit, or a product of algebra
     letter: bool = False
 
 
-# beyond these nothing is a final answer, and exact arithmetic would grow without bound
+# longer numbers are no final answers, and exact arithmetic would grow without bound
 _MOST_DIGITS = 400
 _MOST_EXPONENT = 400
 
@@ -60,8 +263,8 @@ eighteen nineteen
 """
 _ONES = _ONE_TO_NINETEEN.split()
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_WORDS = {word: value for value, word in enumerate(_ONES)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
-_WORDS |= {
+_NUMBER_WORDS = {word: value for value, word in enumerate(_ONES)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
+_NUMBER_WORDS |= {
     f"{ten}{joint}{one}": 20 + 10 * i + j + 1
     for i, ten in enumerate(_TENS)
     for j, one in enumerate(_ONES[1:10])
@@ -69,13 +272,11 @@ _WORDS |= {
 }
 _CHINESE = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
 _CHINESE_NUMBER = re.compile(r"([零〇一二两三四五六七八九])|([一二三四五六七八九]?)十([一二三四五六七八九]?)")
-_NUMBER_WORD = re.compile("(" + "|".join(sorted(_WORDS, key=len, reverse=True)) + r")\b", re.IGNORECASE)
-
-NO_UNIT = Unit((), Fraction(1))
+_NUMBER_WORD = re.compile("(" + "|".join(sorted(_NUMBER_WORDS, key=len, reverse=True)) + r")\b", re.IGNORECASE)
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """Returns the number with its unit that a text is, or None where it is something else.
+    """Returns the number and unit of a text, or None where the text is something else.
 
     Several parts of one kind are one quantity: 1 h 30 min, 5 ft 3 in, 30°30'.
     """
@@ -87,18 +288,18 @@ def read_quantity(text: str) -> Quantity | None:
     currency = _CURRENCY.match(text)
     if currency:
         unit = read_unit(currency["unit"])
-        amount = _single(currency["sign"] + text[currency.end() :])
+        amount = _one_quantity(currency["sign"] + text[currency.end() :])
         if unit is None or amount is None or amount.percent or amount.unit not in (NO_UNIT, unit):
             return None
         return amount._replace(unit=unit, letter=False)
-    return _single(text) or _sum_of_parts(text)
+    return _one_quantity(text) or _sum_of_parts(text)
 
 
-def _single(text: str) -> Quantity | None:
-    found = _leading_number(text)
-    if found is None:
+def _one_quantity(text: str) -> Quantity | None:
+    leading = _leading_number(text)
+    if leading is None:
         return None
-    number, rest = found
+    number, rest = leading
     spaced = rest[:1].isspace()
     while match := _MAGNITUDE.match(rest):
         number = Number(number.value * _MAGNITUDES[match[1].lower()])
@@ -108,7 +309,7 @@ def _single(text: str) -> Quantity | None:
         return Quantity(number, NO_UNIT, percent=True) if match.end() == len(rest) else None
     rest = rest.removeprefix("*").removeprefix("\\cdot").strip() if rest[:1] == "*" else rest
     unit = read_unit(rest)
-    # 2xy and 五 in 五角星 are no counts
+    # 2xy counts nothing, nor does 五 in 五角星
     if unit is None or (is_counted_thing(unit) and not spaced and not (text[0] in "+-.0123456789" and rest[0] > "z")):
         return None
     letter = not spaced and re.fullmatch(r"[a-zA-Z](?![a-zA-Z]).*", rest) is not None
@@ -119,13 +320,13 @@ def _sum_of_parts(text: str) -> Quantity | None:
     parts = re.findall(rf"({_UNSIGNED}\s*(?:°C|°F|[^\W\d]+|°|'|\"))\s*(?:and)?\s*", text)
     if len(parts) < 2 or re.sub(r"\s|and", "", "".join(parts)) != re.sub(r"\s|and", "", text):
         return None
-    quantities = [_single(part) for part in parts]
+    quantities = [_one_quantity(part) for part in parts]
     first = quantities[0]
     if first is None or is_counted_thing(first.unit) or not first.unit.dimension:
         return None
     total, previous = Fraction(0), None
     for quantity in quantities:
-        # from the largest to the smallest, or it is a list
+        # units that do not fall in size make a list
         if quantity is None or quantity.unit.dimension != first.unit.dimension:
             return None
         if previous is not None and quantity.unit.size >= previous:
@@ -135,14 +336,14 @@ def _sum_of_parts(text: str) -> Quantity | None:
 
 
 def _leading_number(text: str) -> tuple[Number, str] | None:
-    """Returns the number that a text begins with, and what follows it."""
+    """Returns the number at the start of a text, and the rest."""
     if match := _NUMBER.match(text):
         number = _value(match)
         rest = text[match.end() :]
-        # what goes on as an expression or another number is not this number
+        # a text that continues as an expression or another number is not this number
         return None if number is None or re.match(r"\s*[\d^/+\-!({\[_]|\.\d|,\d", rest) else (number, rest)
     if match := _NUMBER_WORD.match(text):
-        return Number(Fraction(_WORDS[match[1].lower()])), text[match.end() :]
+        return Number(Fraction(_NUMBER_WORDS[match[1].lower()])), text[match.end() :]
     if match := _CHINESE_NUMBER.match(text):
         if match[1]:
             return Number(Fraction(_CHINESE[match[1]])), text[match.end() :]
@@ -183,10 +384,10 @@ def _decimal(text: str) -> Number:
 
 
 def equal_quantities(gold: Quantity, answer: Quantity) -> bool:
-    """Returns whether two quantities are one.
+    """Returns whether two quantities are equal.
 
-    Units are converted where both have one; where one has none it is taken from the other. A percentage is its
-    hundredth, and a bare number above 1 also stands for the same percentage.
+    If both have a unit, one is converted; otherwise a missing unit is taken from the other. A percentage equals its
+    hundredth, and also a bare number above 1 of the same value.
     """
     if gold.percent != answer.percent:
         percent, bare = (gold, answer) if gold.percent else (answer, gold)
@@ -197,13 +398,13 @@ def equal_quantities(gold: Quantity, answer: Quantity) -> bool:
         return same or (abs(bare.number.value) > 1 and _equal_numbers(percent.number, bare.number))
     units = gold.unit, answer.unit
     if NO_UNIT in units or units[0] == units[1]:
-        # 5m for 5 could be a product
+        # 5m against 5 may be a product
         if units[0] != units[1] and (gold.letter or answer.letter):
             return False
         return _equal_numbers(gold.number, answer.number)
     if units[0].dimension != units[1].dimension:
         return False
-    # a conversion is exact, or one side is the other's, rounded to six digits
+    # conversions are exact; a rounded one needs six digits
     scale = units[1].size / units[0].size
     converted = Number(answer.number.value * scale), Number(gold.number.value / scale)
     return _equal_numbers(gold.number, converted[0]) or _equal_numbers(converted[1], answer.number)

@@ -8,7 +8,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from prism.rewards.imports import import_function
+from prism.rewards.custom import import_function
 
 # how long after its time limit a job that nobody stopped ends the process: then the parent is gone
 ORPHAN_SECONDS = 2.0

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
-class Outcome(NamedTuple):
+class JobResult(NamedTuple):
     """What became of a job."""
 
     value: Any
@@ -63,7 +63,7 @@ class Workers:
         # not bound to self, which would never be collected
         self._end = weakref.finalize(self, _end_all, self._all, os.getpid())
 
-    def map(self, function: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> list[Outcome]:
+    def map(self, function: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> list[JobResult]:
         """Returns what became of each call, in order.
 
         Args:
@@ -73,7 +73,7 @@ class Workers:
         """
         if not timeout_s > 0:
             raise ValueError(f"Workers.map: expected timeout_s > 0, got {timeout_s}")
-        outcomes: list[Outcome | None] = [None] * len(arguments)
+        outcomes: list[JobResult | None] = [None] * len(arguments)
         pending = deque(range(len(arguments)))
         mine = self._borrow(len(pending)) if pending else []
         try:
@@ -203,7 +203,7 @@ class _Worker:
         except OSError:
             self.deadline = time.monotonic()
 
-    def collect(self) -> Outcome | None:
+    def collect(self) -> JobResult | None:
         """Returns what became of the job, after an answer, the end of the process or its time limit.
 
         None: the worker has started. One that cannot start is an error: so would be the next.
@@ -213,14 +213,14 @@ class _Worker:
                 self.kill()
                 if not self.ready:
                     raise RuntimeError(f"Workers: expected a worker to start within {self._start_seconds} s, got none")
-                return Outcome(None, "timeout", "killed at its time limit")
+                return JobResult(None, "timeout", "killed at its time limit")
             reason, value = self.connection.recv()
         except (EOFError, OSError):
             self.kill()
             how = f"the process ended with status {self.process.returncode}"
             if not self.ready:
                 raise RuntimeError(f"Workers: expected a worker to start, but {how}") from None
-            return Outcome(None, "crash", how)
+            return JobResult(None, "crash", how)
         self.deadline = float("inf")
         if not self.ready:
             if reason != "ready":
@@ -228,7 +228,7 @@ class _Worker:
                 raise RuntimeError(f"Workers: expected a worker to start, got:\n{value}")
             self.ready = True
             return None
-        return Outcome(None, reason, value) if reason else Outcome(value, "")
+        return JobResult(None, reason, value) if reason else JobResult(value, "")
 
     def kill(self) -> None:
         """Ends the process at once and waits for it, so that none is left as a zombie."""

@@ -1,146 +1,126 @@
-"""Alignment: the policy plays against the discriminator, which is trained on the same rollouts."""
+"""Alignment: the policy plays against the discriminator, which is trained on the same rollouts.
 
-from typing import Any, NamedTuple
+S responses, T their tokens, B the tokens' bytes.
+"""
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from prism.config import Config
-from prism.discriminator.branches import ScoreLimits
-from prism.discriminator.metrics import channel_report
-from prism.discriminator.model import Discriminator
-from prism.discriminator.score import GroupScores, PreparedGroups, Sample, prepare_groups
-from prism.discriminator.training import NO_PAIR, StepResult, StepSettings, discriminator_step
-from prism.evaluation.drift import drift
-from prism.inspection import of_groups
-from prism.models.prompts import PromptEncoder
-from prism.optimisation import Stepper
-from prism.policy import Policy
-from prism.stages.credit import token_credit
-from prism.stages.reinforce import Experience, policy_update
-from prism.stages.rollouts import Answered
-from prism_kernels import prism_advantage
-from prism_kernels.packing import Kind
+from prism.config import AlignAlgorithm
+from prism.data.drift import drift
+from prism.discriminator.score import GroupScores, prepare_groups, sample_of, score_limits
+from prism.discriminator.training import discriminator_step
+from prism.rollout.batch import RolloutBatch
+from prism.runtime.runtime import Runtime
+from prism.stages.update import policy_update
+from prism_kernels import group_advantage, prism_advantage
+from prism_kernels.segments import SINGLE_BYTES, TokenBytes, find_segments
+from prism_kernels.shaping import token_advantage
+
+SHOW = ("valid", "d_gap_perception", "d_gap_reasoning", "drift_perception", "drift_reasoning", "entropy")
+# the channel of caption, think and answer
+CHANNEL = (0, 1, 1)
 
 
-class Aligned(NamedTuple):
-    """What a step of alignment gave: for the log, and of each response for the record of rollouts."""
+def align(rt: Runtime) -> None:
+    """Trains policy and discriminator against each other.
 
-    logged: dict[str, Any]
-    scores: GroupScores
-    advantage: Tensor
+    The discriminator's scores of a step, from before its update, are the policy's reward.
+    """
+    config, sampling = rt.config, rt.config.rollout.align
+    algorithm, optimisers, discriminator = config.algorithm.align, config.optimiser, rt.discriminator
+    limits = score_limits(config)
+    for step in rt.steps(
+        "align",
+        policy=optimisers.align,
+        discriminator=optimisers.discriminator,
+        reference=bool(algorithm.kl_coef),
+        show=SHOW,
+    ):
+        batch = rt.generate(step.problems(sampling.prompts), sampling, step.seed)
+        samples = [
+            sample_of(problem, batch.texts_of(index), batch.prompts[index] if discriminator.images else None)
+            for index, problem in enumerate(batch.problems)
+        ]
+        groups = prepare_groups(samples, rt.encoder, limits, images=discriminator.images)
+        results = [
+            discriminator_step(discriminator, groups, rt.discriminator_optimiser, config.discriminator)
+            for _ in range(config.discriminator.steps)
+        ]
+        scores = results[0].scores
+        mixture = mixed_advantages(scores, batch, algorithm)
+        metrics = policy_update(
+            rt.policy,
+            batch,
+            token_credit(scores, batch, rt.encoder.token_bytes, mixture) if algorithm.token_credit else mixture,
+            rt.encoder,
+            rt.policy_optimiser,
+            algorithm,
+            config.memory,
+            temperature=sampling.temperature,
+            longest=sampling.max_new_tokens,
+            responses=optimisers.align.batch,
+            reference=rt.reference,
+        )
+        metrics |= results[0].metrics()
+        metrics["d_skipped"] = sum(result.skipped is not None for result in results)
+        metrics |= drift(batch.texts, [problem.teacher for problem in batch.problems])
+        columns = {
+            "perception": scores.perception.tolist(),
+            "reasoning": scores.reasoning.tolist(),
+            "advantage": mixture.tolist(),
+            "reason": scores.reason,
+        }
+        step.finish(metrics, batch, columns)
 
 
-def step_settings(config: Config) -> StepSettings:
-    """Returns the discriminator's loss as configured."""
-    found = config.discriminator
-    return StepSettings(
-        aux_coef=found.aux_coef,
-        z_coef=found.z_coef,
-        regularisation=found.regularisation,
-        soft_clip=found.soft_clip,
-        max_grad_norm=config.optimiser.discriminator.clip_norm,
-    )
+def mixed_advantages(scores: GroupScores, batch: RolloutBatch, algorithm: AlignAlgorithm) -> Tensor:
+    """Returns one advantage per response, (S,), on the CPU: the mixture of both channels."""
+    valid = torch.tensor([reason is None for reason in scores.reason])
+    # zero only unscored responses; let real NaNs surface in the loss
+    perception, reasoning = (torch.where(valid, score.cpu(), 0.0) for score in (scores.perception, scores.reasoning))
+    return prism_advantage(perception, reasoning, batch.group, format_ok=valid, **algorithm.advantage_options())
 
 
-def score_limits(config: Config) -> ScoreLimits:
-    """Returns the lengths that are scored as configured."""
-    data = config.data
-    return ScoreLimits(config.score_pack_tokens, data.prompt_tokens, data.response_tokens)
+def token_credit(scores: GroupScores, batch: RolloutBatch, table: TokenBytes, mixture: Tensor) -> list[Tensor]:
+    """Returns one advantage per token: perception's in the caption, reasoning's in thinking and answer.
 
-
-def train_discriminator(
-    discriminator: Discriminator, prepared: PreparedGroups, stepper: Stepper, config: Config, steps: int = 1
-) -> tuple[StepResult, int]:
-    """Takes optimiser steps on the same pairs; returns what the first one did, and how many were not taken."""
-    results = []
-    for _ in range(steps):
-        stepper.begin()
-        result = discriminator_step(discriminator, prepared, stepper.optimiser, step_settings(config))
-        # without a pair nothing is wrong with the numbers
-        if result.skipped != NO_PAIR:
-            stepper.count(result.skipped, of_groups(prepared))
-        results.append(result)
-    return results[0], sum(result.skipped is not None for result in results)
-
-
-def align_step(
-    policy: Policy,
-    discriminator: Discriminator,
-    answered: Answered,
-    encoder: PromptEncoder,
-    steppers: tuple[Stepper, Stepper],
-    config: Config,
-    reference: Policy | None = None,
-) -> Aligned:
-    """Trains the discriminator on the rollouts against their teachers, and the policy on the scores from before.
+    Tags and invalid responses get the mixture.
 
     Args:
-        policy: which answered.
-        discriminator: the other player.
-        answered: the step's rollouts; each problem has a teacher.
-        encoder: of both models.
-        steppers: the policy's and the discriminator's.
-        config: the settings.
-        reference: see `policy_update`.
+        scores: scores of the responses.
+        batch: the rollouts.
+        table: bytes of the policy's tokens.
+        mixture: (S,), advantages of whole responses.
     """
-    samples = [
-        Sample(
-            prompt if discriminator.images else problem.prompt,
-            answered.of(place),
-            teacher=problem.teacher,
-            name=problem.name,
-        )
-        for place, (problem, prompt) in enumerate(zip(answered.problems, answered.prompts))
-    ]
-    prepared = prepare_groups(samples, encoder, score_limits(config), images=discriminator.images)
-    result, skipped = train_discriminator(discriminator, prepared, steppers[1], config, config.discriminator.steps)
-    scores = result.scores
-    advantage = advantages(scores, answered, config)
-    credit: Tensor | list[Tensor] = advantage
-    if config.algorithm.align.token_credit:
-        credit = token_credit(scores, answered, encoder.token_bytes, advantage)
-    logged = policy_update(
-        policy,
-        Experience(answered.prompts, answered.rollouts, credit),
-        encoder,
-        steppers[0],
-        config.algorithm.align,
-        config.memory,
-        temperature=config.rollout.align.temperature,
-        batch=config.optimiser.align.batch,
-        longest=config.rollout.align.max_new_tokens,
-        reference=reference,
-    )
-    drifted = drift(answered.texts, [problem.teacher for problem in answered.problems])
-    return Aligned({**logged, **discriminator_figures(result), "d_skipped": skipped, **drifted}, scores, advantage)
-
-
-def advantages(scores: GroupScores, answered: Answered, config: Config) -> Tensor:
-    """Returns the advantage of each response, (S,), on the CPU."""
     valid = torch.tensor([reason is None for reason in scores.reason])
-    # those without a score alone: one that is not finite is to be seen in the loss
-    perception, reasoning = (torch.where(valid, score.cpu(), 0.0) for score in (scores.perception, scores.reasoning))
-    return prism_advantage(
-        perception, reasoning, answered.group, format_ok=valid, **config.algorithm.align.advantage_options()
+    advantages = torch.stack(
+        [
+            group_advantage(torch.where(valid, column.cpu(), 0.0), batch.group, valid=valid)
+            for column in (scores.perception, scores.reasoning)
+        ]
     )
+    lengths = batch.lengths
+    bounds = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    channel = _channels([token for rollout in batch.rollouts for token in rollout.token_ids], bounds, table)
+    credit = token_advantage(advantages, channel, bounds.to(torch.int32))
+    spread = mixture.repeat_interleave(lengths)
+    return list(torch.where(channel >= 0, credit.to(spread.dtype), spread).split(lengths.tolist()))
 
 
-def discriminator_figures(result: StepResult) -> dict[str, Any]:
-    """Returns what is logged of a step of the discriminator."""
-    found: dict[str, Any] = {
-        "d_loss": float(result.pair_loss),
-        "d_aux": float(result.aux_loss),
-        "d_grad_norm": result.grad_norm,
-    }
-    for channel, report in channel_report(result.scores).items():
-        found[f"score_{channel}"] = float(getattr(result.scores, channel).nanmean())
-        found |= {f"d_accuracy_{channel}": report.accuracy, f"d_gap_{channel}": report.gap}
-    if result.expert_counts is not None:
-        # over the layers whose tokens all have their kind: the share of each kind's choices that its top expert has
-        counts = result.expert_counts[:-1].sum(0)
-        found["d_expert_load"] = {k.name.lower(): (counts[k] / counts[k].sum().clamp(min=1)).tolist() for k in Kind}
-        for name, kind in (("perception", Kind.PERCEPTION), ("reasoning", Kind.REASONING)):
-            row = counts[kind]
-            found[f"d_top_expert_{name}"] = float(row.max() / row.sum().clamp(min=1))
-    return found
+def _channels(token_ids: list[int], bounds: Tensor, table: TokenBytes) -> Tensor:
+    """Returns the channel of each token, (T,): that of the section with its first byte; -1 outside all sections."""
+    tokens = np.array(token_ids, dtype=np.int64)
+    length = np.diff(table.offsets)[tokens]
+    begin = np.concatenate(([0], length.cumsum()))
+    place = np.repeat(table.offsets[tokens] - begin[:-1], length) + np.arange(begin[-1])
+    # in bytes: a section whose only token begins inside the tag before it is still valid
+    sections = find_segments(table.data[place], begin[bounds.numpy()], SINGLE_BYTES)
+    channel = np.full(len(tokens), -1, dtype=np.int64)
+    for section, row in enumerate(CHANNEL):
+        start, end = sections.start[:, section].numpy(), sections.end[:, section].numpy()
+        first, last = np.searchsorted(begin[:-1], start), np.searchsorted(begin[:-1], end)
+        for a, b in zip(first, last):
+            channel[a:b] = row
+    return torch.from_numpy(channel)

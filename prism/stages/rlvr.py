@@ -7,108 +7,125 @@ import torch
 from torch import Tensor
 
 from prism.config import Config
-from prism.models.prompts import PromptEncoder
-from prism.optimisation import Stepper
-from prism.policy import Policy
 from prism.rewards import Verdict, score_batch
-from prism.stages.reinforce import Experience, policy_update
-from prism.stages.rollouts import Answered
+from prism.rollout.batch import RolloutBatch
+from prism.runtime.runtime import Runtime, Step
+from prism.stages.update import policy_update
 from prism_kernels import group_advantage
 from prism_kernels.shaping import informative_groups, overlong_penalty
 
+SHOW = ("reward", "accuracy", "format", "length", "entropy")
+
 
 class Rewarded(NamedTuple):
-    """Responses with their verdicts, and the reward of each, (S,): the verdict's score less what its length costs."""
+    """Rollouts with their verdicts and rewards, (S,): the verdict's score less the penalty for its length."""
 
-    answered: Answered
+    batch: RolloutBatch
     verdicts: list[Verdict]
     reward: Tensor
 
 
-def reward(answered: Answered, config: Config) -> Rewarded:
-    """Returns the responses' rewards: every problem has its right answer."""
-    owners = [rollout.prompt for rollout in answered.rollouts]
-    problems = answered.problems
+def rlvr(rt: Runtime) -> None:
+    """Reinforces responses with right answers."""
+    config, sampling, algorithm = rt.config, rt.config.rollout.rlvr, rt.config.algorithm.rlvr
+    settings = config.optimiser.rlvr
+    for step in rt.steps("rlvr", policy=settings, reference=bool(algorithm.kl_coef), show=SHOW):
+        rewarded, tries = sample(rt, step)
+        batch, verdicts, reward = rewarded
+        advantage = group_advantage(reward, batch.group, **algorithm.advantage_options())
+        metrics = policy_update(
+            rt.policy,
+            batch,
+            advantage,
+            rt.encoder,
+            rt.policy_optimiser,
+            algorithm,
+            config.memory,
+            temperature=sampling.temperature,
+            longest=sampling.max_new_tokens,
+            responses=settings.batch,
+            reference=rt.reference,
+        )
+        metrics |= {
+            "reward": float(reward.mean()),
+            "accuracy": sum(v.accuracy for v in verdicts) / len(verdicts),
+            "format": sum(v.format for v in verdicts) / len(verdicts),
+            "length": float(batch.lengths.float().mean()),
+            "informative": float(informative_groups(reward, batch.group).float().mean()),
+            "tries": tries,
+        }
+        columns = {
+            "reward": reward.tolist(),
+            "reason": [verdict.reason for verdict in verdicts],
+            "advantage": advantage.tolist(),
+        }
+        step.finish(metrics, batch, columns)
+
+
+def sample(rt: Runtime, step: Step) -> tuple[Rewarded, int]:
+    """Returns a step's rewarded rollouts, and the number of tries that dynamic sampling took."""
+    config, sampling = rt.config, rt.config.rollout.rlvr
+    if config.algorithm.rlvr.dynamic_sampling is None:
+        return reward(rt.generate(step.problems(sampling.prompts), sampling, step.seed), config), 1
+    tries = config.algorithm.rlvr.dynamic_sampling.tries
+    parts: list[Rewarded] = []
+    for index, problems in enumerate(step.batches(config.dynamic_prompts, tries)):
+        newest = reward(rt.generate(problems, sampling, step.seed + index), config)
+        parts.append(informative(newest, sampling.prompts))
+        whole = join(parts)
+        if len(whole.batch.problems) >= sampling.prompts:
+            return select(whole, list(range(sampling.prompts))), index + 1
+    # too few groups are informative: take those, or without any the last try's
+    return (whole if len(whole.batch.problems) else newest), tries
+
+
+def reward(batch: RolloutBatch, config: Config) -> Rewarded:
+    """Rewards the responses."""
+    owners = [rollout.prompt for rollout in batch.rollouts]
+    problems = batch.problems
     verdicts = score_batch(
-        answered.texts,
-        [problems[p].answer or "" for p in owners],
-        [problems[p].equivalent_answers for p in owners],
+        batch.texts, [problems[p].answer or "" for p in owners], [problems[p].equivalent_answers for p in owners]
     )
     value = torch.tensor([verdict.score for verdict in verdicts])
     rule = config.algorithm.rlvr.overlong
     if rule is not None:
         limit = config.rollout.rlvr.max_new_tokens
         value = value + overlong_penalty(
-            answered.lengths, limit=limit, buffer=config.overlong_buffer, penalty=rule.penalty
+            batch.lengths, limit=limit, buffer=config.overlong_buffer, penalty=rule.penalty
         )
-    return Rewarded(answered, verdicts, value)
+    return Rewarded(batch, verdicts, value)
 
 
 def informative(rewarded: Rewarded, most: int) -> Rewarded:
-    """Returns the first `most` problems whose responses' rewards are not all equal, with their responses."""
-    keep = informative_groups(rewarded.reward, rewarded.answered.group)
-    owners = rewarded.answered.group[keep].unique().tolist()[:most]
+    """Returns the first `most` problems whose responses have different rewards, with their responses."""
+    keep = informative_groups(rewarded.reward, rewarded.batch.group)
+    owners = rewarded.batch.group[keep].unique().tolist()[:most]
     return select(rewarded, owners)
 
 
 def select(rewarded: Rewarded, chosen: list[int]) -> Rewarded:
     """Returns some problems of a batch, renumbered, with their responses."""
-    answered, place = rewarded.answered, {p: n for n, p in enumerate(chosen)}
-    kept = [s for s, rollout in enumerate(answered.rollouts) if rollout.prompt in place]
-    part = Answered(
-        [answered.problems[p] for p in chosen],
-        [answered.prompts[p] for p in chosen],
-        [replace(answered.rollouts[s], prompt=place[answered.rollouts[s].prompt]) for s in kept],
-        [answered.texts[s] for s in kept],
+    batch, place = rewarded.batch, {p: n for n, p in enumerate(chosen)}
+    kept = [s for s, rollout in enumerate(batch.rollouts) if rollout.prompt in place]
+    part = RolloutBatch(
+        [batch.problems[p] for p in chosen],
+        [batch.prompts[p] for p in chosen],
+        [replace(batch.rollouts[s], prompt=place[batch.rollouts[s].prompt]) for s in kept],
+        [batch.texts[s] for s in kept],
     )
     return Rewarded(part, [rewarded.verdicts[s] for s in kept], rewarded.reward[kept])
 
 
-def joined(parts: list[Rewarded]) -> Rewarded:
-    """Returns several batches as one."""
-    whole, verdicts = Answered([], [], [], []), []
+def join(parts: list[Rewarded]) -> Rewarded:
+    """Joins several batches into one."""
+    whole, verdicts = RolloutBatch([], [], [], []), []
     for part in parts:
-        shift, own = len(whole.problems), part.answered
-        whole = Answered(
-            whole.problems + own.problems,
-            whole.prompts + own.prompts,
-            whole.rollouts + [replace(rollout, prompt=rollout.prompt + shift) for rollout in own.rollouts],
-            whole.texts + own.texts,
+        shift, batch = len(whole.problems), part.batch
+        whole = RolloutBatch(
+            whole.problems + batch.problems,
+            whole.prompts + batch.prompts,
+            whole.rollouts + [replace(rollout, prompt=rollout.prompt + shift) for rollout in batch.rollouts],
+            whole.texts + batch.texts,
         )
         verdicts += part.verdicts
     return Rewarded(whole, verdicts, torch.cat([part.reward for part in parts]))
-
-
-def rlvr_step(
-    policy: Policy,
-    rewarded: Rewarded,
-    encoder: PromptEncoder,
-    stepper: Stepper,
-    config: Config,
-    reference: Policy | None = None,
-) -> tuple[dict[str, float], Tensor]:
-    """Takes the policy's step on verified rewards; returns what is logged, and the advantages, (S,)."""
-    answered = rewarded.answered
-    advantage = group_advantage(rewarded.reward, answered.group, **config.algorithm.rlvr.advantage_options())
-    logged = policy_update(
-        policy,
-        Experience(answered.prompts, answered.rollouts, advantage),
-        encoder,
-        stepper,
-        config.algorithm.rlvr,
-        config.memory,
-        temperature=config.rollout.rlvr.temperature,
-        batch=config.optimiser.rlvr.batch,
-        longest=config.rollout.rlvr.max_new_tokens,
-        reference=reference,
-    )
-    verdicts = rewarded.verdicts
-    live = informative_groups(rewarded.reward, answered.group).float().mean()
-    logged |= {
-        "reward": float(rewarded.reward.mean()),
-        "accuracy": sum(v.accuracy for v in verdicts) / len(verdicts),
-        "format": sum(v.format for v in verdicts) / len(verdicts),
-        "length": float(answered.lengths.float().mean()),
-        "informative": float(live),
-    }
-    return logged, advantage

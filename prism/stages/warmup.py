@@ -1,23 +1,28 @@
-"""Warm-up of the discriminator on pairs: the SFT policy's responses against their teachers', before the game begins."""
+"""Warm-up of the discriminator on pairs of a response and its teacher's, before it plays against the policy."""
 
-from typing import Any
-
-from prism.config import Config
-from prism.discriminator.model import Discriminator
-from prism.discriminator.score import Sample, prepare_groups
-from prism.models.prompts import PromptEncoder
-from prism.optimisation import Stepper
-from prism.stages.align import discriminator_figures, score_limits, train_discriminator
+from prism.discriminator.score import prepare_groups, sample_of, score_limits
+from prism.discriminator.training import discriminator_step
+from prism.runtime.runtime import Runtime
 
 
-def warmup_step(
-    discriminator: Discriminator,
-    samples: list[Sample],
-    encoder: PromptEncoder,
-    stepper: Stepper,
-    config: Config,
-) -> dict[str, Any]:
-    """Takes one step on pairs; returns what is logged."""
-    prepared = prepare_groups(samples, encoder, score_limits(config), images=discriminator.images)
-    result, skipped = train_discriminator(discriminator, prepared, stepper, config)
-    return {**discriminator_figures(result), "skipped": float(skipped)}
+def warmup(rt: Runtime) -> None:
+    """Trains the discriminator on given responses, or else on the policy's, against their teachers'."""
+    settings = rt.config.optimiser.warmup
+    sampling = rt.config.rollout.align.model_copy(update={"group": 1})
+    discriminator, limits = rt.discriminator, score_limits(rt.config)
+    show = ("d_loss", "d_accuracy_perception", "d_accuracy_reasoning")
+    for step in rt.steps("warmup", discriminator=settings, show=show):
+        problems = step.problems(settings.batch)
+        given = [problem.student for problem in problems if problem.student is not None]
+        if len(given) == len(problems):
+            prompts, responses = [problem.encoded(rt.encoder) for problem in problems], given
+        else:
+            batch = rt.generate(problems, sampling, step.seed)
+            prompts, responses = batch.prompts, batch.texts
+        samples = [
+            sample_of(problem, [response], prompt if discriminator.images else None)
+            for problem, prompt, response in zip(problems, prompts, responses)
+        ]
+        groups = prepare_groups(samples, rt.encoder, limits, images=discriminator.images)
+        result = discriminator_step(discriminator, groups, rt.discriminator_optimiser, rt.config.discriminator)
+        step.finish({**result.metrics(), "skipped": float(result.skipped is not None)})

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+import prism_kernels.ops  # noqa: F401
 from prism_kernels.library import native_reason
 
 ROOT = Path(__file__).parents[2]

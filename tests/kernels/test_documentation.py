@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prism.discriminator.checkpoint import LAYOUTS
-from prism.models.tokenizer import train_tokenizer
+from prism.discriminator.storage import LAYOUTS
+from prism.models.tiny import train_tokenizer
 from prism_kernels.backend import backend_status
 from prism_kernels.packing import PrefixPack
 from prism_kernels.segments import Reason

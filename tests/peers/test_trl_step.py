@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from bench.end_to_end.trl_step import Shape, make_trainer, problems, start, variety
-from prism.batches import pack_responses
+from prism.config import Sampling
+from prism.models.policy import Policy, pack_responses
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor
-from prism.policy import Policy
 from prism.rewards import score_batch
 from prism.rollout.engine import Engine
-from prism.rollout.sampling import Sampling
 from prism_kernels import PolicyMetrics, group_advantage, policy_loss
 
 SHAPE = Shape(prompts=3, group=4, tokens=24)
@@ -46,8 +45,8 @@ def step(tmp_path_factory):
     encoder = PromptEncoder(tokenizer, tiny_image_processor())
     own = problems(SHAPE, 1)
     prompts = [problem.encoded(encoder) for problem in own]
-    sampling = Sampling(n=SHAPE.group, max_new_tokens=SHAPE.tokens, seed=5, stop_token_ids=())
-    rollouts = Engine(old, tokenizer).generate(prompts, sampling)
+    sampling = Sampling(group=SHAPE.group, max_new_tokens=SHAPE.tokens)
+    rollouts = Engine(old, tokenizer).generate(prompts, sampling, seed=5, stop_token_ids=())
     # cut to three lengths: TRL is to pad
     responses = [rollout.token_ids[: SHAPE.tokens - 7 * (s % 3)] for s, rollout in enumerate(rollouts)]
     owner = [rollout.prompt for rollout in rollouts]

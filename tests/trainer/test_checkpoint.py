@@ -18,8 +18,8 @@ pytest.importorskip("safetensors")
 import torch
 from torch import nn
 
-from prism.checkpoint import CHECKSUMS, CheckpointError, checkpoints, damage, load, newest, save
-from prism.schedule import learning_rate
+from prism.runtime.checkpoint import CHECKSUMS, CheckpointError, checkpoints, damage, load, newest, save
+from prism.runtime.optimiser import learning_rate
 
 HERE = Path(__file__).parent
 
@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_used(tmp_path,
     assert other.load(tmp_path, tell=said.append).path == good
     assert torch.equal(other.state()[0]["policy.embed.weight"], expected)
     (message,) = said
-    assert "step-00000002 is damaged: " in message and "the checkpoint before is used" in message
+    assert "step-00000002 is damaged: " in message and "the checkpoint before it is used" in message
     # it is out of the way of those to come, and not lost
     assert [p.name for p in checkpoints(tmp_path)] == [good.name]
     assert (tmp_path / "damaged-step-00000002").is_dir()
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_used(tmp_path,
 def test_where_all_are_damaged_nothing_begins_anew_in_silence(tmp_path):
     training = Training()
     (training.save(tmp_path) / "policy.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="expected a whole checkpoint, all 1 are damaged"):
+    with pytest.raises(CheckpointError, match="expected an intact checkpoint, but all 1 are damaged"):
         training.load(tmp_path, tell=lambda text: None)
 
 
@@ -157,9 +157,7 @@ def test_a_checkpoint_of_another_training_is_named(tmp_path):
         load(tmp_path, {"policy": training.models["policy"]}, training.training)
     with pytest.raises(CheckpointError, match="expected training none, got judge"):
         load(tmp_path, training.models, {})
-    with pytest.raises(
-        CheckpointError, match=r"expected the weights of this model 'judge', got others(.|\n)*size mismatch"
-    ):
+    with pytest.raises(CheckpointError, match=r"expected weights that fit the model .judge.(.|\n)*size mismatch"):
         load(tmp_path, {**training.models, "judge": nn.Linear(6, 1)}, training.training)
 
 

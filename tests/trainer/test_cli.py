@@ -111,8 +111,9 @@ def test_a_dry_run_reads_the_data_and_counts_rejections(table, capsys, tmp_path)
 
 def test_a_dry_run_rejects_what_a_stage_would(table, capsys, tmp_path):
     pytest.importorskip("transformers")
-    from prism.data.export import write_problems
-    from prism.data.shapes import ShapesWorld
+    from shapes_files import write_problems
+
+    from prism.worlds.shapes.world import ShapesWorld
 
     write_problems(tmp_path / "align.jsonl", ShapesWorld().samples("alignment", 3))
     rows = [json.loads(line) for line in (tmp_path / "align.jsonl").read_text().splitlines()]
@@ -197,8 +198,8 @@ def test_every_command_refuses_what_is_not_there_within_a_second():
 
 def test_what_ends_a_run_is_told_without_a_traceback(table, monkeypatch, capsys):
     pytest.importorskip("transformers")
-    from prism.checkpoint import CheckpointError
-    from prism.optimisation import NotFiniteError
+    from prism.runtime.checkpoint import CheckpointError
+    from prism.runtime.optimiser import NotFiniteError
 
     for error, status in ((CheckpointError("all 2 are damaged"), 2), (NotFiniteError("10 steps in a row"), 1)):
 

@@ -7,18 +7,18 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shapes_files import write_problems
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from prism import cli
 from prism.commands import evaluate as exam
 from prism.config import ConfigError, load_config
-from prism.data.export import write_problems
-from prism.data.shapes import ShapesWorld
-from prism.discriminator.checkpoint import load_discriminator, save_discriminator
+from prism.discriminator.storage import load_discriminator, save_discriminator
 from prism.models import building
 from prism.models.building import build_discriminator, plain_policy
-from prism.problems.problem import problem_of
-from prism.stages import rollouts
+from prism.rollout import batch as rollouts
+from prism.worlds.shapes.problems import problem_of
+from prism.worlds.shapes.world import ShapesWorld
 
 SMALL = """
 [model.tiny]
@@ -80,7 +80,7 @@ def chain(tmp_path_factory):
         assert cli.main(arguments) == 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollouts, "texts_of", texts_of)
+        patch.setattr(rollouts, "decode", texts_of)
         prism("run", "whole")
         prism("upcycle", "base")
         prism("sft", "sft")
@@ -241,7 +241,7 @@ def test_eval_tells_figures_with_their_errors_by_source(chain, tmp_path, monkeyp
     found = {}
     for data, flags in ((str(tmp_path / "problems.jsonl"), []), ("shapes:test", ["--samples", "70"])):
         left = iter(texts)
-        monkeypatch.setattr(exam, "texts_of", lambda rollouts, encoder, left=left: [next(left) for _ in rollouts])
+        monkeypatch.setattr(exam, "decode", lambda rollouts, encoder, left=left: [next(left) for _ in rollouts])
         flags += ["--model", str(chain / "whole/policy"), "--data", data, "--out", str(tmp_path / "figures.json")]
         assert cli.main(["eval", *flags, "--max_new_tokens", "2", "--temperature", "1"]) == 0
         found[data] = json.loads((tmp_path / "figures.json").read_text())

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from prism.discriminator.score import GroupScores
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import train_tokenizer
+from prism.rollout.batch import RolloutBatch
 from prism.rollout.engine import Rollout
-from prism.stages.credit import token_credit
-from prism.stages.rollouts import Answered
+from prism.stages.align import token_credit
 from prism_kernels.segments import token_bytes
 
 TEXTS = (
@@ -20,7 +20,7 @@ TEXTS = (
 def answered(tokenizer):
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
     none = torch.zeros(0)
-    return Answered([], [], [Rollout(0, 0, one, none, none, "stop") for one in ids], list(TEXTS))
+    return RolloutBatch([], [], [Rollout(0, 0, one, none, none, "stop") for one in ids], list(TEXTS))
 
 
 def scores(tokenizer):

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from prism.commands.run import run_stages
 from prism.config import load_config
-from prism.log import read_metrics
-from prism.report.improvements import improvements
-from prism.run import Run
+from prism.report.summary import improvements
+from prism.runtime.log import read_metrics
+from prism.runtime.runtime import Runtime
 
 ROOT = Path(__file__).parents[2]
 # fewer steps and problems than the demo has; the settings themselves are the demo's
@@ -25,8 +26,8 @@ STAGES = ("sft", "warmup", "align", "rlvr")
 def short(tmp_path_factory):
     """The folder of a run of the demo's stages."""
     folder = tmp_path_factory.mktemp("demo")
-    one = Run(load_config(ROOT / "configs" / "tiny.toml", {**SHORTER, "run.folder": str(folder)}))
-    one.go()
+    one = Runtime(load_config(ROOT / "configs" / "tiny.toml", {**SHORTER, "run.folder": str(folder)}))
+    run_stages(one)
     return folder
 
 

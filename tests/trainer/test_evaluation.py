@@ -7,20 +7,22 @@ import torch
 from discriminator_cases import SIZE, TOKENIZER
 
 from prism.config import load_config
-from prism.data.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
-from prism.data.shapes import TEACHERS, ShapesWorld, judge, read_caption, split_response
-from prism.discriminator.branches import TextBranches
+from prism.data.drift import drift, wasserstein
+from prism.data.problem import Problem
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import score_groups
+from prism.discriminator.score import TextBranches, score_groups, score_limits
 from prism.discriminator.upcycle import upcycle
 from prism.evaluation import assessment
-from prism.evaluation.drift import drift, wasserstein
-from prism.evaluation.policy import evaluate
+from prism.evaluation.assessment import evaluate
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
-from prism.problems.problem import Problem, problem_of
 from prism.rollout.engine import Rollout
-from prism.stages.align import score_limits
+from prism.worlds.shapes.counters import judge, read_caption
+from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
+from prism.worlds.shapes.problems import problem_of
+from prism.worlds.shapes.teachers import TEACHERS
+from prism.worlds.shapes.world import ShapesWorld
+from prism_kernels.grammar import split_response
 
 ENCODER = PromptEncoder(TOKENIZER, tiny_image_processor(SIZE))
 PROBLEMS = [problem_of(sample) for sample in ShapesWorld().samples("validation", 24)]
@@ -28,16 +30,16 @@ CONFIG = load_config(None, {"data.response_tokens": 400, "memory.score_pack_toke
 
 
 class Written:
-    """An engine that says what is written down, greedy and sampled apart."""
+    """An engine whose responses are given, for greedy and for sampled decoding."""
 
     def __init__(self, say):
         self.say = say
 
-    def generate(self, prompts, sampling, *, keys=None):
+    def generate(self, prompts, sampling, *, seed=0, keys=None):
         found = []
         for prompt in range(len(prompts)):
             key = prompt if keys is None else keys[prompt]
-            for index in range(sampling.n):
+            for index in range(sampling.group):
                 ids = TOKENIZER(self.say(PROBLEMS[key], index, sampling.temperature))["input_ids"]
                 found.append(Rollout(prompt, index, ids, torch.zeros(len(ids)), torch.zeros(len(ids)), "stop"))
         return found
@@ -83,7 +85,7 @@ def test_errors_and_drift_are_those_that_were_put_in():
         ]
 
     found = evaluate(Written(say), PROBLEMS, ENCODER, max_new_tokens=200)
-    # a changed caption may contradict the answer, which then does not follow: that is no error of the last step's own
+    # a changed caption may contradict the answer, which then does not follow although the last step was right
     assert found.format == 0.75 and found.accuracy == 0.5
     assert found.perception_error == 0.5
     assert 0.5 <= found.reasoning_error <= 0.75
@@ -94,7 +96,7 @@ def test_what_is_not_known_is_left_out():
     found = evaluate(Written(the_teacher), known, ENCODER, max_new_tokens=200).as_json()
     assert found["accuracy"] == 1
     assert found.keys() == {"samples", "accuracy", "format", "length", "accuracy_se"}
-    # JSON knows no other numbers
+    # JSON has no NaN
     json.dumps(found, allow_nan=False)
 
 
@@ -108,7 +110,9 @@ def test_sampled_responses_are_judged_beside_the_greedy_ones():
     assert "drift_perception" in found and "drift_perception" not in found["sampled"]
     without = load_config(None, {"evaluation.sampled": False})
     assert "sampled" not in assessment.assess_policy(Written(say), PROBLEMS, ENCODER, without, "validation")
-    assert "accuracy 1.000 ± 0.000" in assessment.told(found) and "at temperature 1" in assessment.told(found)
+    assert "accuracy 1.000 ± 0.000" in assessment.figures_line(found) and "at temperature 1" in assessment.figures_line(
+        found
+    )
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -122,7 +126,7 @@ def test_a_wrong_caption_has_one_item_changed_and_nothing_else(change):
         if change == "dropped" and len(items) > 1:
             assert (gone, new) == (1, 0)
         elif change == "colour" or len(items) == 1:
-            # of all items of that colour
+            # a colour is mistaken in all items of it
             assert gone == new >= 1
         else:
             assert (gone, new) == (1, 1)
@@ -155,7 +159,7 @@ def discriminator():
 
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_every_teachers_texts_can_be_scored(teacher):
-    """A token that reaches over a tag would make a text invalid for the discriminator alone."""
+    """A token that spans a tag and its neighbour would make a text invalid for the discriminator only."""
     world = ShapesWorld()
     texts = [world.respond(teacher, sample).sections.text for sample in world.samples("validation", 200)]
     cut = TextBranches(ENCODER, score_limits(CONFIG)).cut(texts, texts)
@@ -170,7 +174,7 @@ def test_the_discriminator_is_seen_from_all_sides(discriminator):
     assert list(found) == ["pairs", "swapped images", "equal style"]
     # two of eight responses are valid, one of which is wrong in perception
     assert found["pairs"]["perception"]["pairs"] == 12 and found["pairs"]["perception"]["compared"] == 6
-    # a new value head is 0: everything is a tie
+    # a new value head is 0, so all pairs tie
     for view in found.values():
         assert all(one["accuracy"] == 0.5 and one["gap"] == 0 for one in view.values())
     assert found["equal style"]["perception"]["by_change"] == dict.fromkeys(CHANGES, 0.5)
@@ -179,7 +183,7 @@ def test_the_discriminator_is_seen_from_all_sides(discriminator):
 
 
 def test_equal_style_reads_each_channel_from_the_text_that_is_wrong_in_it(discriminator, monkeypatch):
-    """Scored by a judge that knows captions alone, perception is told apart and reasoning is not; and the reverse."""
+    """A judge of captions only tells perception apart and not reasoning; and a judge of reasoning the reverse."""
     real = score_groups
 
     def judged_by(channel):

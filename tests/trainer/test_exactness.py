@@ -13,25 +13,21 @@ pytest.importorskip("transformers")
 import torch
 from discriminator_cases import SIZE, TOKENIZER, make_backbone, widen
 from score_cases import picture, response
+from stage_cases import FixedRun
 
-from prism.config import load_config
-from prism.config.algorithms import RlvrAlgorithm
-from prism.config.sections import Memory, Optimiser
-from prism.discriminator.branches import ScoreLimits
+from prism.config import DiscriminatorSettings, MemorySettings, RlvrAlgorithm, Sampling, StageAdam, load_config
+from prism.data.problem import Problem
 from prism.discriminator.model import Discriminator
-from prism.discriminator.score import Sample, prepare_groups
-from prism.discriminator.training import StepSettings, discriminator_step
+from prism.discriminator.score import Sample, ScoreLimits, prepare_groups
+from prism.discriminator.training import discriminator_step
+from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
-from prism.optimisation import Stepper
-from prism.policy import Policy
-from prism.problems.problem import Problem
+from prism.rollout.batch import RolloutBatch
 from prism.rollout.engine import Engine
-from prism.rollout.sampling import Sampling
-from prism.stages.align import align_step
-from prism.stages.reinforce import Experience, policy_update
-from prism.stages.rollouts import Answered
-from prism.stages.supervised import supervised_step
+from prism.runtime.optimiser import GuardedOptimiser, StageOptimiser
+from prism.stages.align import align
+from prism.stages.update import imitate, policy_update
 
 ENCODER = PromptEncoder(TOKENIZER, tiny_image_processor(SIZE))
 # gradients are left as they are
@@ -69,9 +65,9 @@ def answered(untrained):
     """Rollouts of a policy, with texts that are scored, mostly."""
     found = problems()
     prompts = [problem.encoded(ENCODER) for problem in found]
-    rollouts = Engine(untrained, TOKENIZER).generate(prompts, Sampling(n=4, max_new_tokens=LONGEST, seed=3))
+    rollouts = Engine(untrained, TOKENIZER).generate(prompts, Sampling(group=4, max_new_tokens=LONGEST), seed=3)
     texts = [response(f"- item {i}", f"Step {i}.", str(i % 3)) if i % 5 else "no tags" for i in range(len(rollouts))]
-    return Answered(found, prompts, rollouts, texts)
+    return RolloutBatch(found, prompts, rollouts, texts)
 
 
 def policy_of(model, dtype):
@@ -112,8 +108,9 @@ def test_a_supervised_step_is_that_of_the_whole_batch(untrained, dtype):
     responses = [TOKENIZER(problem.teacher)["input_ids"] + [0] for problem in batch]
     for budget in budgets([p.encoded(ENCODER) for p in batch], responses, range(len(batch))):
         policy = policy_of(untrained, dtype)
-        stepper = Stepper(policy, Optimiser(**STILL), 4)
-        supervised_step(policy, batch, ENCODER, stepper, Memory(pack_tokens=budget))
+        imitate(
+            policy, batch, ENCODER, StageOptimiser(policy, StageAdam(**STILL), 4), MemorySettings(pack_tokens=budget)
+        )
         found.append(gradients(policy))
     agree(found, dtype)
 
@@ -127,7 +124,6 @@ ALGORITHMS = {
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_step_of_rlvr_is_that_of_the_whole_batch(untrained, answered, dtype, name):
     advantage = torch.randn(len(answered.rollouts), generator=torch.Generator().manual_seed(1), dtype=dtype)
-    experience = Experience(answered.prompts, answered.rollouts, advantage)
     algorithm = RlvrAlgorithm(**ALGORITHMS[name])
     reference = policy_of(untrained, dtype)
     with torch.no_grad():
@@ -136,10 +132,10 @@ def test_a_step_of_rlvr_is_that_of_the_whole_batch(untrained, answered, dtype, n
     owner = [r.prompt for r in answered.rollouts]
     for budget in budgets(answered.prompts, [r.token_ids for r in answered.rollouts], owner):
         policy = policy_of(untrained, dtype)
-        stepper = Stepper(policy, Optimiser(**STILL), 4)
+        optimiser = StageOptimiser(policy, StageAdam(**STILL), 4)
         log = policy_update(
-            policy, experience, ENCODER, stepper, algorithm, Memory(pack_tokens=budget), temperature=1.0,
-            longest=LONGEST, reference=reference if algorithm.kl_coef else None,
+            policy, answered, advantage, ENCODER, optimiser, algorithm, MemorySettings(pack_tokens=budget),
+            temperature=1.0, longest=LONGEST, reference=reference if algorithm.kl_coef else None,
         )  # fmt: skip
         found.append(gradients(policy))
         logs.append(log)
@@ -173,9 +169,18 @@ def test_both_players_steps_in_alignment_are_those_of_the_whole_batch(untrained,
         memory = settings.memory.model_copy(update={"pack_tokens": budget, "score_pack_tokens": score_budget})
         config = settings.model_copy(update={"memory": memory})
         policy, scorer = policy_of(untrained, dtype), scorer_of(dtype)
-        steppers = tuple(Stepper(model, Optimiser(**STILL), 4) for model in (policy, scorer))
-        done = align_step(policy, scorer, answered, ENCODER, steppers, config)
-        assert done.logged["d_skipped"] == done.logged["skipped"] == 0
+        run = FixedRun(
+            config,
+            answered,
+            policy=policy,
+            discriminator=scorer,
+            encoder=ENCODER,
+            policy_optimiser=StageOptimiser(policy, StageAdam(**STILL), 4),
+            discriminator_optimiser=StageOptimiser(scorer, StageAdam(**STILL), 4),
+        )
+        align(run)
+        (metrics,) = run.metrics
+        assert metrics["d_skipped"] == metrics["skipped"] == 0
         policies.append(gradients(policy))
         scorers.append(gradients(scorer))
         packs.append(len(_prepared(answered, score_budget)))
@@ -186,7 +191,7 @@ def test_both_players_steps_in_alignment_are_those_of_the_whole_batch(untrained,
 
 def _samples(answered):
     return [
-        Sample(prompt, answered.of(place), teacher=problem.teacher)
+        Sample(prompt, answered.texts_of(place), teacher=problem.teacher)
         for place, (problem, prompt) in enumerate(zip(answered.problems, answered.prompts))
     ]
 
@@ -199,11 +204,11 @@ def _prepared(answered, budget, groups=slice(None)):
 
 
 def test_the_load_balance_loss_is_each_packs_own_weighted_by_its_tokens(answered, dtype):
-    def step(samples, budget, coefficient, pairs=None):
+    def step(samples, budget, coefficient):
         model = scorer_of(dtype)
         prepared = prepare_groups(samples, ENCODER, ScoreLimits(budget=budget))
-        still = torch.optim.SGD(model.parameters(), lr=0.0)
-        discriminator_step(model, prepared, still, StepSettings(coefficient, max_grad_norm=1e9), pairs=pairs)
+        still = GuardedOptimiser(torch.optim.SGD(model.parameters(), lr=0.0), clip_norm=1e9)
+        discriminator_step(model, prepared, still, DiscriminatorSettings(aux_coef=coefficient))
         return gradients(model), sum(len(part.pack.input_ids) for part in prepared.packs)
 
     def balance(samples, budget):

@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 
 import torch
 
-from prism.log import RunLog, read_metrics
+from prism.runtime.log import RunLog, read_metrics
 
 
 class Terminal(io.StringIO):

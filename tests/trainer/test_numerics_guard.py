@@ -8,22 +8,22 @@ pytest.importorskip("transformers")
 
 import torch
 from score_cases import ENCODER, SIZE, TOKENIZER, make_model, make_samples, picture, response
+from stage_cases import FixedRun
 from test_run import settings
 
-from prism.config import load_config
-from prism.config.sections import Adam
+from prism.commands.run import run_stages
+from prism.config import Adam, Sampling, load_config
+from prism.data.problem import Problem
 from prism.discriminator.score import prepare_groups
-from prism.log import read_metrics
+from prism.discriminator.training import discriminator_step
+from prism.models.policy import Policy
 from prism.models.tiny import tiny_policy
-from prism.optimisation import NotFiniteError, Stepper
-from prism.policy import Policy
-from prism.problems.problem import Problem
+from prism.rollout.batch import RolloutBatch
 from prism.rollout.engine import Engine
-from prism.rollout.sampling import Sampling
-from prism.run import Run
-from prism.stages.align import align_step, train_discriminator
-from prism.stages.rollouts import Answered
-from prism.stages.warmup import warmup_step
+from prism.runtime.log import read_metrics
+from prism.runtime.optimiser import NotFiniteError, StageOptimiser
+from prism.runtime.runtime import Runtime
+from prism.stages.align import align
 
 ADAM = Adam(lr=1e-3)
 
@@ -48,36 +48,37 @@ def spoil(parameter, calls):
 
 def test_steps_of_the_discriminator_are_counted_one_by_one(tmp_path):
     model = make_model()
-    stepper = Stepper(model, ADAM, 20, inspection=tmp_path)
+    optimiser = StageOptimiser(model, ADAM, 20, failures=tmp_path)
     prepared = prepare_groups(make_samples(), ENCODER)
     assert len(prepared.packs) == 1
     handle = spoil(model.value_head.weight, [False, True, True])
     before = weights(model)
-    first, skipped = train_discriminator(model, prepared, stepper, config(), steps=3)
+    results = [discriminator_step(model, prepared, optimiser) for _ in range(3)]
     handle.remove()
-    # that of the first step is what the others' does not hide
-    assert first.skipped is None and skipped == 2 and stepper.skipped_in_a_row == 2
+    reason = "the gradient's norm is not finite: inf"
+    assert [result.skipped for result in results] == [None, reason, reason] and optimiser.failed_in_a_row == 2
     assert not same(model, before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001-2.pt", "step-000001-3.pt"]
     saved = torch.load(tmp_path / "step-000001-2.pt", weights_only=True)
-    assert saved["skipped"] == "the gradient's norm is not finite: inf"
+    assert saved["skipped"] == reason
     assert torch.equal(saved["packs"][0]["input_ids"], prepared.packs[0].pack.input_ids)
     assert torch.equal(saved["packs"][0]["pixel_values"], prepared.packs[0].pixel_values)
     # no pair: no step, yet nothing that is not finite
     none = prepare_groups([make_samples()[2]], ENCODER)
-    first, skipped = train_discriminator(model, none, stepper, config(), steps=2)
-    assert (first.skipped, skipped, stepper.skipped_in_a_row) == ("no valid pair", 2, 2)
+    result = discriminator_step(model, none, optimiser)
+    assert (result.skipped, optimiser.failed_in_a_row) == ("no valid pair", 2)
 
 
-def test_ten_in_a_row_stop_the_warm_up():
+def test_ten_in_a_row_stop_the_discriminator():
     model = make_model()
     with torch.no_grad():
         model.backbone.language_model.norm.weight[0] = torch.nan
-    stepper, before = Stepper(model, ADAM, 20), weights(model)
-    for _ in range(Stepper.MOST_SKIPPED - 1):
-        assert warmup_step(model, make_samples(), ENCODER, stepper, config())["skipped"] == 1
-    with pytest.raises(NotFiniteError, match="10 steps in a row were not taken: a score is not finite"):
-        warmup_step(model, make_samples(), ENCODER, stepper, config())
+    optimiser, before = StageOptimiser(model, ADAM, 20), weights(model)
+    groups = prepare_groups(make_samples(), ENCODER)
+    for _ in range(StageOptimiser.MOST_FAILED - 1):
+        assert discriminator_step(model, groups, optimiser).skipped == "a score is not finite"
+    with pytest.raises(NotFiniteError, match="10 updates in a row were skipped: a score is not finite"):
+        discriminator_step(model, groups, optimiser)
     assert all(
         torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(model.state_dict().values(), before.values())
     )
@@ -93,9 +94,9 @@ def game():
         Problem("b", "x", teacher=teacher),
     ]
     prompts = [problem.encoded(ENCODER) for problem in problems]
-    rollouts = Engine(model, TOKENIZER).generate(prompts, Sampling(n=3, max_new_tokens=8, seed=0))
+    rollouts = Engine(model, TOKENIZER).generate(prompts, Sampling(group=3, max_new_tokens=8))
     texts = [response(f"- item {i}", f"Step {i}.", str(i)) for i in range(len(rollouts))]
-    return Policy(model), Answered(problems, prompts, rollouts, texts)
+    return Policy(model), RolloutBatch(problems, prompts, rollouts, texts)
 
 
 @pytest.mark.parametrize(
@@ -104,10 +105,10 @@ def game():
 def test_alignment_takes_no_step_on_what_is_not_finite(game, tmp_path, broken):
     policy, answered = game
     model = make_model()
-    steppers = tuple(
-        Stepper(one, ADAM, 20, inspection=tmp_path / name)
+    optimisers = {
+        f"{name}_optimiser": StageOptimiser(one, ADAM, 20, failures=tmp_path / name)
         for one, name in ((policy, "policy"), (model, "discriminator"))
-    )
+    }
     if broken == "discriminator's gradient":
         spoil(model.value_head.weight, [True])
     elif broken == "policy's gradient":
@@ -120,8 +121,9 @@ def test_alignment_takes_no_step_on_what_is_not_finite(game, tmp_path, broken):
     before = weights(policy), {k: v.nan_to_num() for k, v in weights(model).items()}
     # there is no reference policy here
     settings = config(**{"discriminator.steps": 2, "algorithm.align.kl_coef": 0.0})
-    done = align_step(policy, model, answered, ENCODER, steppers, settings)
-    counts = done.logged["skipped"], done.logged["d_skipped"]
+    run = FixedRun(settings, answered, policy=policy, discriminator=model, encoder=ENCODER, **optimisers)
+    align(run)
+    counts = run.metrics[0]["skipped"], run.metrics[0]["d_skipped"]
     expected = {
         "discriminator's gradient": (0, 1),
         # rewards that are not finite teach nothing, and not that their samples are as good as others
@@ -142,14 +144,14 @@ def test_alignment_takes_no_step_on_what_is_not_finite(game, tmp_path, broken):
 
 
 def test_a_run_saves_the_batch_of_a_step_that_it_does_not_take(tmp_path):
-    one = Run(settings(tmp_path, **{"run.stages": ["sft"]}))
+    one = Runtime(settings(tmp_path, **{"run.stages": ["sft"]}))
     spoil(one.policy.model.model.language_model.norm.weight, [False, True, False])
-    one.go()
+    run_stages(one)
     assert [record["skipped"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 0]
     assert [path.name for path in (tmp_path / "not_finite").iterdir()] == ["sft-policy"]
     (path,) = (tmp_path / "not_finite" / "sft-policy").iterdir()
     saved = torch.load(path, weights_only=True)
-    assert path.name == "step-000002.pt" and saved["skipped"] == "the gradient is not finite"
+    assert path.name == "step-000002.pt" and saved["skipped"] == "the gradient's norm is not finite: inf"
     assert (
         len(saved["prompts"]) == len(saved["responses"]) == 4 and saved["prompts"][0]["pixel_values"].isfinite().all()
     )

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from prism import checkpoint
-from prism.config.sections import Optimiser, Warmup
-from prism.optimisation import MasterAdamW, NotFiniteError, Stepper
+from prism.config import StageAdam, WarmupAdam
+from prism.runtime import checkpoint
+from prism.runtime.optimiser import MasterAdamW, NotFiniteError, StageOptimiser
 
 # 1e-6 of weights of about 1: bf16 numbers lie 1/128 apart there
-SETTINGS = Optimiser(lr=1e-6, steps=1000, weight_decay=0.0, clip_norm=1e9)
+SETTINGS = StageAdam(lr=1e-6, steps=1000, weight_decay=0.0, clip_norm=1e9)
 
 
 class Mixed(nn.Module):
@@ -28,38 +28,43 @@ class Mixed(nn.Module):
         return (self.body.float() * sign).sum() + self.head.sum() * sign
 
 
-def train(model, stepper, steps, first=0):
+def train(model, optimiser, steps, first=0):
     for step in range(first, first + steps):
-        stepper.begin()
-        # steps in one direction, and now and then back
-        loss = model(-1.0 if step % 5 == 4 else 1.0)
-        loss.backward()
-        assert stepper.end([loss.detach()]).skipped is None
-        stepper.next_rate()
+        with optimiser.step() as update:
+            # steps in one direction, and now and then back
+            update.backward(model(-1.0 if step % 5 == 4 else 1.0))
+        assert update.skipped is None
+        optimiser.next_rate()
 
 
 def test_a_thousand_small_updates_of_bf16_weights_are_not_lost():
     halves, wide, plain = Mixed(), Mixed(torch.float32), Mixed()
-    stepper, exact = Stepper(halves, SETTINGS, 1000), Stepper(wide, SETTINGS, 1000)
-    assert isinstance(stepper.optimiser, MasterAdamW) and type(exact.optimiser) is torch.optim.AdamW
+    optimiser, exact = StageOptimiser(halves, SETTINGS, 1000), StageOptimiser(wide, SETTINGS, 1000)
+    assert isinstance(optimiser.optimiser, MasterAdamW) and type(exact.optimiser) is torch.optim.AdamW
     before = halves.body.detach().clone()
     lost = torch.optim.AdamW([plain.body], lr=1e-6, weight_decay=0.0)
-    train(halves, stepper, 1000)
+    train(halves, optimiser, 1000)
     train(wide, exact, 1000)
     for _ in range(1000):
         plain.body.grad = torch.ones_like(plain.body)
         lost.step()
     assert torch.equal(plain.body, before), "otherwise nothing is shown"
-    (copied,) = stepper.state_dict()["optimiser"]["copies"]
+    (copied,) = optimiser.state_dict()["optimiser"]["copies"]
     moved = (before.float() - copied).double()
     assert 3e-4 < float(moved.mean()) < 1e-3
     # the gradients are the same in bf16, so that the copies go as fp32 weights do, to the bit
     assert torch.equal(copied, wide.body) and torch.equal(halves.head, wide.head)
     assert torch.equal(halves.body, copied.bfloat16())
     # a larger rate shows in the weights themselves
-    larger = Stepper(halves, SETTINGS.model_copy(update={"lr": 1e-4}), 1000)
+    larger = StageOptimiser(halves, SETTINGS.model_copy(update={"lr": 1e-4}), 1000)
     train(halves, larger, 200)
     assert float((before.float() - halves.body.detach().float()).mean()) == pytest.approx(0.012, abs=0.004)
+
+
+def fail(optimiser, batch=None):
+    """An update that is skipped because of a non-finite number."""
+    with optimiser.step(batch) as update:
+        update.skip("the loss is not finite")
 
 
 class Headed(Mixed):
@@ -74,112 +79,117 @@ class Headed(Mixed):
 
 
 def test_a_value_head_learns_at_a_rate_of_its_own_and_goes_on_so(tmp_path):
-    settings = Warmup(lr=1e-3, steps=40, schedule="cosine", warmup=0.1, weight_decay=0.0, head_rate=25)
+    settings = WarmupAdam(lr=1e-3, steps=40, schedule="cosine", warmup=0.1, weight_decay=0.0, head_rate=25)
 
     def begun():
         torch.manual_seed(0)
         model = Headed()
-        return model, Stepper(model, settings, 40)
+        return model, StageOptimiser(model, settings, 40)
 
-    whole, stepper = begun()
+    whole, optimiser = begun()
     before = whole.value_head.weight.detach().clone(), whole.head.detach().clone()
-    assert isinstance(stepper.optimiser, MasterAdamW)
-    train(whole, stepper, 1)
+    assert isinstance(optimiser.optimiser, MasterAdamW)
+    train(whole, optimiser, 1)
     # Adam's first step is as long as the learning rate, which rises over four steps
     assert torch.allclose(before[0] - whole.value_head.weight, torch.full((1, 8), 25 * 2.5e-4), rtol=1e-3)
     assert torch.allclose(before[1] - whole.head, torch.full((8,), 2.5e-4), rtol=1e-3)
-    assert stepper.lr * 25 == pytest.approx(stepper.optimiser.param_groups[1]["lr"])
-    train(whole, stepper, 39, first=1)
+    assert optimiser.lr * 25 == pytest.approx(optimiser.optimiser.param_groups[1]["lr"])
+    train(whole, optimiser, 39, first=1)
     first, earlier = begun()
     train(first, earlier, 17)
-    checkpoint.save(tmp_path, 17, {"model": first}, {"stepper": earlier}, {})
+    checkpoint.save(tmp_path, 17, {"model": first}, {"stage": earlier}, {})
     torch.manual_seed(1)
     other = Headed()
-    resumed = Stepper(other, settings, 40)
-    assert checkpoint.load(tmp_path, {"model": other}, {"stepper": resumed}) is not None
+    resumed = StageOptimiser(other, settings, 40)
+    assert checkpoint.load(tmp_path, {"model": other}, {"stage": resumed}) is not None
     train(other, resumed, 23, first=17)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
 
 
 def test_copies_are_a_part_of_the_checkpoint(tmp_path):
     whole, first = Mixed(), Mixed()
-    stepper = Stepper(whole, SETTINGS, 1000)
-    train(whole, stepper, 40)
-    begun = Stepper(first, SETTINGS, 1000)
+    optimiser = StageOptimiser(whole, SETTINGS, 1000)
+    train(whole, optimiser, 40)
+    begun = StageOptimiser(first, SETTINGS, 1000)
     train(first, begun, 17)
-    checkpoint.save(tmp_path, 17, {"model": first}, {"stepper": begun}, {})
+    checkpoint.save(tmp_path, 17, {"model": first}, {"stage": begun}, {})
     other = Mixed()
     with torch.no_grad():
         other.body.zero_()
-    resumed = Stepper(other, SETTINGS, 1000)
-    assert checkpoint.load(tmp_path, {"model": other}, {"stepper": resumed}).step == 17
+    resumed = StageOptimiser(other, SETTINGS, 1000)
+    assert checkpoint.load(tmp_path, {"model": other}, {"stage": resumed}).step == 17
     train(other, resumed, 23, first=17)
-    torch.testing.assert_close(resumed.state_dict(), stepper.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(resumed.state_dict(), optimiser.state_dict(), rtol=0, atol=0)
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), whole.state_dict().values()))
 
 
 def test_a_step_of_what_has_no_gradient_changes_nothing():
     model = Mixed()
-    stepper = Stepper(model, SETTINGS, 10)
+    optimiser = StageOptimiser(model, SETTINGS, 10)
     before = copy.deepcopy(model.state_dict())
-    stepper.begin()
-    model.head.sum().backward()
-    stepper.end([])
+    with optimiser.step() as update:
+        update.backward(model.head.sum())
     assert torch.equal(model.body, before["body"]) and not torch.equal(model.head, before["head"])
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "adamw_bf16"])
 def test_torchaos_optimisers_keep_small_updates_by_chance_and_resume_to_the_bit(tmp_path, name):
     pytest.importorskip("torchao")
-    settings = Optimiser(name=name, lr=1e-4, steps=40, schedule="linear", weight_decay=0.0, clip_norm=1e9)
+    settings = StageAdam(name=name, lr=1e-4, steps=40, schedule="linear", weight_decay=0.0, clip_norm=1e9)
     with torch.compiler.set_stance("force_eager"):
         torch.manual_seed(0)
         whole = Mixed()
         before = whole.body.detach().clone()
-        stepper = Stepper(whole, settings, 40)
-        train(whole, stepper, 20)
-        checkpoint.save(tmp_path, 20, {"model": whole}, {"stepper": stepper}, {})
-        train(whole, stepper, 20, first=20)
+        optimiser = StageOptimiser(whole, settings, 40)
+        train(whole, optimiser, 20)
+        checkpoint.save(tmp_path, 20, {"model": whole}, {"stage": optimiser}, {})
+        train(whole, optimiser, 20, first=20)
         # rounded to the nearest, none would have moved
         moved = float((before.float() - whole.body.float()).mean())
         assert 5e-4 < moved < 3e-3
         other = Mixed()
-        resumed = Stepper(other, settings, 40)
-        checkpoint.load(tmp_path, {"model": other}, {"stepper": resumed})
+        resumed = StageOptimiser(other, settings, 40)
+        checkpoint.load(tmp_path, {"model": other}, {"stage": resumed})
         train(other, resumed, 20, first=20)
-        assert resumed.lr == stepper.lr < 1e-5
+        assert resumed.lr == optimiser.lr < 1e-5
         assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), whole.state_dict().values()))
 
 
 def test_the_batches_of_steps_that_are_not_taken_are_saved(tmp_path):
     model = nn.Linear(2, 1)
-    stepper = Stepper(model, Optimiser(lr=1.0, steps=20), 20, inspection=tmp_path / "not_finite")
-    for step in range(Stepper.MOST_SKIPPED - 1):
-        stepper.begin()
-        loss = model(torch.ones(1, 2)).sum() * (torch.nan if step != 3 else 1.0)
-        loss.backward()
-        skipped = stepper.end([loss.detach()], {"x": torch.ones(1, 2), "step": step}).skipped
-        assert (skipped is None) == (step == 3)
-        stepper.next_rate()
+    optimiser = StageOptimiser(model, StageAdam(lr=1.0, steps=20), 20, failures=tmp_path / "not_finite")
+    for step in range(StageOptimiser.MOST_FAILED - 1):
+        with optimiser.step(lambda step=step: {"x": torch.ones(1, 2), "step": step}) as update:
+            update.backward(model(torch.ones(1, 2)).sum() * (torch.nan if step != 3 else 1.0))
+        assert (update.skipped is None) == (step == 3)
+        optimiser.next_rate()
     saved = sorted(path.name for path in (tmp_path / "not_finite").iterdir())
     assert saved == [f"step-{n + 1:06d}.pt" for n in range(9) if n != 3]
     found = torch.load(tmp_path / "not_finite" / "step-000003.pt", weights_only=True)
     assert (found["skipped"], found["step"], found["lr"]) == ("the loss is not finite", 2, 1.0)
     # two of one step of the stage
     for _ in range(2):
-        stepper.end([torch.tensor(torch.inf)], {})
+        fail(optimiser, dict)
     assert (tmp_path / "not_finite" / "step-000010-2.pt").exists()
     with pytest.raises(
-        NotFiniteError, match=r"10 steps in a row were not taken: .*; their batches are in .*not_finite"
+        NotFiniteError, match=r"10 updates in a row were skipped: .*; their batches are in .*not_finite"
     ):
         for _ in range(3):
-            stepper.end([torch.tensor(torch.inf)], {})
+            fail(optimiser, dict)
 
 
 def test_the_count_in_a_row_is_a_part_of_the_state():
-    stepper, other = (Stepper(nn.Linear(2, 1), Optimiser(lr=1.0, steps=20), 20) for _ in range(2))
-    for _ in range(Stepper.MOST_SKIPPED - 1):
-        stepper.count("the loss is not finite")
-    other.load_state_dict(stepper.state_dict())
+    optimiser, other = (StageOptimiser(nn.Linear(2, 1), StageAdam(lr=1.0, steps=20), 20) for _ in range(2))
+    for _ in range(StageOptimiser.MOST_FAILED - 1):
+        fail(optimiser)
+    other.load_state_dict(optimiser.state_dict())
     with pytest.raises(NotFiniteError):
-        other.count("the loss is not finite")
+        fail(other)
+
+
+def test_a_skip_that_is_no_failure_is_not_counted():
+    optimiser = StageOptimiser(nn.Linear(2, 1), StageAdam(lr=1.0, steps=20), 20)
+    fail(optimiser)
+    with optimiser.step() as update:
+        update.skip("nothing to compare", failed=False)
+    assert (update.skipped, optimiser.failed_in_a_row, optimiser.tries) == ("nothing to compare", 1, 1)

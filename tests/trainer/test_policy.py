@@ -4,8 +4,8 @@ import pytest
 import torch
 from discriminator_cases import GROUPS, IMAGE, SIZE, TEXT_GROUPS, TOKENIZER, make_groups, make_images, pack_of
 
+from prism.models.policy import Policy, response_rows
 from prism.models.tiny import tiny_policy
-from prism.policy import Policy, response_rows
 from prism_kernels.packing import Branch, Kind, PrefixGroup
 from prism_kernels.testing import relative_error
 

@@ -5,8 +5,7 @@ from PIL import Image
 from transformers import Qwen3VLProcessor
 
 from prism.models.prompts import PromptEncoder, chat_messages, join_images, without_images
-from prism.models.tiny import tiny_image_processor
-from prism.models.tokenizer import train_tokenizer
+from prism.models.tiny import tiny_image_processor, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,15 @@ from score_cases import ENCODER, TERMINAL, make_model, picture, response
 from torch.nn.functional import logsigmoid
 
 from bench.end_to_end.discriminator import PackedScheme, PublishedScheme, Shape, make_group
-from prism.data.errors import DataError
+from prism.data.files import DataError
 from prism.data.loader import LoadOptions, RowStream
-from prism.discriminator.branches import ScoreLimits, TextBranches
-from prism.discriminator.score import Sample, prepare_groups, score_groups
+from prism.discriminator.score import Sample, ScoreLimits, TextBranches, prepare_groups, score_groups
 from prism.models.prompts import PromptEncoder
-from prism.models.tokenizer import train_tokenizer
-from prism.rewards.grammar import split_response
+from prism.models.tiny import train_tokenizer
 from prism_kernels import group_advantage, pair_loss, policy_loss, prism_advantage
+from prism_kernels.grammar import TAGS, Reason, parse_response, split_response
 from prism_kernels.packing import Kind, plan_tokens
-from prism_kernels.segments import TAGS, Reason, find_segments
+from prism_kernels.segments import find_segments
 from prism_kernels.shaping import token_advantage
 
 PAD = TOKENIZER.pad_token_id
@@ -336,11 +335,11 @@ LOOSE = {
 @pytest.mark.parametrize(("text", "reason"), LOOSE.values(), ids=LOOSE)
 def test_l_the_grammar_is_strict(model, text, reason):
     # a response without any of this is valid to both
-    assert format_published(response()) and split_response(response()).reason == ""
+    assert format_published(response()) and split_response(response()) is not None
     assert format_published(text)
     ids = ids_of(text)
     found = find_segments(ids, [0, len(ids)], ENCODER.token_bytes)
-    assert Reason(int(found.reason[0])).name.lower() == split_response(text).reason == reason
+    assert Reason(int(found.reason[0])) is parse_response(text).reason is Reason[reason.upper()]
     with torch.no_grad():
         scores = score_groups(model, [Sample("How many?", [text, response()])], ENCODER)
     assert scores.reason == (reason.replace("_", " "), None)
@@ -352,7 +351,7 @@ def test_l_no_answer_is_chosen_among_two(name):
     text, _ = LOOSE[name]
     # published: the first wins, so that a guess in the thinking is graded
     assert answer_published(text) == "1"
-    assert split_response(text).answer == ""
+    assert split_response(text) is None
 
 
 class DatasetPublished:

@@ -6,9 +6,11 @@ import os
 import pytest
 import torch
 
-from prism import checkpoint, cli, peak
+from prism import cli
 from prism.config import ConfigError, load_config
-from prism.resuming import check_settings
+from prism.runtime import checkpoint
+from prism.runtime import memory as peak
+from prism.runtime.checkpoint import check_settings
 
 
 def begun(folder, done=("sft",), stage="warmup", **changes):
@@ -87,10 +89,10 @@ def test_settings_that_an_older_version_did_not_know_had_their_defaults(tmp_path
 
 
 def test_the_command_refuses_before_a_model_is_built(tmp_path, monkeypatch, capsys):
-    import prism.run
+    import prism.runtime.runtime
 
     begun(tmp_path)
-    monkeypatch.setattr(prism.run, "build_policy", lambda config: pytest.fail("a model was built"))
+    monkeypatch.setattr(prism.runtime.runtime, "build_policy", lambda config: pytest.fail("a model was built"))
     assert cli.main(["run", "--run.folder", str(tmp_path), "--run.seed", "4"]) == 2
     assert "prism run: run.seed: expected 0" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from math_verify import parse, verify
 
 from prism.rewards.algebra import same_expression
 from prism.rewards.equivalence import MOST_CHARACTERS, equivalent
-from prism.rewards.score import judge
+from prism.rewards.grade import judge
 
 
 def test_equivalent_answers_are_right_too():

@@ -3,7 +3,7 @@
 import pytest
 
 from prism.rewards.equivalence import equivalent
-from prism.rewards.score import judge
+from prism.rewards.grade import judge
 
 # (right answer, given answer)
 RIGHT = [

@@ -16,13 +16,13 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from prism.config import Sampling
 from prism.models.prompts import EncodedPrompt
-from prism.models.tokenizer import TEXT_TOKENS
+from prism.models.tiny import TEXT_TOKENS
 from prism.rollout.engine import Engine
-from prism.rollout.sampling import Sampling
 
 PATHS = pytest.mark.parametrize("path", ["lean", "stock"])
-# the letters and digits: with them as stop tokens responses end early, at many lengths
+# letters and digits: with these stop tokens, responses end early, at many lengths
 MANY_STOPS = tuple(range(15, 65))
 
 
@@ -53,7 +53,7 @@ def test_greedy_equals_transformers_generate(model, prompts, path):
     engine = Engine(model, TOKENIZER, path=path)
     stops = (STOP, *MANY_STOPS[:6])
     banned = sorted(engine.banned_token_ids(stops))
-    rollouts = engine.generate(prompts, Sampling(temperature=0, max_new_tokens=20, stop_token_ids=stops))
+    rollouts = engine.generate(prompts, Sampling(temperature=0, max_new_tokens=20), stop_token_ids=stops)
     for prompt, rollout in zip(prompts, rollouts):
         inputs = model_inputs(prompt)
         expected = model.generate(
@@ -66,20 +66,20 @@ def test_greedy_equals_transformers_generate(model, prompts, path):
 
 @PATHS
 @pytest.mark.parametrize(
-    "sampling",
+    ("sampling", "seed"),
     [
-        Sampling(n=3, max_new_tokens=12),
-        Sampling(n=3, max_new_tokens=12, temperature=0.7, seed=1),
-        Sampling(n=2, max_new_tokens=12, temperature=1.3, top_k=20, top_p=0.8, seed=2),
-        Sampling(n=1, max_new_tokens=12, temperature=0),
+        (Sampling(group=3, max_new_tokens=12), 0),
+        (Sampling(group=3, max_new_tokens=12, temperature=0.7), 1),
+        (Sampling(group=2, max_new_tokens=12, temperature=1.3, top_k=20, top_p=0.8), 2),
+        (Sampling(group=1, max_new_tokens=12, temperature=0), 0),
     ],
     ids=["plain", "temperature", "filters", "greedy"],
 )
-def test_log_probs_equal_those_of_the_training_forward(model, prompts, path, sampling):
+def test_log_probs_equal_those_of_the_training_forward(model, prompts, path, sampling, seed):
     engine = Engine(model, TOKENIZER, path=path)
     banned = sorted(engine.banned_token_ids(model.generation_config.eos_token_id))
     assert len(banned) >= 12
-    for rollout in engine.generate(prompts, sampling):
+    for rollout in engine.generate(prompts, sampling, seed=seed):
         logits = stock_logits(model, prompts[rollout.prompt], rollout.token_ids)[:-1] / (sampling.temperature or 1)
         ids = torch.tensor(rollout.token_ids)[:, None]
         expected = logits.log_softmax(-1).gather(1, ids)[:, 0]
@@ -90,9 +90,9 @@ def test_log_probs_equal_those_of_the_training_forward(model, prompts, path, sam
         if sampling.top_k is not None:
             kth = logits.topk(sampling.top_k).values[:, -1:]
             logits[logits < kth] = -torch.inf
-            ordered, places = logits.softmax(-1).sort(descending=True)
+            ordered, order = logits.softmax(-1).sort(descending=True)
             cut = ordered.cumsum(-1) - ordered >= sampling.top_p
-            logits[torch.zeros_like(cut).scatter(1, places, cut)] = -torch.inf
+            logits[torch.zeros_like(cut).scatter(1, order, cut)] = -torch.inf
         expected = logits.log_softmax(-1).gather(1, ids)[:, 0]
         torch.testing.assert_close(rollout.log_probs, expected, rtol=0, atol=1e-5)
         assert (rollout.log_probs >= rollout.model_log_probs - 1e-5).all()
@@ -101,45 +101,48 @@ def test_log_probs_equal_those_of_the_training_forward(model, prompts, path, sam
 @PATHS
 def test_rollouts_come_group_by_group_and_differ(model, prompts, path):
     engine = Engine(model, TOKENIZER, path=path)
-    rollouts = engine.generate(prompts, Sampling(n=3, max_new_tokens=8))
+    rollouts = engine.generate(prompts, Sampling(group=3, max_new_tokens=8))
     assert [(r.prompt, r.index) for r in rollouts] == [(p, j) for p in range(4) for j in range(3)]
     assert len({tuple(ids) for ids in tokens_of(rollouts)}) == 12
 
 
 def test_both_paths_give_the_same_rollouts(model, prompts):
-    sampling = Sampling(n=3, max_new_tokens=24, stop_token_ids=MANY_STOPS, seed=4)
-    lean, stock = (Engine(model, TOKENIZER, path=path).generate(prompts, sampling) for path in ("lean", "stock"))
+    sampling = Sampling(group=3, max_new_tokens=24)
+    lean, stock = (
+        Engine(model, TOKENIZER, path=path).generate(prompts, sampling, seed=4, stop_token_ids=MANY_STOPS)
+        for path in ("lean", "stock")
+    )
     same(lean, stock)
 
 
 def test_rollouts_are_repeated_by_their_seed(model, prompts):
     engine = Engine(model, TOKENIZER)
-    sampling = Sampling(n=2, max_new_tokens=16, seed=11)
-    first = engine.generate(prompts, sampling)
+    sampling = Sampling(group=2, max_new_tokens=16)
+    first = engine.generate(prompts, sampling, seed=11)
     torch.manual_seed(99)
-    same(first, engine.generate(prompts, sampling), tolerance=0)
-    other = engine.generate(prompts, Sampling(n=2, max_new_tokens=16, seed=12))
+    same(first, engine.generate(prompts, sampling, seed=11), tolerance=0)
+    other = engine.generate(prompts, Sampling(group=2, max_new_tokens=16), seed=12)
     assert all(a != b for a, b in zip(tokens_of(first), tokens_of(other)))
 
 
 @PATHS
 def test_rollouts_do_not_depend_on_the_batch(model, prompts, path):
     engine = Engine(model, TOKENIZER, path=path)
-    sampling = Sampling(n=4, max_new_tokens=16, stop_token_ids=MANY_STOPS[:20])
-    whole = engine.generate(prompts, sampling)
-    # a part of the batch in another order, by the prompts' own keys
-    part = engine.generate([prompts[2], prompts[0]], sampling, keys=[2, 0])
+    sampling = Sampling(group=4, max_new_tokens=16)
+    whole = engine.generate(prompts, sampling, stop_token_ids=MANY_STOPS[:20])
+    # some of the prompts in another order, with the same keys
+    part = engine.generate([prompts[2], prompts[0]], sampling, stop_token_ids=MANY_STOPS[:20], keys=[2, 0])
     same(part, whole[8:12] + whole[:4])
     # fewer rollouts of each, and shorter ones
-    fewer = engine.generate(prompts, Sampling(n=1, max_new_tokens=5, stop_token_ids=MANY_STOPS[:20]))
+    fewer = engine.generate(prompts, Sampling(group=1, max_new_tokens=5), stop_token_ids=MANY_STOPS[:20])
     assert tokens_of(fewer) == [whole[4 * p].token_ids[:5] for p in range(4)]
-    # equal prompts have rollouts of their own
-    twice = engine.generate([prompts[1], prompts[1]], sampling)
+    # equal prompts get different rollouts
+    twice = engine.generate([prompts[1], prompts[1]], sampling, stop_token_ids=MANY_STOPS[:20])
     assert all(a != b for a, b in zip(tokens_of(twice[:4]), tokens_of(twice[4:])))
 
 
 def test_small_caches_only_cut_the_batch(model, prompts):
-    sampling = Sampling(n=3, max_new_tokens=10)
+    sampling = Sampling(group=3, max_new_tokens=10)
     whole = Engine(model, TOKENIZER).generate(prompts, sampling)
     sizes = []
     watch = model.model.language_model.embed_tokens.register_forward_hook(
@@ -148,7 +151,7 @@ def test_small_caches_only_cut_the_batch(model, prompts):
     cut = Engine(model, TOKENIZER, cache_tokens=200).generate(prompts, sampling)
     watch.remove()
     same(whole, cut)
-    # two batches of two groups, or more: never the twelve rows of all
+    # batches of two groups at most, never the twelve rows of all groups
     assert 6 in sizes and 12 not in sizes
 
 
@@ -156,10 +159,10 @@ def test_small_caches_only_cut_the_batch(model, prompts):
 def test_responses_end_at_the_first_stop_token(model, prompts, path):
     engine = Engine(model, TOKENIZER, path=path)
     steps = 24
-    # the same streams without an end: what each response would have been
-    endless = engine.generate(prompts, Sampling(n=6, max_new_tokens=steps, stop_token_ids=()))
+    # the same streams without stop tokens give the full responses
+    endless = engine.generate(prompts, Sampling(group=6, max_new_tokens=steps), stop_token_ids=())
     assert {(len(r.token_ids), r.finish_reason) for r in endless} == {(steps, "length")}
-    stopped = engine.generate(prompts, Sampling(n=6, max_new_tokens=steps, stop_token_ids=MANY_STOPS))
+    stopped = engine.generate(prompts, Sampling(group=6, max_new_tokens=steps), stop_token_ids=MANY_STOPS)
     for full, cut in zip(endless, stopped):
         ends = [i for i, token in enumerate(full.token_ids) if token in MANY_STOPS]
         length = ends[0] + 1 if ends else steps
@@ -173,18 +176,18 @@ def test_responses_end_at_the_first_stop_token(model, prompts, path):
 @PATHS
 def test_a_stop_token_may_be_the_only_or_the_last_token(model, prompts, path):
     engine = Engine(model, TOKENIZER, path=path)
-    first = [r.token_ids for r in engine.generate(prompts, Sampling(n=2, max_new_tokens=2, stop_token_ids=()))]
-    one = engine.generate(prompts, Sampling(n=2, max_new_tokens=1, stop_token_ids=(first[0][0],)))
+    first = [r.token_ids for r in engine.generate(prompts, Sampling(group=2, max_new_tokens=2), stop_token_ids=())]
+    one = engine.generate(prompts, Sampling(group=2, max_new_tokens=1), stop_token_ids=(first[0][0],))
     assert tokens_of(one) == [ids[:1] for ids in first]
     assert [r.finish_reason for r in one] == ["stop" if ids[0] == first[0][0] else "length" for ids in first]
-    last = engine.generate(prompts[:1], Sampling(n=1, max_new_tokens=2, stop_token_ids=(first[0][1],)))
+    last = engine.generate(prompts[:1], Sampling(group=1, max_new_tokens=2), stop_token_ids=(first[0][1],))
     assert (last[0].token_ids, last[0].finish_reason) == (first[0], "stop")
 
 
 def test_the_models_own_stop_tokens_are_the_default(model, prompts):
     raised = copy.deepcopy(model)
     raised.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([STOP]), 100.0))
-    rollouts = Engine(raised, TOKENIZER).generate(prompts, Sampling(n=2, max_new_tokens=9))
+    rollouts = Engine(raised, TOKENIZER).generate(prompts, Sampling(group=2, max_new_tokens=9))
     assert tokens_of(rollouts) == [[STOP]] * 8
 
 
@@ -198,8 +201,8 @@ def test_banned_tokens_never_appear(model, prompts, path, temperature):
     assert {"<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>"} <= names
     assert not names.intersection({"<|im_end|>", *TEXT_TOKENS})
     raised.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor(banned), 60.0))
-    sampling = Sampling(n=2, max_new_tokens=10, temperature=temperature, stop_token_ids=(STOP,))
-    for rollout in engine.generate(prompts, sampling):
+    sampling = Sampling(group=2, max_new_tokens=10, temperature=temperature)
+    for rollout in engine.generate(prompts, sampling, stop_token_ids=(STOP,)):
         assert not set(rollout.token_ids).intersection(banned)
         assert (rollout.log_probs > -30).all() and (rollout.model_log_probs < -30).all()
 
@@ -209,7 +212,7 @@ def test_ids_that_the_tokenizer_does_not_know_are_banned(prompts):
     model.resize_token_embeddings(len(TOKENIZER) + 64, mean_resizing=False)
     engine = Engine(model, TOKENIZER)
     assert set(range(len(TOKENIZER), len(TOKENIZER) + 64)) <= engine.banned_token_ids([STOP])
-    assert max(max(ids) for ids in tokens_of(engine.generate(prompts, Sampling(n=4, max_new_tokens=8)))) < len(
+    assert max(max(ids) for ids in tokens_of(engine.generate(prompts, Sampling(group=4, max_new_tokens=8)))) < len(
         TOKENIZER
     )
 
@@ -218,7 +221,7 @@ def test_ids_that_the_tokenizer_does_not_know_are_banned(prompts):
 def test_weights_are_read_at_each_call(prompts, path):
     model = make_model()
     engine = Engine(model, TOKENIZER, path=path)
-    sampling = Sampling(n=2, max_new_tokens=8)
+    sampling = Sampling(group=2, max_new_tokens=8)
     before = engine.generate(prompts, sampling)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
     model(**model_inputs(prompts[0]), use_cache=False).logits.square().mean().backward()
@@ -236,12 +239,12 @@ def test_training_is_not_disturbed(prompts, path):
     before = model(**inputs, use_cache=False).logits
     remembered = model.model.rope_deltas
     engine = Engine(model, TOKENIZER, path=path)
-    rollouts = engine.generate(prompts[1:], Sampling(n=2, max_new_tokens=4))
+    rollouts = engine.generate(prompts[1:], Sampling(group=2, max_new_tokens=4))
     assert model.model.rope_deltas is remembered
     assert model.training and model.lm_head.training and not model.model.visual.training
     after = model(**inputs, use_cache=False).logits
     assert torch.equal(after, before)
-    # what comes back can take part in a loss
+    # a loss can use the rollouts' log-probabilities
     (after[0, : len(rollouts[0].log_probs), 0] * rollouts[0].log_probs.exp()).sum().backward()
     assert model.lm_head.weight.grad is not None and not rollouts[0].log_probs.requires_grad
 
@@ -252,8 +255,8 @@ def test_a_prompt_is_computed_once_and_finished_rows_leave(model, prompts):
         model.model.language_model.embed_tokens.register_forward_hook(lambda _, args, __: rows.append(len(args[0]))),
         model.model.visual.register_forward_hook(lambda _, args, __: patches.append(len(args[0]))),
     ]
-    sampling = Sampling(n=8, max_new_tokens=24, stop_token_ids=MANY_STOPS)
-    rollouts = Engine(model, TOKENIZER).generate(prompts, sampling)
+    sampling = Sampling(group=8, max_new_tokens=24)
+    rollouts = Engine(model, TOKENIZER).generate(prompts, sampling, stop_token_ids=MANY_STOPS)
     for hook in hooks:
         hook.remove()
     assert patches == [sum(len(p.pixel_values) for p in prompts if p.pixel_values is not None)]
@@ -262,7 +265,7 @@ def test_a_prompt_is_computed_once_and_finished_rows_leave(model, prompts):
     assert 16 < steps[0] <= 32 and steps[-1] < 16 and steps == sorted(steps, reverse=True)
     running = [sum(len(r.token_ids) > t + 1 for r in rollouts) for t in range(len(steps))]
     assert all(now <= step for now, step in zip(running, steps))
-    # an eighth of the rows may idle
+    # up to an eighth of the rows may be idle
     assert all(now > 7 / 8 * step or now == step for now, step in zip(running, steps))
 
 
@@ -295,7 +298,7 @@ def test_other_models_take_the_stock_path():
 
 
 def test_sharded_weights_are_refused_until_they_are_gathered(prompts):
-    sampling = Sampling(n=2, max_new_tokens=6)
+    sampling = Sampling(group=2, max_new_tokens=6)
     model = make_model()
     expected = Engine(model, TOKENIZER).generate(prompts, sampling)
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
@@ -322,8 +325,12 @@ def test_broken_weights_are_an_error(prompts):
     model = make_model()
     with torch.no_grad():
         model.lm_head.weight[7, 3] = torch.nan
-    for sampling in (Sampling(max_new_tokens=3), Sampling(max_new_tokens=3, temperature=0), Sampling(3, 3, top_p=0.5)):
-        with pytest.raises(FloatingPointError, match="expected finite logits behind prompt 0"):
+    for sampling in (
+        Sampling(max_new_tokens=3),
+        Sampling(max_new_tokens=3, temperature=0),
+        Sampling(group=3, max_new_tokens=3, top_p=0.5),
+    ):
+        with pytest.raises(FloatingPointError, match="expected finite logits after prompt 0"):
             Engine(model, TOKENIZER).generate(prompts, sampling)
 
 
@@ -345,18 +352,19 @@ def test_broken_weights_are_an_error(prompts):
         (EncodedPrompt([1, 999], None, None), Sampling(), {}, r"expected token ids of prompt 0 in \[0, 320\), got 999"),
         (
             EncodedPrompt([1], None, None),
-            Sampling(stop_token_ids=(320,)),
-            {},
+            Sampling(),
+            {"stop_token_ids": (320,)},
             r"stop_token_ids in \[0, 320\), got \[320",
         ),
         (
             EncodedPrompt([1], None, None),
-            Sampling(stop_token_ids=(IMAGE,)),
-            {},
+            Sampling(),
+            {"stop_token_ids": (IMAGE,)},
             "stop_token_ids without the model's vis",
         ),
         (EncodedPrompt([1], None, None), Sampling(), {"keys": [1, 2]}, "a key for each of the 1 prompts, got 2 keys"),
         (EncodedPrompt([1], None, None), Sampling(), {"keys": [-2]}, "expected keys >= 0, got -2"),
+        (EncodedPrompt([1], None, None), Sampling(), {"seed": -1}, "expected seed to be an integer >= 0, got -1"),
         (EncodedPrompt([1, IMAGE], None, None), Sampling(), {}, "expected 0 image placeholders in group 0"),
         (
             EncodedPrompt([IMAGE], torch.zeros(5, 1536), torch.tensor([[1, 2, 2]])),
@@ -381,8 +389,8 @@ def test_bad_engines_are_named(model):
         r"expected cache_tokens of at least 80, for the group of prompt 0 \(4 rollouts of up to 20 tokens\), got 50"
     )
     with pytest.raises(ValueError, match=message):
-        small.generate(make_prompts([(10, [], 0)]), Sampling(n=4, max_new_tokens=10))
+        small.generate(make_prompts([(10, [], 0)]), Sampling(group=4, max_new_tokens=10))
     silent = copy.deepcopy(model)
     silent.generation_config.eos_token_id = None
-    with pytest.raises(ValueError, match="stop_token_ids in Sampling, since the model's generation_config names none"):
+    with pytest.raises(ValueError, match="stop_token_ids, since the model's generation_config names none"):
         Engine(silent, TOKENIZER).generate(make_prompts(), Sampling())

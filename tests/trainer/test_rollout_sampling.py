@@ -4,7 +4,8 @@ import pytest
 import torch
 from rollout_cases import one_thread  # noqa: F401
 
-from prism.rollout.sampling import Sampling, choose, uniforms
+from prism.config import Sampling
+from prism.rollout.sampling import choose, uniforms
 
 BANNED = torch.tensor([0, 5, 11])
 V = 12
@@ -20,7 +21,7 @@ def even(count):
 
 
 def brute_force(logits, sampling, banned):
-    """Returns each token's probability, by the definitions, in Python's floats."""
+    """Returns each token's probability by the definitions, in Python floats."""
     scaled = [-math.inf if i in banned else x / sampling.temperature for i, x in enumerate(logits)]
     order = sorted((i for i in range(len(scaled)) if scaled[i] > -math.inf), key=lambda i: -scaled[i])
     order = order[: sampling.top_k or len(order)]
@@ -40,10 +41,10 @@ def test_samples_follow_the_distribution(temperature):
     logits = torch.randn(V, generator=torch.Generator().manual_seed(3))
     draws = 20000
     uniform = uniforms(seed=7, keys=[3], n=draws, length=1)[:, 0]
-    found = draw(logits, Sampling(temperature=temperature), uniform).token.bincount(minlength=V)
+    counts = draw(logits, Sampling(temperature=temperature), uniform).token.bincount(minlength=V)
     expected = brute_force(logits.tolist(), Sampling(temperature=temperature), BANNED.tolist())
-    assert set(found.nonzero()[:, 0].tolist()) == set(expected) and len(expected) == 9
-    chi_square = sum((int(found[i]) - draws * p) ** 2 / (draws * p) for i, p in expected.items())
+    assert set(counts.nonzero()[:, 0].tolist()) == set(expected) and len(expected) == 9
+    chi_square = sum((int(counts[i]) - draws * p) ** 2 / (draws * p) for i, p in expected.items())
     # the 99.99 % point of 8 degrees of freedom
     assert chi_square < 31.8
 
@@ -86,7 +87,7 @@ def test_greedy_takes_the_largest_that_is_not_banned():
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=V), Sampling(top_p=0.999)])
 def test_banned_tokens_have_no_chance_at_the_ends_of_the_interval(sampling):
-    # banned ones first and last, and far larger than the others
+    # the first and the last token are banned, and have far larger logits than the others
     logits = torch.full((V,), -30.0).index_fill(0, BANNED, 80.0)
     ends = torch.tensor([0.0, 1 - 2.0**-53, 0.5, 2.0**-53], dtype=torch.float64)
     choice = draw(logits, sampling, ends)
@@ -107,7 +108,7 @@ def test_rare_tokens_are_drawn_as_often_as_they_should():
     rare = math.exp(-25) / (1 + math.exp(-25) + math.exp(-0.5))
     first = 1 / (1 + math.exp(-25) + math.exp(-0.5))
     uniform = first + rare * torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
-    # fp32 softmax places the first boundary to about 1e-7 only: 1e-11 wide, the rare token is right behind it
+    # fp32 softmax places the first boundary to about 1e-7 only: 1e-11 wide, the rare token comes right after it
     edge = logits.softmax(-1)[0].double() / (logits.log_softmax(-1).exp().double().sum())
     choice = draw(logits.double(), Sampling(), uniform, banned=torch.tensor([], dtype=torch.int64))
     assert choice.token.tolist() == [1, 1, 1]
@@ -129,15 +130,14 @@ def test_uniform_numbers_depend_on_seed_key_and_row_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n": 0}, "Sampling: expected n to be an integer > 0, got 0"),
-        ({"max_new_tokens": 1.5}, "expected max_new_tokens to be an integer > 0, got 1.5"),
-        ({"temperature": -0.1}, r"expected temperature >= 0 and finite \(0 is greedy\), got -0.1"),
-        ({"temperature": math.nan}, "expected temperature >= 0 and finite"),
-        ({"top_p": 0.0}, r"expected top_p in \(0, 1\] \(1 keeps all tokens\), got 0.0"),
-        ({"top_p": 1.1}, "expected top_p in"),
-        ({"top_k": 0}, r"expected top_k to be an integer > 0 or None \(all tokens\), got 0"),
-        ({"n": None}, "expected n to be an integer > 0, got None"),
-        ({"seed": -1}, "expected seed to be an integer >= 0, got -1"),
+        ({"group": 0}, r"group\n.*greater than 0.*input_value=0"),
+        ({"group": None}, r"group\n.*a valid integer.*input_value=None"),
+        ({"max_new_tokens": 1.5}, r"max_new_tokens\n.*a valid integer.*input_value=1.5"),
+        ({"temperature": -0.1}, r"temperature\n.*greater than or equal to 0.*input_value=-0.1"),
+        ({"temperature": math.nan}, r"temperature\n.*a finite number"),
+        ({"top_p": 0.0}, r"top_p\n.*greater than 0"),
+        ({"top_p": 1.1}, r"top_p\n.*less than or equal to 1"),
+        ({"top_k": 0}, r"top_k\n.*greater than 0"),
     ],
 )
 def test_sampling_names_what_it_expected(options, message):

@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
+from prism.commands.run import run, run_stages
 from prism.config import load_config
-from prism.log import read_metrics
-from prism.run import InterruptedRunError, Run, run
+from prism.runtime.log import read_metrics
+from prism.runtime.runtime import InterruptedRunError, Runtime
 
 SMALL = {
     "run.stages": ["base", "sft", "distill", "warmup", "align", "rlvr"],
@@ -57,8 +58,8 @@ def weights(one):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run from start to end."""
-    one = Run(settings(tmp_path_factory.mktemp("whole")))
-    one.go()
+    one = Runtime(settings(tmp_path_factory.mktemp("whole")))
+    run_stages(one)
     return one
 
 
@@ -91,20 +92,20 @@ def test_the_policy_loads_in_plain_transformers(whole):
 
 @pytest.mark.parametrize("stage, step", [("base", 1), ("warmup", 2), ("align", 1), ("align", 2), ("rlvr", 2)])
 def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, stage, step):
-    first = Run(settings(tmp_path))
+    first = Runtime(settings(tmp_path))
     write = first.log.step
 
     def stop_there(number, metrics, shown=None):
         write(number, metrics, shown)
         if (metrics_stage(first), number) == (stage, step):
-            first._ask_to_stop()
+            first.ask_to_stop()
 
     first.log.step = stop_there
     with pytest.raises(InterruptedRunError):
-        first.go()
+        run_stages(first)
     first.log.close()
-    again = Run(settings(tmp_path))
-    again.go()
+    again = Runtime(settings(tmp_path))
+    run_stages(again)
     ours, wanted = weights(again), weights(whole)
     assert ours.keys() == wanted.keys()
     assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
@@ -121,8 +122,8 @@ def metrics_stage(one):
 def test_a_finished_run_does_nothing_more(whole):
     before = weights(whole)
     assert run(settings(whole.folder)) == 0
-    again = Run(settings(whole.folder))
-    again._restore()
+    again = Runtime(settings(whole.folder))
+    again.start()
     assert all(torch.equal(value, before[name]) for name, value in weights(again).items())
 
 
@@ -136,8 +137,8 @@ def test_other_algorithms_are_settings(tmp_path):
     }
     for name in ("dapo", "gspo", "dr_grpo", "rloo", "cispo", "reinforce_pp"):
         own = {"algorithm.rlvr.name": name} | ({"algorithm.rlvr.overlong": "none"} if name == "dapo" else {})
-        one = Run(settings(tmp_path / name, **changes, **own))
-        one.go()
+        one = Runtime(settings(tmp_path / name, **changes, **own))
+        run_stages(one)
         record = read_metrics(one.folder / "metrics.jsonl")[-1]
         assert record["stage"] == "rlvr" and record["loss"] is not None, name
         if name == "dapo":

@@ -7,24 +7,31 @@ from pathlib import Path
 import pytest
 import torch
 from loader_cases import RESPONSE, chat, picture, problem, warmup, without, write_images, write_lines
+from shapes_files import write_problems, write_sft, write_warmup
 from test_run import SMALL, SPENT, metrics_stage, weights
 
 from prism import cli
+from prism.commands.run import run_stages
 from prism.config import load_config
-from prism.data.errors import DataError
-from prism.data.export import write_problems, write_sft, write_warmup
+from prism.data.files import DataError
 from prism.data.loader import dry_run
-from prism.data.shapes import ShapesWorld
-from prism.log import read_metrics
+from prism.data.problem import problem_reader
+from prism.data.sources import problems_of
 from prism.models.prompts import PromptEncoder
-from prism.models.tiny import TinySize, save_tiny, tiny_discriminator_base, tiny_image_processor, tiny_policy
-from prism.models.tokenizer import train_tokenizer
-from prism.problems.rows import problem_reader
-from prism.problems.sources import problems_of
-from prism.run import InterruptedRunError, Run
+from prism.models.tiny import (
+    TinyMoeSize,
+    save_tiny,
+    tiny_discriminator_base,
+    tiny_image_processor,
+    tiny_policy,
+    train_tokenizer,
+)
+from prism.runtime.log import read_metrics
+from prism.runtime.runtime import InterruptedRunError, Runtime
+from prism.worlds.shapes.world import ShapesWorld
 
 STAGES = ("sft", "warmup", "align", "rlvr")
-SIZE = TinySize(
+SIZE = TinyMoeSize(
     hidden_size=32, intermediate_size=48, expert_intermediate_size=48, layers=2, heads=2, key_value_heads=1,
     vision_hidden_size=32,
 )  # fmt: skip
@@ -91,8 +98,8 @@ def outcome(one):
 
 @pytest.fixture(scope="module")
 def whole(given, tmp_path_factory):
-    one = Run(settings(given, tmp_path_factory.mktemp("whole")))
-    one.go()
+    one = Runtime(settings(given, tmp_path_factory.mktemp("whole")))
+    run_stages(one)
     return one
 
 
@@ -129,20 +136,20 @@ def test_evaluations_hold_what_is_known(whole):
 
 @pytest.mark.parametrize("stage, step", [("sft", 2), ("warmup", 1), ("align", 2), ("rlvr", 1)])
 def test_an_interrupted_run_draws_the_same_rows(given, whole, tmp_path, stage, step):
-    first = Run(settings(given, tmp_path))
+    first = Runtime(settings(given, tmp_path))
     write = first.log.step
 
     def stop_there(number, metrics, shown=None):
         write(number, metrics, shown)
         if (metrics_stage(first), number) == (stage, step):
-            first._ask_to_stop()
+            first.ask_to_stop()
 
     first.log.step = stop_there
     with pytest.raises(InterruptedRunError):
-        first.go()
+        run_stages(first)
     first.log.close()
-    again = Run(settings(given, tmp_path))
-    again.go()
+    again = Runtime(settings(given, tmp_path))
+    run_stages(again)
     ours, wanted = weights(again), weights(whole)
     assert ours.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(ours[name], wanted[name])] == []
@@ -151,8 +158,8 @@ def test_an_interrupted_run_draws_the_same_rows(given, whole, tmp_path, stage, s
 
 def test_the_console_is_the_logs_alone_and_says_once_what_is_not_measured(given, tmp_path, capfd):
     changes = {"run.stages": ["sft"], "data.files.validation": [], "data.files.test": [], "log.console": "lines"}
-    one = Run(settings(given, tmp_path, **changes))
-    one.go()
+    one = Runtime(settings(given, tmp_path, **changes))
+    run_stages(one)
     told = capfd.readouterr()
     assert told.err == ""
     for split in ("validation", "test"):

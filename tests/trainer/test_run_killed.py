@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import load_file
 from test_run import SMALL, SPENT
 
-from prism.checkpoint import checkpoints
+from prism.commands.run import run
 from prism.config import load_config
-from prism.log import read_metrics
 from prism.models import tiny
 from prism.models.building import build_policy
-from prism.run import Run, run
-from prism.stages import rollouts
+from prism.rollout import batch
+from prism.runtime.checkpoint import checkpoints
+from prism.runtime.log import read_metrics
+from prism.runtime.runtime import Runtime, Step
 
 HERE = Path(__file__).parent
 STAGES = ("sft", "warmup", "align", "rlvr")
@@ -78,7 +79,7 @@ def telling(clock, name, function):
     """The function, which says what it begins with."""
 
     def told(self, *arguments):
-        clock.at(name(*arguments))
+        clock.at(name(self, *arguments))
         return function(self, *arguments)
 
     return told
@@ -86,13 +87,15 @@ def telling(clock, name, function):
 
 def run_with(clock, settings):
     """Runs, and says the places: steps, checkpoints, evaluations, the end."""
-    rollouts.texts_of = formed
-    places = dict.fromkeys(("supervised", "warmup", "align", "rlvr"), lambda stage, step, steppers: f"{stage} {step}")
-    places["assess"] = "evaluation {}".format
-    places["_save"] = lambda done, at, steppers: f"checkpoint {' '.join(map(str, at or done[-1:]))}"
-    places["finish"] = lambda: "report"
-    for one, name in places.items():
-        setattr(Run, one, telling(clock, name, getattr(Run, one)))
+    batch.decode = formed
+    places = {
+        (Step, "__init__"): lambda self, rt, stage, index: f"{stage} {index}",
+        (Runtime, "assess"): lambda self, after: f"evaluation {after}",
+        (Runtime, "_save"): lambda self, inside=None: f"checkpoint {' '.join(map(str, inside or self.done[-1:]))}",
+        (Runtime, "finish"): lambda self: "report",
+    }
+    for (owner, method), name in places.items():
+        setattr(owner, method, telling(clock, name, getattr(owner, method)))
     status = run(load_config(None, settings))
     clock.at("end")
     return status

@@ -6,19 +6,17 @@ import pytest
 import torch
 from discriminator_cases import SIZE, TOKENIZER
 
-from prism.batches import pack_responses, response_ids
-from prism.config.algorithms import RlvrAlgorithm
-from prism.config.sections import Memory, Optimiser
+from prism.config import MemorySettings, RlvrAlgorithm, Sampling, StageAdam
+from prism.models.policy import Policy, pack_responses, response_ids
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
-from prism.optimisation import NotFiniteError, Stepper
-from prism.policy import Policy
+from prism.rollout.batch import RolloutBatch
 from prism.rollout.engine import Engine
-from prism.rollout.sampling import Sampling
-from prism.stages.reinforce import Experience, policy_update
+from prism.runtime.optimiser import NotFiniteError, StageOptimiser
+from prism.stages.update import policy_update
 
 ENCODER = PromptEncoder(TOKENIZER, tiny_image_processor(SIZE))
-SETTINGS = Optimiser(lr=0.0, steps=4, clip_norm=1e9, weight_decay=0.0)
+SETTINGS = StageAdam(lr=0.0, steps=4, clip_norm=1e9, weight_decay=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -27,46 +25,46 @@ def played():
     model, _ = tiny_policy(SIZE, tokenizer=TOKENIZER)
     policy = Policy(model)
     prompts = [ENCODER.encode(text) for text in ("how many?", "where is the red one?", "why")]
-    rollouts = Engine(model, TOKENIZER).generate(prompts, Sampling(n=4, max_new_tokens=9, seed=3))
+    rollouts = Engine(model, TOKENIZER).generate(prompts, Sampling(group=4, max_new_tokens=9), seed=3)
     advantage = torch.randn(len(rollouts), generator=torch.Generator().manual_seed(1))
-    return policy, Experience(prompts, rollouts, advantage)
+    return policy, RolloutBatch([], prompts, rollouts, []), advantage
 
 
-def update(policy, experience, memory, algorithm, **options):
+def update(policy, batch, advantage, memory, algorithm, **options):
     policy = copy.deepcopy(policy)
-    stepper = Stepper(policy, SETTINGS, 4)
+    optimiser = StageOptimiser(policy, SETTINGS, 4)
     logged = policy_update(
-        policy, experience, ENCODER, stepper, algorithm, memory, temperature=1.0, longest=9, **options
+        policy, batch, advantage, ENCODER, optimiser, algorithm, memory, temperature=1.0, longest=9, **options
     )
     return logged, {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo", "dr_grpo", "cispo", "rloo"])
 def test_packs_do_not_change_the_step(played, name):
-    policy, experience = played
+    policy, batch, advantage = played
     algorithm = RlvrAlgorithm(name=name)
-    longest = max(len(p.input_ids) for p in experience.prompts) + 9
-    one, wanted = update(policy, experience, Memory(pack_tokens=4096), algorithm)
-    many, got = update(policy, experience, Memory(pack_tokens=longest), algorithm)
+    longest = max(len(p.input_ids) for p in batch.prompts) + 9
+    one, wanted = update(policy, batch, advantage, MemorySettings(pack_tokens=4096), algorithm)
+    many, got = update(policy, batch, advantage, MemorySettings(pack_tokens=longest), algorithm)
     assert one["loss"] == pytest.approx(many["loss"], rel=1e-5, abs=1e-7)
     assert one["grad_norm"] > 0 and wanted.keys() == got.keys()
     for key in wanted:
         torch.testing.assert_close(got[key], wanted[key], rtol=1e-4, atol=1e-6 * one["grad_norm"])
-    assert one["tokens"] == sum(len(r.token_ids) for r in experience.rollouts)
+    assert one["tokens"] == sum(len(r.token_ids) for r in batch.rollouts)
 
 
 def test_what_is_logged_of_several_optimiser_steps_is_of_all_their_tokens(played):
-    policy, experience = played
+    policy, batch, advantage = played
     algorithm = RlvrAlgorithm(correction="token_tis")
-    longest = max(len(p.input_ids) for p in experience.prompts) + 9
+    longest = max(len(p.input_ids) for p in batch.prompts) + 9
     # one response of another engine, which is far off in one token
-    rollouts = list(experience.rollouts)
+    rollouts = list(batch.rollouts)
     off = rollouts[7].model_log_probs.clone()
     off[2] += 3.0
     rollouts[7] = replace(rollouts[7], model_log_probs=off)
-    experience = replace(experience, rollouts=rollouts)
-    one, _ = update(policy, experience, Memory(pack_tokens=4096), algorithm)
-    parts, _ = update(policy, experience, Memory(pack_tokens=longest), algorithm, batch=4)
+    batch = batch._replace(rollouts=rollouts)
+    one, _ = update(policy, batch, advantage, MemorySettings(pack_tokens=4096), algorithm)
+    parts, _ = update(policy, batch, advantage, MemorySettings(pack_tokens=longest), algorithm, responses=4)
     # the learning rate is 0: all steps see the policy that sampled
     for name in ("entropy", "approx_kl", "correction_raw", "correction_used", "ess", "tokens"):
         assert parts[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
@@ -75,62 +73,58 @@ def test_what_is_logged_of_several_optimiser_steps_is_of_all_their_tokens(played
     assert parts["engine_gap"] == pytest.approx(3.0, abs=1e-3) == one["engine_gap"]
     norms = []
     for start in (0, 4, 8):
-        chosen = Experience(experience.prompts, rollouts[start : start + 4], experience.advantage[start : start + 4])
-        norms.append(update(policy, chosen, Memory(pack_tokens=4096), algorithm)[0]["grad_norm"])
+        chosen = batch._replace(rollouts=rollouts[start : start + 4])
+        one_step = update(policy, chosen, advantage[start : start + 4], MemorySettings(pack_tokens=4096), algorithm)
+        norms.append(one_step[0]["grad_norm"])
     assert parts["grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4)
     # not a number is told, not passed over
     rollouts[7] = replace(rollouts[7], model_log_probs=off.fill_(torch.nan))
-    assert math.isnan(
-        update(policy, replace(experience, rollouts=rollouts), Memory(pack_tokens=longest), algorithm)[0]["engine_gap"]
-    )
+    assert math.isnan(update(policy, batch, advantage, MemorySettings(pack_tokens=longest), algorithm)[0]["engine_gap"])
 
 
 def test_a_step_per_token_spreads_the_same_advantages(played):
-    policy, experience = played
-    spread = [a.expand(len(r.token_ids)) for a, r in zip(experience.advantage, experience.rollouts)]
-    tokens = Experience(experience.prompts, experience.rollouts, spread)
-    memory, algorithm = Memory(pack_tokens=4096), RlvrAlgorithm()
-    (_, wanted), (_, got) = (update(policy, one, memory, algorithm) for one in (experience, tokens))
+    policy, batch, advantage = played
+    spread = [a.expand(len(r.token_ids)) for a, r in zip(advantage, batch.rollouts)]
+    memory, algorithm = MemorySettings(pack_tokens=4096), RlvrAlgorithm()
+    (_, wanted), (_, got) = (update(policy, batch, one, memory, algorithm) for one in (advantage, spread))
     for key in wanted:
         torch.testing.assert_close(got[key], wanted[key])
 
 
 def test_the_step_makes_rewarded_responses_more_probable(played):
-    policy, experience = played
+    policy, batch, advantage = played
     policy = copy.deepcopy(policy)
-    stepper = Stepper(policy, Optimiser(lr=1e-3, steps=4, weight_decay=0.0), 4)
-    memory = Memory(pack_tokens=4096)
+    optimiser = StageOptimiser(policy, StageAdam(lr=1e-3, steps=4, weight_decay=0.0), 4)
+    memory = MemorySettings(pack_tokens=4096)
 
     def gain():
         (part,) = pack_responses(
-            experience.prompts,
-            [r.token_ids for r in experience.rollouts],
-            [r.prompt for r in experience.rollouts],
+            batch.prompts,
+            [r.token_ids for r in batch.rollouts],
+            [r.prompt for r in batch.rollouts],
             ENCODER,
             4096,
         )
         with torch.no_grad():
             logp = policy(part.pack).logp
-        sums = torch.stack(
-            [x.sum() for x in logp.split([len(experience.rollouts[s].token_ids) for s in part.responses])]
-        )
-        return float((sums * experience.advantage[list(part.responses)]).sum())
+        sums = torch.stack([x.sum() for x in logp.split([len(batch.rollouts[s].token_ids) for s in part.responses])])
+        return float((sums * advantage[list(part.responses)]).sum())
 
     before = gain()
-    policy_update(policy, experience, ENCODER, stepper, RlvrAlgorithm(), memory, temperature=1.0, longest=9)
+    policy_update(policy, batch, advantage, ENCODER, optimiser, RlvrAlgorithm(), memory, temperature=1.0, longest=9)
     assert gain() > before
 
 
 def test_the_kl_term_holds_on_to_its_reference(played):
-    policy, experience = played
+    policy, batch, advantage = played
     other = copy.deepcopy(policy)
     with torch.no_grad():
         other.model.lm_head.weight.add_(0.05 * torch.randn(other.model.lm_head.weight.shape))
     algorithm = RlvrAlgorithm(kl_coef=1.0, kl_estimator="k3")
-    memory = Memory(pack_tokens=4096)
-    same, _ = update(policy, experience, memory, algorithm, reference=policy)
-    away, _ = update(policy, experience, memory, algorithm, reference=other)
-    plain, _ = update(policy, experience, memory, RlvrAlgorithm())
+    memory = MemorySettings(pack_tokens=4096)
+    same, _ = update(policy, batch, advantage, memory, algorithm, reference=policy)
+    away, _ = update(policy, batch, advantage, memory, algorithm, reference=other)
+    plain, _ = update(policy, batch, advantage, memory, RlvrAlgorithm())
     assert same["loss"] == pytest.approx(plain["loss"], abs=1e-5)
     assert away["loss"] > plain["loss"] + 1e-3
 
@@ -156,15 +150,17 @@ def test_demonstrations_end_their_turn():
 
 def test_steps_that_are_not_finite_are_not_taken_and_end_the_run_in_the_end():
     model = torch.nn.Linear(2, 1)
-    stepper = Stepper(model, Optimiser(lr=1.0, steps=20), 20)
+    optimiser = StageOptimiser(model, StageAdam(lr=1.0, steps=20), 20)
     before = model.weight.detach().clone()
-    for count in range(Stepper.MOST_SKIPPED - 1):
-        stepper.begin()
-        model(torch.ones(1, 2)).sum().backward()
-        if count % 2:
-            model.weight.grad[0, 0] = torch.nan
-        loss = torch.tensor(1.0 if count % 2 else torch.inf)
-        assert "not finite" in stepper.end([loss]).skipped
+
+    def step(loss=1.0, gradient=1.0):
+        with optimiser.step() as update:
+            update.backward(model(torch.ones(1, 2)).sum() * loss)
+            model.weight.grad[0, 0] *= gradient
+        return update.skipped
+
+    for count in range(StageOptimiser.MOST_FAILED - 1):
+        assert "not finite" in (step(gradient=torch.nan) if count % 2 else step(loss=torch.inf))
     assert torch.equal(model.weight, before)
-    with pytest.raises(NotFiniteError, match="10 steps in a row"):
-        stepper.end([torch.tensor(torch.nan)])
+    with pytest.raises(NotFiniteError, match="10 updates in a row"):
+        step(loss=torch.nan)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from prism.models.packed import batch_images, encode_images
 from prism.models.tiny import tiny_discriminator_base, tiny_policy
-from prism.models.vision import batch_images, encode_images
 
 GRIDS = {"equal": [[1, 4, 6]] * 3, "unequal": [[1, 2, 2], [1, 4, 6], [1, 8, 2]], "one": [[1, 4, 4]]}
 
@@ -40,7 +40,7 @@ def test_images_of_one_size_take_one_attention_call(monkeypatch):
     calls = []
     attention = functional.scaled_dot_product_attention
     monkeypatch.setattr(
-        "prism.models.vision.scaled_dot_product_attention",
+        "prism.models.packed.scaled_dot_product_attention",
         lambda *args, **options: calls.append(args[0].shape) or attention(*args, **options),
     )
     grid = torch.tensor([[1, 4, 4]] * 5)

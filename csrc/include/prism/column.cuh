@@ -1,4 +1,4 @@
-// one number for each token or sample, of any floating type, read one or four at a time
+// columns: one number of any floating type for each token or sample, read one or four at a time
 
 #pragma once
 
@@ -10,14 +10,14 @@
 
 namespace prism {
 
-// the numbers that a thread takes at once
+// the elements that a thread reads at once
 constexpr int kFour = 4;
 
-// elements side by side; `data` is null where the column is not given
+// contiguous elements; `data` is null where the column is not given
 struct Column {
   const void* data;
   ScalarType type;
-  // whether four elements from a multiple of four on lie as wide accesses need it
+  // whether each four elements that begin at a multiple of four are aligned for one wide access
   bool wide;
 
   __device__ __forceinline__ bool given() const { return data != nullptr; }
@@ -81,7 +81,7 @@ struct Column {
   }
 };
 
-// flags, all set where none are given
+// one flag for each token or sample; all are set where none are given
 struct Flags {
   const bool* data;
   bool wide;
@@ -105,7 +105,7 @@ struct Flags {
   }
 };
 
-// whole numbers of 32 or 64 bits
+// integers of 32 or 64 bits
 struct Integers {
   const void* data;
   bool is_long;
@@ -115,23 +115,22 @@ struct Integers {
   }
 };
 
-// checks the arguments of one call against the device of `like`
+// checks the arguments of one call, which must be on the device of the first one
 struct Columns {
   const char* op;
-  const Tensor& like;
+  const Tensor& first;
 
   void check(const char* name, const Tensor& tensor, int64_t size, std::initializer_list<ScalarType> types) const {
-    check_shape(op, name, tensor, {size});
-    same_kind(name, tensor, types);
-    STD_TORCH_CHECK(size <= 1 || tensor.stride(0) == 1, op, ": expected ", name, " of stride 1, got ",
-                    tensor.stride(0));
+    check_vector(op, name, tensor, size, types);
+    check_device(op, name, tensor, first);
   }
 
   // a number without dimensions
   Column scalar(const char* name, const Tensor& tensor) const {
     check_shape(op, name, tensor, {});
-    same_kind(name, tensor, {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half,
-                             ScalarType::Long, ScalarType::Int});
+    check_dtype(op, name, tensor, {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half,
+                                   ScalarType::Long, ScalarType::Int});
+    check_device(op, name, tensor, first);
     return {tensor.data_ptr(), tensor.scalar_type(), false};
   }
 
@@ -155,12 +154,6 @@ struct Columns {
   }
 
  private:
-  void same_kind(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> types) const {
-    check_dtype(op, name, tensor, types);
-    STD_TORCH_CHECK(tensor.get_device_index() == like.get_device_index() && tensor.is_cuda() == like.is_cuda(), op,
-                    ": expected ", name, " on the device of the others");
-  }
-
   static bool aligned(const Tensor& tensor, uintptr_t bytes) {
     return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % bytes == 0;
   }

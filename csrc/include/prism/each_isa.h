@@ -1,9 +1,9 @@
-// Compiles the file that PRISM_EACH_ISA names once for each instruction set of this architecture, in
-// namespace prism::PRISM_ISA, with the vectors of vec.h PRISM_VECTOR_BYTES wide. Include every other header before this
-// one, so that no function shared with the rest of the program is compiled for a CPU that may not be there.
+// Compiles the file that PRISM_EACH_ISA names once for each instruction set of this architecture, in namespace
+// prism::PRISM_ISA, with vectors of PRISM_VECTOR_BYTES (vec.h). Include every other header before this one: a function
+// that the rest of the program shares must not be compiled for instructions that the CPU may lack.
 //
-// The target is set by pragma and not function by function: GCC breaks vectors wider than a function's own target
-// apart before it inlines that function anywhere.
+// A pragma sets the target, not an attribute of each function: GCC splits vectors that are wider than a function's own
+// target before it inlines the function.
 
 #if defined(__x86_64__)
 

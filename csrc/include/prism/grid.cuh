@@ -1,4 +1,4 @@
-// kernels whose blocks all run at once, so that they may wait for each other: several passes in one launch
+// kernels whose blocks all run at once and may wait for each other, which allows several passes in one launch
 
 #pragma once
 
@@ -10,14 +10,14 @@
 
 namespace prism {
 
-// waits until every thread of the grid is here; what was written before may be read after it. The driver owns the
-// barrier's memory, so that nothing has to be zeroed and launches on several streams share nothing
+// waits until every thread of the grid has called this; each may then read what the others wrote before. The driver
+// owns the barrier's memory: nothing has to be zeroed, and launches on several streams share nothing
 __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
 
-// how many blocks of a kernel can run at once where `tensor` lives, at most kMost on a multiprocessor
+// the blocks of a kernel that can run at once on the device of `tensor`, at most kMost to a multiprocessor
 template <auto kKernel, int kMost>
 int resident_blocks(const torch::stable::Tensor& tensor, int threads) {
-  // asked once for each device: 0 is "not yet"
+  // the driver is asked once for each device; 0 is unknown
   static std::atomic<int> known[64];
   const int32_t device = tensor.get_device_index();
   STD_TORCH_CHECK(device >= 0 && device < 64, "resident_blocks: expected a device in [0, 64), got ", device);
@@ -33,7 +33,7 @@ int resident_blocks(const torch::stable::Tensor& tensor, int threads) {
   return blocks;
 }
 
-// queues kKernel(arguments) with blocks that all run at once, at most `resident_blocks`; raises if it does not start
+// queues kKernel(arguments) with at most `resident_blocks` blocks, which all run at once; raises if it does not start
 template <auto kKernel, typename Arguments>
 void launch_together(const torch::stable::Tensor& tensor, int blocks, int threads, const Arguments& arguments) {
   const int32_t device = tensor.get_device_index();

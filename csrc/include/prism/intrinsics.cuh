@@ -1,4 +1,4 @@
-// single instructions that CUDA C++ has no name for
+// single instructions for which CUDA C++ has no function
 
 #pragma once
 
@@ -6,8 +6,8 @@
 
 namespace prism {
 
-// 2^x with a relative error below 2^-22. results under 2^-126 become 0: nothing that sums them could tell, and the
-// instruction with subnormals costs four
+// 2^x with a relative error below 2^-22. results under 2^-126 become 0: they are too small to change a sum, and with
+// subnormals this takes four instructions
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -16,7 +16,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 __device__ __forceinline__ double exp2_fast(double x) { return exp2(x); }
 
-// log2(x) with an absolute error below 2^-22 for x in (0.5, 2), a relative one elsewhere; -inf for 0
+// log2(x) with an absolute error below 2^-22 for x in (0.5, 2) and a relative error below 2^-22 elsewhere; -inf for 0
 __device__ __forceinline__ float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

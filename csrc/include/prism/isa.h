@@ -7,7 +7,7 @@
 
 namespace prism {
 
-// in rising order: each one includes those before it
+// each instruction set includes those before it
 enum class Isa { baseline, avx2, avx512 };
 
 inline bool has_isa(Isa isa) {
@@ -34,13 +34,15 @@ inline Isa choose_isa() {
   const std::string wanted(name);
   for (auto [isa, known] : {std::pair{Isa::avx512, "avx512"}, {Isa::avx2, "avx2"}, {Isa::baseline, "baseline"}}) {
     if (wanted != known) continue;
-    if (!has_isa(isa)) throw std::runtime_error("PRISM_KERNELS_ISA=" + wanted + ": this CPU does not have it");
+    if (!has_isa(isa)) {
+      throw std::runtime_error("PRISM_KERNELS_ISA: expected an instruction set of this CPU, got " + wanted);
+    }
     return isa;
   }
   throw std::runtime_error("PRISM_KERNELS_ISA: expected avx512, avx2 or baseline, got " + wanted);
 }
 
-// as choose_isa, but looked up once in the life of the process
+// choose_isa(), called once in the life of the process
 inline Isa chosen_isa() {
   static const Isa isa = choose_isa();
   return isa;

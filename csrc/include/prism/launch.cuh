@@ -7,14 +7,15 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
-// absent from a CPU-only torch, into which the library must load all the same
+// a CPU-only torch, into which the library must load too, does not have these functions
 #pragma weak aoti_torch_get_current_cuda_stream
 #pragma weak torch_c10_cuda_check_msg
 #pragma weak torch_c10_cuda_free_error_msg
 
 namespace prism {
 
-// queues kernel(args...) with `blocks` blocks (none: no launch) where `tensor` lives; raises if it does not start
+// queues kernel(arguments...) with `blocks` blocks on the device of `tensor`; raises if it does not start. 0 blocks are
+// no launch
 template <typename... Parameters, typename... Arguments>
 void launch(const torch::stable::Tensor& tensor, int64_t blocks, int threads, void (*kernel)(Parameters...),
             const Arguments&... arguments) {

@@ -1,4 +1,4 @@
-// tensors that an operator returns, from torch's allocator
+// new tensors from torch's allocator
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace prism {
 
-// a tensor without values, where `like` lives
+// an uninitialised contiguous tensor on the device of `like`
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];

@@ -1,7 +1,7 @@
-// tokens of sequences that lie one after the other, dealt out to warps in equal runs, whatever the sequences' lengths
+// the tokens of packed sequences, divided among warps in runs of equal length, whatever the sequences' lengths
 //
-// A run and a sequence meet in a piece. Pieces are numbered run + sequence: each step to the next piece moves to the
-// next run, to the next sequence, or to both. So no two have one number, and a sequence's pieces lie side by side.
+// A piece is the tokens that a run and a sequence share. Its number is run + sequence. The next piece is in the next
+// run, the next sequence, or both, so that no two pieces have the same number and a sequence's pieces are consecutive.
 
 #pragma once
 
@@ -10,29 +10,29 @@
 
 namespace prism {
 
-// tokens that a warp takes at once
-constexpr int kWindow = 32 * kFour;
+// tokens that a warp reads at once
+constexpr int kWindow = kWarp * kFour;
 
 struct Packed {
   Integers cu_seqlens;
   int tokens, sequences;
-  // of tokens, a multiple of kWindow, and their number
+  // the tokens of a run, a multiple of kWindow; the number of runs
   int run, runs;
 
-  // where sequence s begins, held within the tokens since the values are not checked
+  // the first token of sequence s, clamped since the values are not checked
   __device__ __forceinline__ int bound(int s) const {
     return static_cast<int>(max(min(cu_seqlens.at(s), static_cast<int64_t>(tokens)), static_cast<int64_t>(0)));
   }
 
-  // above the number of any piece
+  // greater than the number of any piece
   __host__ __device__ __forceinline__ int64_t pieces() const { return static_cast<int64_t>(runs) + sequences; }
 };
 
-// the first sequence that ends after token t; S if none does
+// the first sequence that ends after token t, or the number of sequences if none does
 __device__ __forceinline__ int sequence_after(const Packed& p, int t) {
   int low = 0, high = p.sequences;
   while (low < high) {
-    const int step = (high - low + 31) / 32;
+    const int step = (high - low + kWarp - 1) / kWarp;
     const int probe = low + lane() * step;
     const unsigned before = __ballot_sync(kAllLanes, probe < high && p.bound(probe + 1) <= t);
     const int passed = __popc(before);
@@ -42,7 +42,7 @@ __device__ __forceinline__ int sequence_after(const Packed& p, int t) {
   return low;
 }
 
-// calls body(sequence, first token, last token + 1) for the pieces of a run; the sequence is -1 where there is none
+// calls body(sequence, first token, last token + 1) for the pieces of a run; tokens of no sequence have sequence -1
 template <typename Body>
 __device__ __forceinline__ void for_each_piece(const Packed& p, int run, const Body& body) {
   int at = run * p.run;

@@ -1,59 +1,38 @@
-// what one token adds to the policy loss; prism_kernels/ops/policy_loss/eager.py says what is computed
+// the terms that one token adds to the policy loss, to its gradient and to the totals
 
 #pragma once
 
 #include <cmath>
 
 #include <prism/column.cuh>
+#include <prism/policy_loss.h>
 
 namespace prism {
 
-// as the tuples of options.py count them
-enum class Ratio { token, sequence };
-enum class Objective { clip, cispo, reinforce };
-enum class Aggregate { token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm };
-enum class Estimator { k1, k2, k3, k1_plus, k3_plus };
-enum class Unit { token, sequence, geometric };
-enum class Rule { none, truncate, mask };
+// a block's record: its share of the totals, then of the loss
+constexpr int kLoss = kTotals;
+constexpr int kRecord = kTotals + 1;
 
-// the places of PolicyMetrics, and the loss
-enum Total {
-  kTokens, kSequences, kLow, kHigh, kDual, kLag, kKl, kRatioSum, kRaw, kUsed, kClipped, kWeight, kWeightSquare,
-  kEntropy, kRatioMin, kRatioMax, kTotals, kLoss = kTotals, kRecord
-};
-
+// the options, and which of the columns are given
 template <typename A>
-struct PolicyOptions {
-  Ratio ratio;
-  Objective objective;
-  Aggregate aggregate;
-  Estimator estimator;
-  Unit unit;
-  Rule rule;
-  bool per_token;
-  // which of the columns are given
+struct TokenOptions : PolicyOptions<A> {
   bool old, reference, rollout, entropy;
-  A low, high, dual, bound, kl_coef, lower, upper, entropy_coef;
-
-  // whether a token's gradient comes through the mean over its sequence, to which each contributes alike
-  __device__ __forceinline__ bool alike() const {
-    return ratio == Ratio::sequence && objective == Objective::clip && !per_token;
-  }
 };
 
-// what is the same for all tokens of a sequence; the mean log-ratios are sums where the correction is a product
+// the values that all tokens of a sequence share: the mean of logp - old_logp, the mean of old_logp - rollout_logp
+// (their sum where the correction is a product), and the correction as used or its mean
 template <typename A>
 struct Sequence {
-  A weight, advantage, log_ratio, behind, used;
+  A weight, advantage, log_ratio, rollout_log_ratio, correction;
 };
 
-// one valid token
+// one valid token; log_ratio is logp - old_logp, rollout_log_ratio is old_logp - rollout_logp
 template <typename A>
 struct Token {
-  A x, lag, behind, advantage, reference, entropy;
+  A logp, log_ratio, rollout_log_ratio, advantage, reference, entropy;
 };
 
-// sums over the tokens of one thread, in the type computed with
+// the sums over the tokens of one thread
 template <typename A>
 struct PolicySums {
   A sums[kRecord];
@@ -80,10 +59,10 @@ struct Correction {
 };
 
 template <typename A>
-__device__ __forceinline__ Correction<A> correct(const PolicyOptions<A>& o, A behind) {
+__device__ __forceinline__ Correction<A> correct(const TokenOptions<A>& o, A rollout_log_ratio) {
   Correction<A> c{1, 1, false};
   if (!o.rollout) return c;
-  c.raw = exp(between(behind, -o.bound, o.bound));
+  c.raw = exp(between(rollout_log_ratio, -o.bound, o.bound));
   if (o.rule == Rule::none) return c;
   c.clipped = c.raw > o.upper;
   if (o.rule == Rule::truncate) {
@@ -95,13 +74,12 @@ __device__ __forceinline__ Correction<A> correct(const PolicyOptions<A>& o, A be
   return c;
 }
 
-// adds a valid token to the sums and returns dL/dlogp. kPlain: PPO's loss with an advantage per sequence, and nothing
-// else is asked for
+// adds a valid token to the sums and returns dL/dlogp. kPlain: PPO's loss with an advantage per sequence, without KL,
+// correction and entropy
 template <bool kPlain, typename A>
-__device__ __forceinline__ A add_token(const PolicyOptions<A>& o, const Sequence<A>& q, const Token<A>& k,
+__device__ __forceinline__ A add_token(const TokenOptions<A>& o, const Sequence<A>& q, const Token<A>& k,
                                        A (&sums)[kRecord]) {
-  const bool whole = o.ratio == Ratio::sequence;
-  const A log_ratio = whole ? q.log_ratio : k.lag;
+  const A log_ratio = o.ratio == Ratio::sequence ? q.log_ratio : k.log_ratio;
   const A r = exp(between(log_ratio, -o.bound, o.bound));
   const A advantage = !kPlain && o.per_token ? k.advantage : q.advantage;
   bool below = r < o.low, above = r > o.high;
@@ -109,47 +87,47 @@ __device__ __forceinline__ A add_token(const PolicyOptions<A>& o, const Sequence
   if (kPlain || o.objective == Objective::clip) {
     below = below && advantage < 0;
     above = above && advantage > 0;
-    A held = below ? o.low : above ? o.high : r;
-    const bool dual = advantage < 0 && held > o.dual;
-    held = dual ? o.dual : held;
-    value = -advantage * held;
-    // selected, not multiplied: beyond the bound the derivative of the clamp is 0
+    A clipped = below ? o.low : above ? o.high : r;
+    const bool dual = advantage < 0 && clipped > o.dual;
+    clipped = dual ? o.dual : clipped;
+    value = -advantage * clipped;
+    // a selection, since a product with 0 could be NaN. beyond the bound the derivative of the clamp is 0
     slope = below || above || dual || log_ratio > o.bound || log_ratio < -o.bound ? static_cast<A>(0) : value;
-    sums[kDual] += dual ? 1 : 0;
+    sums[kClippedDual] += dual ? 1 : 0;
   } else if (o.objective == Objective::cispo) {
     slope = -advantage * between(r, o.low, o.high);
-    value = slope * k.x;
+    value = slope * k.logp;
   } else {
     slope = -advantage;
-    value = slope * k.x;
+    value = slope * k.logp;
     below = above = false;
   }
-  sums[kLow] += below ? 1 : 0;
-  sums[kHigh] += above ? 1 : 0;
+  sums[kClippedLow] += below ? 1 : 0;
+  sums[kClippedHigh] += above ? 1 : 0;
 
   A term = value, grad = slope, weight = r;
   if constexpr (!kPlain) {
-    const Correction<A> c = correct(o, o.unit == Unit::token ? k.behind : q.behind);
+    const Correction<A> c = correct(o, o.unit == Unit::token ? k.rollout_log_ratio : q.rollout_log_ratio);
     term *= c.used;
-    grad *= o.alike() ? q.used : c.used;
+    grad *= o.through_mean() ? q.correction : c.used;
     weight *= c.used;
-    sums[kRaw] += c.raw;
-    sums[kUsed] += c.used;
-    sums[kClipped] += c.clipped ? 1 : 0;
+    sums[kCorrectionRaw] += c.raw;
+    sums[kCorrectionUsed] += c.used;
+    sums[kCorrectionClipped] += c.clipped ? 1 : 0;
     if (o.reference) {
-      const A delta = k.x - k.reference;
+      const A delta = k.logp - k.reference;
       A kl = delta, kl_slope = delta;
       if (o.estimator == Estimator::k1) kl_slope = 1;
       if (o.estimator == Estimator::k2) kl = delta * delta * static_cast<A>(0.5);
       if (o.estimator == Estimator::k3 || o.estimator == Estimator::k3_plus) {
-        const A held = between(delta, -o.bound, o.bound);
-        const A less = expm1(-held);
-        kl = less + held;
-        if (o.estimator == Estimator::k3) kl_slope = delta > o.bound || delta < -o.bound ? static_cast<A>(0) : -less;
+        const A bounded = between(delta, -o.bound, o.bound);
+        const A growth = expm1(-bounded);
+        kl = growth + bounded;
+        if (o.estimator == Estimator::k3) kl_slope = delta > o.bound || delta < -o.bound ? static_cast<A>(0) : -growth;
       }
       term += o.kl_coef * kl;
       grad += o.kl_coef * kl_slope;
-      sums[kKl] += kl;
+      sums[kRefKl] += kl;
     }
     if (o.entropy) {
       term -= o.entropy_coef * k.entropy;
@@ -157,11 +135,11 @@ __device__ __forceinline__ A add_token(const PolicyOptions<A>& o, const Sequence
     }
   }
   sums[kLoss] += q.weight * term;
-  sums[kLag] -= k.lag;
+  sums[kApproxKl] -= k.log_ratio;
   sums[kRatioSum] += r;
-  sums[kWeight] += weight;
-  sums[kWeightSquare] += weight * weight;
-  // these drop NaN, which the sum of the ratios tells
+  sums[kEssSum] += weight;
+  sums[kEssSumSq] += weight * weight;
+  // min and max drop NaN, which the sum of the ratios keeps
   sums[kRatioMin] = min(sums[kRatioMin], r);
   sums[kRatioMax] = max(sums[kRatioMax], r);
   return q.weight * grad;

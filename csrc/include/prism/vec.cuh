@@ -10,10 +10,11 @@
 #include <type_traits>
 
 #include <prism/intrinsics.cuh>
+#include <prism/warp.cuh>
 
 namespace prism {
 
-// the type to compute in for elements of type T
+// the type in which elements of type T are computed with
 template <typename T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -57,13 +58,13 @@ __device__ __forceinline__ Pack<A, 16 / sizeof(T)> unpack(const uint4& raw) {
   return pack;
 }
 
-// writes a pack to `to`, which lies on a multiple of the pack's size, or of 16 bytes if that is less
+// writes a pack to `to`, which is aligned to the pack's size or to 16 bytes, whichever is less
 template <typename T, typename A, int N>
 __device__ __forceinline__ void store(T* to, const Pack<A, N>& pack) {
   constexpr int kBytes = N * sizeof(T);
   alignas(16) T element[N];
   if constexpr (std::is_same_v<T, __nv_bfloat16> && N % 2 == 0) {
-    // two elements to an instruction, which single conversions would not give
+    // the compiler does not join single conversions into one instruction for two elements
 #pragma unroll
     for (int j = 0; j < N; j += 2) {
       *reinterpret_cast<__nv_bfloat162*>(element + j) = __floats2bfloat162_rn(pack.value[j], pack.value[j + 1]);
@@ -108,7 +109,7 @@ struct Split {
   // the column of edge i < edges
   __device__ __forceinline__ int edge(int i) const { return i < head ? i : i + packs * kPack; }
 
-  // drops the packs if they are not aligned in the row to be written: it is written column by column then
+  // drops the packs if they are not aligned in the row to be written, which then is written column by column
   template <typename U>
   __device__ __forceinline__ void align_with(const U* row) {
     constexpr int kBytes = kPack * sizeof(U) < 16 ? kPack * sizeof(U) : 16;
@@ -119,8 +120,9 @@ struct Split {
   }
 };
 
-// calls body(Pack, first column) for all columns of a row. Each block of kThreads threads covers the row once, a column
-// always in the same thread, with kLoads 16-byte loads in flight; the body may write the columns that it was given.
+// calls body(Pack, first column) for all columns of a row, which the kThreads threads of a block share. A column is
+// always read by the same thread, which has kLoads 16-byte loads in flight. The body may write the columns that it was
+// given
 template <typename A, int kThreads, int kLoads, typename T, typename Body>
 __device__ __forceinline__ void for_each_pack(const T* row, const Split<T>& split, const Body& body) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -157,35 +159,34 @@ __device__ __forceinline__ void zero_row(T* row, int columns) {
   for (int i = thread; i < split.packs; i += kThreads) __stcs(packs + i, make_uint4(0, 0, 0, 0));
 }
 
-// puts into `top` the largest (NaN if any is) and into each of `sums` the sum over the block, the same bits in every
-// thread and from run to run
+// replaces `top` by the largest of the block (NaN if any is) and each of `sums` by its sum over the block, the same
+// bits in every thread and from run to run
 template <int kThreads, typename A, int N>
 __device__ __forceinline__ void block_reduce(A& top, A (&sums)[N]) {
-  constexpr int kWarps = kThreads / 32;
-  static_assert(kThreads % 32 == 0 && kWarps <= 32 && (kWarps & (kWarps - 1)) == 0);
+  constexpr int kWarps = kThreads / kWarp;
+  static_assert(kThreads % kWarp == 0 && kWarps <= kWarp && (kWarps & (kWarps - 1)) == 0);
   __shared__ A partial[N + 1][kWarps];
   const auto reduce = [&](int lanes) {
 #pragma unroll
     for (int mask = lanes / 2; mask > 0; mask /= 2) {
-      top = max_nan(top, __shfl_xor_sync(0xffffffffu, top, mask));
+      top = max_nan(top, __shfl_xor_sync(kAllLanes, top, mask));
 #pragma unroll
-      for (int n = 0; n < N; ++n) sums[n] += __shfl_xor_sync(0xffffffffu, sums[n], mask);
+      for (int n = 0; n < N; ++n) sums[n] += __shfl_xor_sync(kAllLanes, sums[n], mask);
     }
   };
-  reduce(32);
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (lane == 0) {
+  reduce(kWarp);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  if (lane() == 0) {
     partial[N][warp] = top;
 #pragma unroll
     for (int n = 0; n < N; ++n) partial[n][warp] = sums[n];
   }
   __syncthreads();
-  top = partial[N][lane % kWarps];
+  top = partial[N][lane() % kWarps];
 #pragma unroll
-  for (int n = 0; n < N; ++n) sums[n] = partial[n][lane % kWarps];
+  for (int n = 0; n < N; ++n) sums[n] = partial[n][lane() % kWarps];
   reduce(kWarps);
-  // `partial` may be written again at once
+  // the next call may write `partial` at once
   __syncthreads();
 }
 

@@ -1,7 +1,7 @@
 // No include guard: each_isa.h includes this file once for each instruction set.
 //
-// One kernel text serves two vector types: Vec, as many floats as the instruction set's registers hold, and double,
-// a vector of one for which the C library does the mathematics.
+// One kernel source serves two vector types: Vec, the floats that a register of the instruction set holds, and double,
+// a vector of one element, for which the C library does the mathematics.
 
 #ifndef PRISM_INLINE
 #define PRISM_INLINE inline __attribute__((always_inline))
@@ -20,7 +20,7 @@ template <>
 struct Lanes<Vec> {
   using Value = float;
   static constexpr int64_t count = PRISM_VECTOR_BYTES / sizeof(float);
-  // exp is exactly 0 here and below; e * d, with d clamped to it, is then 0 even for d = -inf
+  // exp(lowest) is exactly 0, and with d clamped to `lowest` exp(d) * d is 0 even for d = -inf
   static constexpr float lowest = -88.0f;
   static constexpr float highest = 88.72f;
 };
@@ -34,11 +34,11 @@ struct Lanes<double> {
 
 template <class V>
 PRISM_INLINE V broadcast(typename Lanes<V>::Value x) {
-  // minus and not plus: it keeps -0
+  // a difference, since a sum would turn -0 into 0
   return x - V{};
 }
 
-// [lowest, highest], into which an exponent is brought before exp_clamped takes it
+// [lowest, highest], to which an exponent must be clamped before exp_clamped
 template <class V>
 struct Bounds {
   V lowest, highest;
@@ -46,7 +46,7 @@ struct Bounds {
   Bounds() {
     typename Lanes<V>::Value low = Lanes<V>::lowest, high = Lanes<V>::highest;
 #if defined(__x86_64__)
-    // GCC finds the instructions for min and max only where the bound is not a constant that it knows
+    // GCC uses the instructions for min and max only where it does not know the bound as a constant
     __asm__("" : "+x"(low), "+x"(high));
 #endif
     lowest = broadcast<V>(low);
@@ -77,7 +77,7 @@ PRISM_INLINE typename Lanes<V>::Value max_lanes(V x) {
   return top;
 }
 
-// ---- loads and stores: conversions round to nearest even, as torch's do
+// loads and stores. conversions round to nearest even, as torch's do
 
 template <class V>
 PRISM_INLINE V load(const double* p) {
@@ -124,7 +124,7 @@ PRISM_INLINE void store(Half* p, Vec x) {
   const BitVec bits = (BitVec)x ^ sign;
   // the bias moves from 127 to 15; a carry out of the mantissa is the next exponent, or inf
   const BitVec normal = (bits - (112u << 23) + 0x0fff + ((bits >> 13) & 1)) >> 13;
-  // 0.5 has a unit of 2^-24, the smallest half: adding it leaves the half's bits in the sum's mantissa
+  // the last bit of 0.5 is worth 2^-24, the smallest half: the sum's mantissa holds the half's bits
   const BitVec subnormal = (BitVec)((Vec)bits + 0.5f) - (126u << 23);
   BitVec half = (IntVec)bits < 0x38800000 ? subnormal : normal;
   half = (IntVec)bits >= 0x47800000 ? BitVec{} + 0x7c00 : half;
@@ -132,7 +132,7 @@ PRISM_INLINE void store(Half* p, Vec x) {
   store_shorts(p, half | (sign >> 16));
 }
 
-// the first `n` elements, and zeros
+// the first n elements; the other lanes are 0
 template <class V, class T>
 PRISM_INLINE V load_some(const T* p, int64_t n) {
   T some[Lanes<V>::count] = {};
@@ -146,7 +146,7 @@ PRISM_INLINE void store_some(T* p, V x, int64_t n) {
   std::memcpy(static_cast<void*>(p), some, n * sizeof(T));
 }
 
-// ---- mathematics: the polynomials are minimax fits on the reduced ranges
+// mathematics. the polynomials are minimax fits on the reduced ranges
 
 // exp(d) to about 1 ulp for d within Bounds, NaN for NaN; 0 at `lowest`, inf from 88.4 on
 PRISM_INLINE Vec exp_clamped(Vec d) {
@@ -154,7 +154,7 @@ PRISM_INLINE Vec exp_clamped(Vec d) {
   constexpr float magic = 0x1.8p23f + 127;
   const Vec shifted = d * 1.44269504f + magic;
   const Vec n = shifted - magic;
-  // log 2 in two parts, the first so short that its product with n is exact
+  // log 2 in two parts, of which the first is so short that its product with n is exact
   Vec r = d - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   Vec p = r * 0.00138145371f + 0.00836874545f;

@@ -1,0 +1,75 @@
+"""A step's rollouts with their problems and texts: alignment and RLVR begin with them."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prism.config import Sampling
+from prism.data.problem import Problem
+from prism.models.prompts import EncodedPrompt, PromptEncoder
+from prism.rollout.engine import Engine, Rollout
+
+
+class RolloutBatch(NamedTuple):
+    """Problems with the policy's responses, group by group. S responses."""
+
+    problems: list[Problem]
+    prompts: list[EncodedPrompt]
+    rollouts: list[Rollout]
+    texts: list[str]
+
+    @property
+    def group(self) -> Tensor:
+        """The problem of each response, (S,), int64."""
+        return torch.tensor([rollout.prompt for rollout in self.rollouts], dtype=torch.int64)
+
+    @property
+    def lengths(self) -> Tensor:
+        """The number of tokens of each response, (S,), int64."""
+        return torch.tensor([len(rollout.token_ids) for rollout in self.rollouts], dtype=torch.int64)
+
+    def texts_of(self, problem: int) -> list[str]:
+        """Returns the texts of one problem's responses."""
+        return [text for text, rollout in zip(self.texts, self.rollouts) if rollout.prompt == problem]
+
+    def write(self, path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Writes the rollouts as JSON, one a line, with one value of each column per rollout."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            for index, (rollout, text) in enumerate(zip(self.rollouts, self.texts)):
+                problem = self.problems[rollout.prompt]
+                line = {"problem": problem.name, "question": str(problem.prompt), "answer": problem.answer}
+                values = {name: _finite(column[index]) for name, column in columns.items()}
+                line |= {"response": text, "finish": rollout.finish_reason, **values}
+                file.write(json.dumps(line) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def generate(
+    engine: Engine, problems: Sequence[Problem], encoder: PromptEncoder, sampling: Sampling, seed: int
+) -> RolloutBatch:
+    """Samples the policy's responses to some problems; the same seed gives the same responses.
+
+    Args:
+        engine: the policy's engine.
+        problems: the problems to answer.
+        encoder: the policy's encoder.
+        sampling: group size, length and temperature.
+        seed: seed of this step.
+    """
+    prompts = [problem.encoded(encoder) for problem in problems]
+    rollouts = engine.generate(prompts, sampling, seed=seed)
+    return RolloutBatch(list(problems), prompts, rollouts, decode(rollouts, encoder))
+
+
+def decode(rollouts: Sequence[Rollout], encoder: PromptEncoder) -> list[str]:
+    """Returns the texts of rollouts, without special tokens."""
+    return encoder.tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)

@@ -1,0 +1,354 @@
+"""What a stage stands on: the models of a run, its data and rollouts, and the steps of a stage.
+
+`Runtime.steps` yields the steps of a stage: it builds the optimisers, and after each step it logs, evaluates, saves and
+stops where the run was asked to.
+"""
+
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+import prism_kernels
+from prism.config import Adam, Config, Sampling
+from prism.data.problem import Problem, step_random
+from prism.data.sources import problems_of
+from prism.discriminator.model import Discriminator
+from prism.discriminator.storage import save_discriminator
+from prism.evaluation.assessment import assess_discriminator, assess_policy, figures_line
+from prism.models.building import build_discriminator, build_policy
+from prism.models.policy import Policy
+from prism.models.tiny import save_processor
+from prism.report import write_report
+from prism.rollout.batch import RolloutBatch, generate
+from prism.rollout.engine import Engine
+from prism.runtime import checkpoint
+from prism.runtime.log import RunLog
+from prism.runtime.memory import begin_peak, peak_bytes
+from prism.runtime.optimiser import StageOptimiser, freeze_vision
+
+Metrics = dict[str, Any]
+
+
+class InterruptedRunError(Exception):
+    """The run was asked to stop, and has saved a checkpoint."""
+
+
+class Step:
+    """One step of a stage.
+
+    Args:
+        rt: the run.
+        stage: name of the stage.
+        index: number of the step, from 0.
+    """
+
+    def __init__(self, rt: "Runtime", stage: str, index: int) -> None:
+        self._rt, self.stage, self.index = rt, stage, index
+        # seed of the step's rollouts
+        self.seed = int(step_random(rt.config.run.seed, stage, index).integers(2**62))
+        # set by `finish`
+        self.metrics: Metrics = {}
+
+    def problems(self, count: int | None) -> list[Problem]:
+        """Returns the step's problems."""
+        assert count is not None, "the settings were checked"
+        return next(self.batches(count))
+
+    def batches(self, count: int, most: int = 1) -> Iterator[list[Problem]]:
+        """Yields at most `most` batches of `count` problems; the step may leave some of them."""
+        return self._rt.data.batches(self.stage, self.index, count, most)
+
+    def finish(
+        self, metrics: Metrics, batch: RolloutBatch | None = None, columns: Mapping[str, Sequence[Any]] | None = None
+    ) -> None:
+        """Takes the metrics of the step, and writes its rollouts with one value of each column per rollout."""
+        self.metrics = metrics
+        every = self._rt.config.log.rollouts_every
+        if batch is not None and every and self.index % every == 0:
+            path = self._rt.folder / "rollouts" / f"{self.stage}-{self.index + 1:06d}.jsonl"
+            batch.write(path, columns or {})
+
+
+class Runtime:
+    """The models of a run, its data, its log and its checkpoints.
+
+    Args:
+        config: the settings.
+    """
+
+    def __init__(self, config: Config) -> None:
+        checkpoint.check_settings(config)
+        # the console belongs to the log; downloads keep their progress bars
+        transformers_logging.set_tqdm_hook(lambda make, given, options: make(*given, **{**options, "disable": True}))
+        self.config = config
+        self.folder = Path(config.run.folder)
+        self.policy, self.encoder = build_policy(config)
+        # a run without these stages does not load a second model
+        plays = {"warmup", "align"}.intersection(config.run.stages)
+        self._discriminator = build_discriminator(config, self.policy.model) if plays else None
+        path = None if config.rollout.engine == "auto" else config.rollout.engine
+        self.engine = Engine(
+            self.policy.model, self.encoder.tokenizer, path=path, cache_tokens=config.rollout.cache_tokens
+        )
+        self.data = problems_of(config, self.encoder)
+        self.log = RunLog(self.folder / "metrics.jsonl", console=config.log.console)
+        self.evaluations: dict[str, Metrics] = {}
+        # the frozen policy of before the stage, where the stage's loss has a KL term
+        self.reference: Policy | None = None
+        self._policy_optimiser: StageOptimiser | None = None
+        self._discriminator_optimiser: StageOptimiser | None = None
+        # finished stages, and the checkpoint inside the next one, if the run was stopped there
+        self.done: list[str] = []
+        self._inside: checkpoint.Restored | None = None
+        self._stop = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log.close()
+
+    # --- what a stage uses
+
+    @property
+    def discriminator(self) -> Discriminator:
+        """The discriminator of a run that has a stage with one."""
+        if self._discriminator is None:
+            raise RuntimeError("discriminator: expected warmup or align among run.stages, which alone have one")
+        return self._discriminator
+
+    @property
+    def policy_optimiser(self) -> StageOptimiser:
+        """The policy's optimiser in a stage that trains it."""
+        assert self._policy_optimiser is not None, "the stage trains the policy"
+        return self._policy_optimiser
+
+    @property
+    def discriminator_optimiser(self) -> StageOptimiser:
+        """The discriminator's optimiser in a stage that trains it."""
+        assert self._discriminator_optimiser is not None, "the stage trains the discriminator"
+        return self._discriminator_optimiser
+
+    def generate(self, problems: Sequence[Problem], sampling: Sampling, seed: int) -> RolloutBatch:
+        """Samples the policy's responses to problems."""
+        return generate(self.engine, problems, self.encoder, sampling, seed)
+
+    def rebuild_discriminator(self) -> None:
+        """Makes the discriminator anew from the policy as it is now."""
+        if self._discriminator is not None:
+            self.discriminator.load_state_dict(build_discriminator(self.config, self.policy.model).state_dict())
+
+    def steps(
+        self,
+        stage: str,
+        *,
+        policy: Adam | None = None,
+        discriminator: Adam | None = None,
+        reference: bool = False,
+        show: Sequence[str] = (),
+    ) -> Iterator[Step]:
+        """Yields the steps of a stage that are left; each must be finished before the next is asked for.
+
+        Args:
+            stage: name of the stage.
+            policy: settings of the policy's optimiser; None: the stage does not train the policy.
+            discriminator: settings of the discriminator's optimiser; None: the stage does not train it.
+            reference: whether to freeze a copy of the policy as it is now.
+            show: the metrics that the console shows.
+        """
+        total: int = getattr(self.config.optimiser, stage).steps
+        self.reference = self._frozen_policy() if reference else None
+        if policy is not None:
+            self._policy_optimiser = self._optimiser(self.policy, policy, total, f"{stage}-policy")
+        if discriminator is not None:
+            folder = f"{stage}-discriminator"
+            self._discriminator_optimiser = self._optimiser(self.discriminator, discriminator, total, folder)
+        first = 0
+        if self._inside is not None:
+            checkpoint.load(self._checkpoints, self._models(), self._training())
+            first, self._inside = self._inside.extra["step"], None
+        (self.discriminator if policy is None else self.policy).train()
+        with self.log.stage(stage, total, first):
+            for index in range(first, total):
+                began = time.perf_counter()
+                begin_peak(self.policy.device)
+                step = Step(self, stage, index)
+                yield step
+                metrics = {**step.metrics, **self.data.figures(stage)}
+                for optimiser in self._training().values():
+                    optimiser.next_rate()
+                metrics["seconds"] = time.perf_counter() - began
+                metrics["peak_bytes"] = peak_bytes(self.policy.device)
+                self.log.step(index + 1, metrics, show)
+                self._between(stage, index + 1, last=index + 1 == total)
+        self.reference = self._policy_optimiser = self._discriminator_optimiser = None
+
+    def _between(self, stage: str, step: int, last: bool) -> None:
+        """Evaluates, saves and stops after a step, where it is time for it."""
+        every = self.config.evaluation.every
+        if every and step % every == 0 and not last:
+            self.assess(f"{stage} {step}")
+        if self._stop or (step % self.config.checkpoint.every == 0 and not last):
+            self._save((stage, step))
+        if self._stop:
+            raise InterruptedRunError
+
+    def _optimiser(self, model: torch.nn.Module, settings: Adam, steps: int, folder: str) -> StageOptimiser:
+        freeze_vision(model, settings.freeze_vision)
+        return StageOptimiser(model, settings, steps, failures=self.folder / "not_finite" / folder)
+
+    def _frozen_policy(self) -> Policy:
+        frozen, _ = build_policy(self.config)
+        frozen.model.load_state_dict(self.policy.model.state_dict())
+        return frozen.requires_grad_(False)
+
+    # --- the run around its stages
+
+    def start(self) -> None:
+        """Restores the newest checkpoint, and evaluates where the run is new."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
+        (self.folder / "environment.json").write_text(json.dumps(_environment(self.policy.device), indent=2) + "\n")
+        self._restore()
+        if not self.evaluations:
+            for split in ("validation", "test"):
+                if not self.data.held_out(split):
+                    self.log.note(f"data.files.{split} names no files: nothing is measured on it")
+            self.assess("start")
+
+    def finish_stage(self, stage: str) -> None:
+        """Evaluates and saves after a stage."""
+        self.assess(stage)
+        self.done.append(stage)
+        self._save()
+
+    def finish(self) -> None:
+        """Writes policy and discriminator as folders that the next stage takes, the evaluations and the report."""
+        folder = self.folder / "policy"
+        self.policy.model.save_pretrained(folder)
+        save_processor(folder, self.encoder.tokenizer, self.encoder.image_processor)
+        written = f"the policy is in {folder}"
+        if self._discriminator is not None:
+            path = save_discriminator(self._discriminator, self.folder / "discriminator")
+            written += f", the discriminator in {path}"
+        (self.folder / "evaluations.json").write_text(json.dumps(self.evaluations, indent=2) + "\n")
+        self.log.note(f"{written}, the figures in {self.folder / 'evaluations.json'}")
+        self.log.close()
+        self.log.note(f"the report is {write_report(self.folder)}")
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Stops the run after its step at the first Ctrl-C, and at once at the second."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, before)
+            self.ask_to_stop()
+
+        before = signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def ask_to_stop(self) -> None:
+        """Stops the run after its present step, with a checkpoint."""
+        self._stop = True
+        self.log.note("stopping after this step; Ctrl-C once more stops at once")
+
+    # --- evaluation
+
+    def assess(self, after: str) -> None:
+        """Evaluates the policy on held-out problems, and after warm-up and alignment the discriminator.
+
+        Before and after the last stage the test split is evaluated too, so that it shows what this stage did.
+        """
+        before = next(reversed(self.evaluations.values()), None)
+        if before is not None and after.startswith("warmup"):
+            # warm-up does not change the policy
+            figures: Metrics = {key: value for key, value in before.items() if key not in ("test", "discriminator")}
+        else:
+            figures = self._assess_policy("validation", self.config.evaluation.samples)
+        if after in ["start", *self.config.run.stages][-2:] and self.data.held_out("test"):
+            figures["test"] = self._assess_policy("test")
+        if after in ("warmup", "align"):
+            taught = [problem for problem in self.data.held_out("validation", 64) if problem.teacher is not None]
+            if taught:
+                figures["discriminator"] = assess_discriminator(
+                    self.discriminator, self.engine, taught, self.encoder, self.config
+                )
+        self.evaluations[after] = figures
+        self.log.note(f"after {after}: {figures_line(figures)}")
+
+    def _assess_policy(self, split: str, count: int | None = None) -> Metrics:
+        problems = self.data.held_out(split, count)
+        if not problems:
+            return {"split": split, "samples": 0}
+        return assess_policy(self.engine, problems, self.encoder, self.config, split)
+
+    # --- checkpoints
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _models(self) -> dict[str, torch.nn.Module]:
+        reference = {} if self.reference is None else {"reference": self.reference.model}
+        discriminator = {} if self._discriminator is None else {"discriminator": self._discriminator}
+        return {"policy": self.policy.model, **discriminator, **reference}
+
+    def _training(self) -> dict[str, StageOptimiser]:
+        """Returns the optimisers of the stage, by the model that they train."""
+        optimisers = {"policy": self._policy_optimiser, "discriminator": self._discriminator_optimiser}
+        return {name: optimiser for name, optimiser in optimisers.items() if optimiser is not None}
+
+    def _save(self, inside: tuple[str, int] | None = None) -> None:
+        """Writes a checkpoint, after a stage or inside one: its name and the number of its steps that are done."""
+        stage, step = inside or (None, 0)
+        extra = {
+            "done": self.done,
+            "stage": stage,
+            "step": step,
+            "data": {} if stage is None else self.data.position(stage),
+            "evaluations": self.evaluations,
+            "log": self.log.state_dict(),
+        }
+        steps = sum(getattr(self.config.optimiser, name).steps for name in self.done) + step
+        keep = self.config.checkpoint.keep
+        checkpoint.save(self._checkpoints, steps, self._models(), self._training(), extra, keep=keep)
+
+    def _restore(self) -> None:
+        """Restores the newest checkpoint; one inside a stage is loaded when that stage has built its optimisers."""
+        newest = checkpoint.newest(self._checkpoints, tell=self.log.note)
+        if newest is None:
+            # no checkpoint yet: discard the stopped run's metrics
+            self.log.load_state_dict({"bytes": 0, "non_finite": {}})
+            return
+        self.done, stage = list(newest.extra["done"]), newest.extra["stage"]
+        if stage is None:
+            checkpoint.load(self._checkpoints, self._models(), {})
+        else:
+            self._inside = newest
+            self.data.go_to(stage, newest.extra["data"])
+        self.evaluations = dict(newest.extra["evaluations"])
+        self.log.load_state_dict(newest.extra["log"])
+        where = f"step {newest.extra['step']} of {stage}" if stage else f"the end of {self.done[-1]}"
+        self.log.note(f"resuming after {where} ({newest.path})")
+
+
+def _environment(device: torch.device) -> Metrics:
+    """Returns the versions and the device of the run, for the report."""
+    versions = {"python": platform.python_version(), "prism": prism_kernels.__version__}
+    versions |= {name: version(name) for name in ("torch", "transformers")}
+    begun = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"last_started": begun, "device": str(device), "versions": versions}

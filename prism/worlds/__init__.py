@@ -1,0 +1,1 @@
+"""Generated worlds, in which right answers and errors are known exactly."""

@@ -1,0 +1,38 @@
+"""The CI workflow names make targets, files and Pythons that exist."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+yaml = pytest.importorskip("yaml")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    return yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+
+
+def commands(job):
+    return [step["run"] for step in job["steps"] if "run" in step]
+
+
+def test_workflow_names_make_targets_and_files_that_exist(jobs):
+    text = "\n".join(line for job in jobs.values() for line in commands(job))
+    targets = set(re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"\bmake ([a-z-]+)", text)
+    assert set(named) == {"lint", "test", "wheel"} and set(named) <= targets
+    files = re.findall(r"\btests/\S+\.py", text)
+    assert files and all((ROOT / file).exists() for file in files)
+
+
+def test_workflow_tests_every_supported_python(jobs):
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    tested = jobs["test"]["strategy"]["matrix"]["python"]
+    assert tested[0] == oldest and "3.14" in tested
+    # the wheel is built under the oldest Python, and tried under all others
+    (built,) = [s["with"]["python-version"] for s in jobs["wheel"]["steps"] if "setup-python" in s.get("uses", "")]
+    assert [built, *jobs["wheel-elsewhere"]["strategy"]["matrix"]["python"]] == tested
