@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.versus import Duel, Goal, Rival, Run, Values, duel_test
 from prism_kernels import prefix_attention
+from prism_kernels.ops.prefix_attention.eager import attend_pieces
 from prism_kernels.ops.prefix_attention.reference import prefix_attention_reference, visible
-from prism_kernels.ops.prefix_attention.torch import attend_pieces
 from prism_kernels.packing import Branch, Kind, PrefixGroup, PrefixPack, build_pack
 
 

@@ -83,11 +83,9 @@ def unavailable(op: str, backend: str, device: str) -> str | None:
     if backend not in _implementations(op):
         return f"{op} has no implementation for it; it has {', '.join(_implementations(op))}"
     if backend == "cpu":
-        return (
-            _native_reason("_C")
-            if device == "cpu"
-            else "it takes CPU tensors only; move the tensors or choose another backend"
-        )
+        if device != "cpu":
+            return "it takes CPU tensors only; move the tensors or choose another backend"
+        return _native_reason("_C")
     if backend == "cuda":
         if device != "cuda":
             return "it takes CUDA tensors only; move the tensors or choose another backend"

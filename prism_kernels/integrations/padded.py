@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prism_kernels.metrics import PolicyMetrics
 from prism_kernels.ops.policy_loss import policy_loss
-from prism_kernels.ops.policy_loss.metrics import PolicyMetrics
 
 
 def padded_policy_loss(

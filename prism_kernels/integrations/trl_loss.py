@@ -15,7 +15,7 @@ from torch import Tensor
 from prism_kernels.check import fail
 from prism_kernels.integrations.padded import padded_policy_loss
 from prism_kernels.integrations.patching import Replacement, require_parameters
-from prism_kernels.ops.policy_loss.metrics import PolicyMetrics
+from prism_kernels.metrics import PolicyMetrics
 from prism_kernels.ops.policy_loss.options import LARGEST_BOUND, RATIOS
 
 NAME = "integrations.trl"

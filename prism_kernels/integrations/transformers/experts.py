@@ -12,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 
 from prism_kernels.check import fail
 from prism_kernels.ops.moe_experts import moe_experts
-from prism_kernels.ops.moe_route.routing import Routing
+from prism_kernels.ops.moe_route import Routing
 
 NAME = 'experts_implementation="prism"'
 

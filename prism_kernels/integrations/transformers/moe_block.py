@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from prism_kernels.check import fail
 from prism_kernels.integrations.transformers.experts import check_experts
 from prism_kernels.ops.moe_experts import moe_experts
-from prism_kernels.ops.moe_route import moe_route
-from prism_kernels.ops.moe_route.routing import Routing
+from prism_kernels.ops.moe_route import Routing, moe_route
 
 NAME = "MoeBlock"
 

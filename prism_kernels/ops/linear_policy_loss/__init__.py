@@ -5,11 +5,10 @@ from torch import Tensor
 
 from prism_kernels import check
 from prism_kernels.backend import resolve
+from prism_kernels.metrics import PolicyMetrics
 from prism_kernels.ops.linear_logprob import head_arguments, with_lora
 from prism_kernels.ops.linear_policy_loss.op import NAME, LinearPolicyLossFunction
-from prism_kernels.ops.policy_loss import arguments
-from prism_kernels.ops.policy_loss.metrics import PolicyMetrics
-from prism_kernels.ops.policy_loss.options import options
+from prism_kernels.ops.policy_loss.options import check_required, check_tensors, checked_options
 
 
 def linear_policy_loss(
@@ -91,10 +90,9 @@ def linear_policy_loss(
     check.tensor(NAME, "hidden", hidden)
     check.shape(NAME, "hidden", hidden, ("T", "D"))
     head = head_arguments(NAME, hidden, weight, target, bias, temperature, softcap)
-    tokens = hidden.shape[0]
     columns = {"old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
-    per_token = arguments.batch(NAME, tokens, head.hidden, "hidden", advantage, cu_seqlens, mask, denominator, columns)
-    chosen = options(
+    per_token = check_tensors(NAME, "hidden", head.hidden, advantage, cu_seqlens, mask, denominator, columns)
+    chosen = checked_options(
         NAME,
         ratio=ratio,
         clip=clip,
@@ -111,8 +109,8 @@ def linear_policy_loss(
         entropy_coef=entropy_coef,
         per_token=per_token,
     )
-    arguments.required(NAME, "ref_logp", ref_logp, "kl_coef", kl_coef)
-    arguments.required(NAME, "rollout_logp", rollout_logp, "correction", correction)
+    check_required(NAME, "ref_logp", ref_logp, "kl_coef", kl_coef)
+    check_required(NAME, "rollout_logp", rollout_logp, "correction", correction)
     if chunk_tokens is not None and chunk_tokens < 1:
         check.fail(NAME, "chunk_tokens >= 1 or None", chunk_tokens)
     head = with_lora(NAME, head, lora)

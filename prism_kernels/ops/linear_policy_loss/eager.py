@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prism_kernels.metrics import POLICY_TOTALS, PolicyMetrics
 from prism_kernels.ops.anchored_rows import RowKernels
 from prism_kernels.ops.linear_logprob.eager import Gradients, Needs, backward, chained, forward
-from prism_kernels.ops.policy_loss.metrics import NAMES, PolicyMetrics
+from prism_kernels.ops.policy_loss.eager import Correction, Segments, corrections, loss_terms
 from prism_kernels.ops.policy_loss.options import Options
-from prism_kernels.ops.policy_loss.torch import Correction, Segments, corrections, loss_terms
 from prism_kernels.ops.rows import Head, RowSums, accumulator, cached, has_gradient, outcome
 
 # bytes of a chunk's exponentials: large products in flat memory
@@ -228,5 +228,5 @@ def run_chunks(
     assert metrics is not None
     totals = metrics.totals.clone()
     # a sequence that was cut counts once
-    totals[NAMES.index("sequences")] = (policy.segments.counts > 0).sum()
+    totals[POLICY_TOTALS.index("sequences")] = (policy.segments.counts > 0).sum()
     return Result(loss, totals, logp, runner.grads)

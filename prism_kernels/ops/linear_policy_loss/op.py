@@ -8,13 +8,12 @@ from torch.autograd.function import once_differentiable
 
 from prism_kernels import check
 from prism_kernels.library import register_op
+from prism_kernels.metrics import POLICY_TOTALS
 from prism_kernels.ops.anchored_rows import ROW_KERNELS
 from prism_kernels.ops.linear_logprob.eager import Gradients, Needs
 from prism_kernels.ops.linear_policy_loss.eager import Policy, default_rows, run_chunks
-from prism_kernels.ops.policy_loss import arguments
-from prism_kernels.ops.policy_loss.metrics import NAMES
-from prism_kernels.ops.policy_loss.options import Options
-from prism_kernels.ops.policy_loss.torch import Segments, corrections, token_weights
+from prism_kernels.ops.policy_loss.eager import Segments, corrections, token_weights
+from prism_kernels.ops.policy_loss.options import Options, check_values
 from prism_kernels.ops.rows import HEAD, HeadArguments, accumulator, may_synchronise
 
 NAME = "linear_policy_loss"
@@ -44,7 +43,7 @@ def _run(
     total, columns = hidden.shape[0], given.weight.shape[0]
     check.targets(NAME, target, columns, ignore_index)
     check.temperatures(NAME, given.temperature)
-    arguments.values(NAME, cu_seqlens, total, denominator)
+    check_values(NAME, cu_seqlens, total, denominator)
     options = Options.decoded(choices, numbers)
     dtype = accumulator(hidden.dtype)
     may_read = may_synchronise(hidden)
@@ -119,7 +118,7 @@ def _forward_fake(*values: Any) -> tuple[Tensor, ...]:
 
     return (
         hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(len(NAMES), dtype=torch.float64),
+        hidden.new_empty(len(POLICY_TOTALS), dtype=torch.float64),
         hidden.new_empty(hidden.shape[0], dtype=dtype),
         like(hidden, needs[0], hidden.dtype),
         like(given.weight, needs[1], given.weight.dtype),

@@ -1,6 +1,6 @@
-"""What surrounds the experts' products, in Triton: one program to a row, a block of columns at a time.
+"""The steps around the experts' matrix products, in Triton: a program handles one row, a block of columns at a time.
 
-The same functions as in torch.py beside this file, which says what they mean and names the dimensions.
+The functions have the names, arguments and results of those in eager.py, which also names the dimensions.
 """
 
 import functools
@@ -11,27 +11,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prism_kernels.ops.moe_route.torch import accumulator
+from prism_kernels.ops.moe_experts.eager import inverse_permutation
+from prism_kernels.ops.rows import accumulator
 
-# from 3.10 on, Triton contracts a * b + c only where asked: the tiles are tested with it
+# from 3.10 on, Triton contracts a * b + c only on request: the tiles are tested with it
 FP_FUSION = {"enable_fp_fusion": True}
 
 
 class Tile(NamedTuple):
-    """The columns of a block and the warps that share it."""
+    """The columns of a block and its warps."""
 
     columns: int
     num_warps: int
 
 
-# by compute capability; 0 is the interpreter, where small blocks let small tests cross their edges. 8 halves to a lane
-# are a load of 16 bytes
+# by compute capability; 0 is the interpreter, where blocks are small so that small tests cross their edges. A lane
+# loads 8 halves: 16 bytes
 TILES = {0: Tile(32, 1), 80: Tile(1024, 4), 90: Tile(1024, 4), 100: Tile(1024, 4)}
 
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The key of the tile table for a device: 80, 90 or 100, and 0 for the CPU, that is, the interpreter."""
+    """Returns the key of the tile table for a device: 80, 90 or 100; 0 for the CPU, that is, the interpreter."""
     if device.type == "cpu":
         return 0
     major, _ = torch.cuda.get_device_capability(device)
@@ -98,17 +99,17 @@ def _swiglu_bwd_kernel(
 
 @triton.jit
 def _combine_kernel(
-    rows, place, weight, out, columns, TOP_K: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr
+    rows, row, weight, out, columns, TOP_K: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    place += token * TOP_K
+    row += token * TOP_K
     out += token * columns
     for c0 in range(0, columns, BLOCK):
         c = c0 + tl.arange(0, BLOCK)
         live = c < columns
         total = tl.zeros([BLOCK], dtype)
         for k in tl.static_range(TOP_K):
-            source = rows + tl.load(place + k).to(tl.int64) * columns
+            source = rows + tl.load(row + k).to(tl.int64) * columns
             part = tl.load(source + c, mask=live, other=0.0).to(dtype)
             if weight is not None:
                 part *= tl.load(weight + token * TOP_K + k)
@@ -120,7 +121,7 @@ _DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def backward_registers(dtype: torch.dtype) -> int:
-    """The registers that SwiGLU's backward may take: left to itself, ptxas stops at 48, in fp64 at 72, and spills."""
+    """Returns the registers that SwiGLU's backward may take: by itself, ptxas stops at 48 (fp64: 72) and spills."""
     return 128 if dtype == torch.float64 else 64
 
 
@@ -148,7 +149,7 @@ def swiglu(pre: Tensor) -> Tensor:
         block, num_warps = _tile(pre)
         with torch.cuda.device_of(pre):
             _swiglu_fwd_kernel[(total,)](
-                pre, out, columns, dtype=_DTYPE[accumulator(pre)], **block, num_warps=num_warps, **FP_FUSION
+                pre, out, columns, dtype=_DTYPE[accumulator(pre.dtype)], **block, num_warps=num_warps, **FP_FUSION
             )
     return out
 
@@ -166,7 +167,7 @@ def swiglu_backward(
         with torch.cuda.device_of(pre):
             _swiglu_bwd_kernel[(total,)](
                 pre, grad, weight, permutation, grad_pre, weighted, grad_weight, columns,
-                dtype=_DTYPE[accumulator(pre)], **block, num_warps=num_warps,
+                dtype=_DTYPE[accumulator(pre.dtype)], **block, num_warps=num_warps,
                 maxnreg=backward_registers(pre.dtype), **FP_FUSION,
             )  # fmt: skip
     return grad_pre, weighted, grad_weight
@@ -174,14 +175,13 @@ def swiglu_backward(
 
 def combine(rows: Tensor, permutation: Tensor, weight: Tensor | None, tokens: int, top_k: int) -> Tensor:
     """Returns the sum over each token's K rows of rows (N, D), weighted with weight (T, K) if given: (T, D)."""
-    place = torch.empty_like(permutation)
-    place.scatter_(0, permutation.to(torch.int64), torch.arange(place.shape[0], device=place.device, dtype=place.dtype))
+    row = inverse_permutation(permutation)
     out = rows.new_empty(tokens, rows.shape[1])
     if out.numel():
         block, num_warps = _tile(rows)
         with torch.cuda.device_of(rows):
             _combine_kernel[(tokens,)](
-                rows, place, weight, out, rows.shape[1],
-                TOP_K=top_k, dtype=_DTYPE[accumulator(rows)], **block, num_warps=num_warps, **FP_FUSION,
+                rows, row, weight, out, rows.shape[1],
+                TOP_K=top_k, dtype=_DTYPE[accumulator(rows.dtype)], **block, num_warps=num_warps, **FP_FUSION,
             )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""Group statistics in plain torch, in float64, without reading a value back: a stable sort, then sums over segments."""
+"""Group statistics in plain torch, in float64, without host synchronisation: a stable sort, then segment sums."""
 
 from typing import NamedTuple
 
@@ -15,14 +15,14 @@ class Groups(NamedTuple):
     bounds: Tensor
     # [N] each sample's group
     ids: Tensor
-    # [N] samples whose id is no group
+    # [N] whether a sample's id is out of range
     bad: Tensor
 
     @staticmethod
     def of(group: Tensor) -> "Groups":
         """Returns the groups of the ids, (N,)."""
         n = group.numel()
-        # held within the groups, since on a GPU the values are not checked
+        # clamped, since on a GPU the values are not checked
         ids = group.to(torch.int64).clamp(0, max(n - 1, 0))
         ordered, order = torch.sort(ids, stable=True)
         bounds = torch.searchsorted(ordered, torch.arange(n + 1, device=group.device))
@@ -47,46 +47,47 @@ def _deviation(square_sum: Tensor, count: Tensor) -> Tensor:
     return (square_sum / (count - 1).clamp(min=1)).sqrt()
 
 
-def z_score(x: Tensor, take: Tensor | None, groups: Groups, eps: float, lone: str) -> Tensor:
-    """Returns (x - mean) / (std + eps) within each group, over the samples to `take` (None: all); 0 for the others.
+def z_score(x: Tensor, included: Tensor | None, groups: Groups, eps: float, single: str) -> Tensor:
+    """Returns (x - mean) / (std + eps) within each group, over the included samples (None: all); 0 for the others.
 
-    A group of one is 0 where `lone` is "zero"; where it is "raw" its mean counts as 0 and its std as 1.
+    A group of one gets 0 with `single` "zero"; with "raw" its mean counts as 0 and its std as 1.
     """
-    count = groups.sum(torch.ones_like(x) if take is None else take.to(x.dtype))
-    x = x if take is None else torch.where(take, x, 0)
+    count = groups.sum(torch.ones_like(x) if included is None else included.to(x.dtype))
+    x = x if included is None else torch.where(included, x, 0)
     centred = x - groups.sum(x) / count.clamp(min=1)
-    centred = centred if take is None else torch.where(take, centred, 0)
+    centred = centred if included is None else torch.where(included, centred, 0)
     result = centred / (_deviation(groups.sum(centred.square()), count) + eps)
-    single = x / (1 + eps) if lone == "raw" else torch.zeros_like(x)
-    return torch.where(count > 1, result, single)
+    return torch.where(count > 1, result, x / (1 + eps) if single == "raw" else torch.zeros_like(x))
 
 
-def forward(reward: Tensor, group: Tensor, valid: Tensor | None, baseline: str, scale: str, eps: float) -> Tensor:
+def group_advantage_eager(
+    reward: Tensor, group: Tensor, valid: Tensor | None, baseline: str, scale: str, eps: float
+) -> Tensor:
     """Returns the advantages in float64."""
     groups = Groups.of(group)
     x = reward.to(torch.float64)
-    keep = torch.ones_like(groups.bad) if valid is None else valid
+    included = torch.ones_like(groups.bad) if valid is None else valid
     if scale == "std" and baseline == "mean":
-        result = z_score(x, keep, groups, eps, "zero")
+        result = z_score(x, included, groups, eps, "zero")
     else:
-        x = torch.where(keep, x, 0)
-        count = groups.sum(keep.to(x.dtype))
-        centred = torch.where(keep, x - groups.sum(x) / count.clamp(min=1), 0)
+        x = torch.where(included, x, 0)
+        count = groups.sum(included.to(x.dtype))
+        centred = torch.where(included, x - groups.sum(x) / count.clamp(min=1), 0)
         result = x
         if baseline == "mean":
             result = centred
         elif baseline == "leave_one_out":
             result = centred * (count / (count - 1).clamp(min=1))
-        alone = count <= 1
+        single = count <= 1
         if baseline != "none" or scale == "std":
-            result = torch.where(alone, 0, result)
+            result = torch.where(single, 0, result)
         if scale == "std":
             result = result / (_deviation(groups.sum(centred.square()), count) + eps)
         elif scale == "batch_std":
-            total = keep.sum()
-            middle = result.sum() / total.clamp(min=1)
-            centred = torch.where(keep & (total > 1), result - middle, 0)
+            total = included.sum()
+            mean = result.sum() / total.clamp(min=1)
+            centred = torch.where(included & (total > 1), result - mean, 0)
             result = centred / (_deviation(centred.square().sum(), total) + eps)
             if baseline != "none":
-                result = torch.where(alone, 0, result)
-    return torch.where(groups.bad, torch.nan, torch.where(keep, result, 0))
+                result = torch.where(single, 0, result)
+    return torch.where(groups.bad, torch.nan, torch.where(included, result, 0))

@@ -1,7 +1,7 @@
-"""The policy loss and its gradient in plain torch: analytic, so that what is clipped or masked is 0 and not 0 * inf.
+"""The policy loss and its gradient in plain torch. The gradient is analytic: a clipped or masked token gets an exact 0.
 
-T tokens, S sequences. Three steps that `linear_policy_loss` also takes one by one: what each token weighs, the weights
-of the rollout correction, and the loss itself with dL/dlogp.
+T tokens, S sequences. `linear_policy_loss` also takes these three steps one by one: the weight of each token, the
+weights of the rollout correction, and the loss itself with dL/dlogp.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,9 @@ from prism_kernels.ops.policy_loss.options import Options
 
 
 class Segments(NamedTuple):
-    """Which tokens make a sequence, and which of them count."""
+    """The tokens of each sequence, and which of them are valid."""
 
+    # [S + 1]
     cu_seqlens: Tensor
     # [T] the sequence of each token
     sequence: Tensor
@@ -26,13 +27,12 @@ class Segments(NamedTuple):
     @staticmethod
     def of(cu_seqlens: Tensor, mask: Tensor | None, tokens: int, dtype: torch.dtype) -> "Segments":
         """Returns the sequences that cu_seqlens (S + 1,) cuts the tokens into."""
-        # held within the tokens, since on a GPU the values are not checked
+        # clamped, since on a GPU the values are not checked
         bounds = cu_seqlens.to(torch.int64).clamp(0, tokens)
-        place = torch.arange(tokens, device=bounds.device)
-        index = torch.bucketize(place, bounds[1:], right=True)
-        index.clamp_(max=max(bounds.numel() - 2, 0))
-        count = bounds.diff().to(dtype) if mask is None else _sums(mask.to(dtype), bounds)
-        return Segments(bounds, index, mask, count)
+        sequence = torch.bucketize(torch.arange(tokens, device=bounds.device), bounds[1:], right=True)
+        sequence.clamp_(max=max(bounds.numel() - 2, 0))
+        counts = bounds.diff().to(dtype) if mask is None else _sums(mask.to(dtype), bounds)
+        return Segments(bounds, sequence, mask, counts)
 
     def kept(self, x: Tensor) -> Tensor:
         """Returns x (T,), and 0 where a token is not valid."""
@@ -59,7 +59,7 @@ def _sums(x: Tensor, bounds: Tensor) -> Tensor:
 
 
 class Correction(NamedTuple):
-    """The weight of each token for having been sampled by another policy: as it is, and as used."""
+    """The importance weight of each token, sampled by another policy: `raw`, and `used` after the bounds; (T,) each."""
 
     raw: Tensor
     used: Tensor
@@ -67,7 +67,7 @@ class Correction(NamedTuple):
 
 
 def token_weights(segments: Segments, options: Options, denominator: Tensor | None) -> Tensor:
-    """Returns by what each token's term counts in the loss, (T,): 0 where it is not valid."""
+    """Returns the factor of each token's term in the loss, (T,): 0 where it is not valid."""
     count = segments.counts
     if denominator is not None:
         total = denominator.to(count.dtype)
@@ -83,16 +83,16 @@ def token_weights(segments: Segments, options: Options, denominator: Tensor | No
     return segments.kept(segments.spread(weight))
 
 
-def corrections(behind: Tensor | None, segments: Segments, options: Options, like: Tensor) -> Correction:
+def corrections(log_ratio: Tensor | None, segments: Segments, options: Options, like: Tensor) -> Correction:
     """Returns the rollout correction's weights, given old_logp - rollout_logp (T,), which is 0 at invalid tokens."""
-    if behind is None:
+    if log_ratio is None:
         one = torch.ones_like(like)
         return Correction(one, one, torch.zeros_like(one, dtype=torch.bool))
     if options.correction_unit == "sequence":
-        behind = segments.spread(segments.sum(behind))
+        log_ratio = segments.spread(segments.sum(log_ratio))
     elif options.correction_unit == "geometric":
-        behind = segments.spread(segments.mean(behind))
-    raw = behind.clamp(-options.log_ratio_bound, options.log_ratio_bound).exp()
+        log_ratio = segments.spread(segments.mean(log_ratio))
+    raw = log_ratio.clamp(-options.log_ratio_bound, options.log_ratio_bound).exp()
     if options.correction is None:
         return Correction(raw, torch.ones_like(raw), torch.zeros_like(raw, dtype=torch.bool))
     if options.correction.endswith("tis"):
@@ -102,7 +102,7 @@ def corrections(behind: Tensor | None, segments: Segments, options: Options, lik
     return Correction(raw, torch.where(clipped, 0.0, raw), clipped)
 
 
-class Loss(NamedTuple):
+class PolicyLoss(NamedTuple):
     """The loss, its gradient with respect to logp and entropy (T,), and the metrics' totals.
 
     `grad_entropy` is empty where no entropy was given.
@@ -114,8 +114,8 @@ class Loss(NamedTuple):
     totals: Tensor
 
 
-class _Gain(NamedTuple):
-    """A token's part of the policy objective: the loss, its slope in the log-ratio (or in logp), and what was held."""
+class _TokenLoss(NamedTuple):
+    """Each token's loss by the objective, its slope in the log-ratio (or in logp), and where each clip applied."""
 
     value: Tensor
     slope: Tensor
@@ -134,103 +134,104 @@ def loss_terms(
     correction: Correction,
     segments: Segments,
     options: Options,
-) -> Loss:
-    """Returns the loss of some whole sequences, or of any tokens if the ratio is that of the token.
+) -> PolicyLoss:
+    """Returns the loss of whole sequences; with a token ratio, of any tokens.
 
-    Everything is (T,) and of one dtype; `weight` as from `token_weights`, `advantage` already spread over tokens.
+    Every tensor is (T,) and of one dtype; `weight` is from `token_weights`, `advantage` one number per token.
     """
     kept = segments.kept
     x = kept(logp)
-    log_ratio = torch.zeros_like(x) if old_logp is None else x - kept(old_logp)
-    lag = log_ratio
+    token_log_ratio = torch.zeros_like(x) if old_logp is None else x - kept(old_logp)
+    log_ratio = token_log_ratio
     if options.ratio == "sequence":
         log_ratio = segments.spread(segments.mean(log_ratio))
     bound = options.log_ratio_bound
     ratio = log_ratio.clamp(-bound, bound).exp()
-    gain = _gain(x, ratio, log_ratio.abs() > bound, kept(advantage), options)
+    token_loss = _token_loss(x, ratio, log_ratio.abs() > bound, kept(advantage), options)
 
     share = weight * correction.used
-    grad = share * gain.slope
+    grad = share * token_loss.slope
     if options.ratio == "sequence" and options.objective == "clip" and not options.per_token:
-        # the gradient of the mean over the sequence, to which each token contributes alike
+        # each token contributes equally to the sequence's mean log-ratio
         grad = kept(segments.spread(segments.mean(grad)))
-    loss = share * gain.value
+    loss = share * token_loss.value
     kl = torch.zeros_like(x)
     if ref_logp is not None:
         kl, slope = _kl(x - kept(ref_logp), options.kl_estimator, bound)
         loss = loss + weight * (options.kl_coef * kl)
         grad = grad + weight * (options.kl_coef * slope)
     grad_entropy = x.new_empty(0)
-    surprise = torch.zeros_like(x)
+    bonus = torch.zeros_like(x)
     if entropy is not None:
-        surprise = kept(entropy)
-        loss = loss - weight * (options.entropy_coef * surprise)
+        bonus = kept(entropy)
+        loss = loss - weight * (options.entropy_coef * bonus)
         grad_entropy = -options.entropy_coef * weight
 
-    weights = kept(ratio * correction.used).double()
-    sums = [
+    importance = kept(ratio * correction.used).double()
+    # in the order of POLICY_TOTALS
+    summands = [
         segments.counts,
         segments.counts > 0,
-        kept(gain.low),
-        kept(gain.high),
-        kept(gain.dual),
-        -lag,
+        kept(token_loss.low),
+        kept(token_loss.high),
+        kept(token_loss.dual),
+        -token_log_ratio,
         kl,
         kept(ratio),
         kept(correction.raw),
         kept(correction.used),
         kept(correction.clipped),
-        weights,
-        weights.square(),
-        surprise,
+        importance,
+        importance.square(),
+        bonus,
     ]
-    totals = [t.sum(dtype=torch.float64) for t in sums]
+    totals = [t.sum(dtype=torch.float64) for t in summands]
     inf = x.new_full((1,), torch.inf)
-    totals.append(torch.cat((_but(segments, ratio, inf), inf)).amin().double())
-    totals.append(torch.cat((_but(segments, ratio, -inf), -inf)).amax().double())
-    return Loss(loss.sum(), grad, grad_entropy, torch.stack(totals))
+    totals.append(torch.cat((_where_valid(segments, ratio, inf), inf)).amin().double())
+    totals.append(torch.cat((_where_valid(segments, ratio, -inf), -inf)).amax().double())
+    return PolicyLoss(loss.sum(), grad, grad_entropy, torch.stack(totals))
 
 
-def _but(segments: Segments, x: Tensor, otherwise: Tensor) -> Tensor:
+def _where_valid(segments: Segments, x: Tensor, otherwise: Tensor) -> Tensor:
     return x if segments.mask is None else torch.where(segments.mask, x, otherwise)
 
 
-def _gain(x: Tensor, ratio: Tensor, outside: Tensor, advantage: Tensor, options: Options) -> _Gain:
+def _token_loss(x: Tensor, ratio: Tensor, out_of_bound: Tensor, advantage: Tensor, options: Options) -> _TokenLoss:
     low, high = 1 - options.clip_low, 1 + options.clip_high
     below, above = ratio < low, ratio > high
     none = torch.zeros_like(below)
     if options.objective == "reinforce":
-        return _Gain(-advantage * x, -advantage, none, none, none)
+        return _TokenLoss(-advantage * x, -advantage, none, none, none)
     if options.objective == "cispo":
         slope = -advantage * ratio.clamp(low, high)
-        return _Gain(slope * x, slope, below, above, none)
+        return _TokenLoss(slope * x, slope, below, above, none)
     below &= advantage < 0
     above &= advantage > 0
-    held = torch.where(below, low, torch.where(above, high, ratio))
-    dual = (advantage < 0) & (held > options.dual_clip)
-    held = torch.where(dual, options.dual_clip, held)
-    value = -advantage * held
-    # selected, not multiplied: beyond the bound the derivative of the clamp is 0
-    slope = torch.where(below | above | dual | outside, 0.0, value)
-    return _Gain(value, slope, below, above, dual)
+    clipped = torch.where(below, low, torch.where(above, high, ratio))
+    dual = (advantage < 0) & (clipped > options.dual_clip)
+    clipped = torch.where(dual, options.dual_clip, clipped)
+    value = -advantage * clipped
+    # selected, not multiplied by 0: a product with an infinite value would be NaN
+    slope = torch.where(below | above | dual | out_of_bound, 0.0, value)
+    return _TokenLoss(value, slope, below, above, dual)
 
 
 def _kl(delta: Tensor, estimator: str, bound: float) -> tuple[Tensor, Tensor]:
-    """Returns the estimate of KL(new, reference) of each token, delta = logp - ref_logp, and its slope."""
+    """Returns each token's estimate of KL(new, reference) from delta = logp - ref_logp, and its slope in delta."""
     if estimator == "k1":
         return delta, torch.ones_like(delta)
     if estimator == "k1+":
         return delta, delta
     if estimator == "k2":
         return delta.square() / 2, delta
-    held = delta.clamp(-bound, bound)
-    less = torch.expm1(-held)
+    clamped = delta.clamp(-bound, bound)
+    expm1 = torch.expm1(-clamped)
     if estimator == "k3+":
-        return less + held, delta
-    return less + held, torch.where(delta.abs() > bound, 0.0, -less)
+        return expm1 + clamped, delta
+    return expm1 + clamped, torch.where(delta.abs() > bound, 0.0, -expm1)
 
 
-def forward(
+def policy_loss_eager(
     logp: Tensor,
     old_logp: Tensor | None,
     advantage: Tensor,
@@ -241,15 +242,15 @@ def forward(
     entropy: Tensor | None,
     denominator: Tensor | None,
     options: Options,
-) -> Loss:
+) -> PolicyLoss:
     """Returns the policy loss, dL/dlogp, dL/dentropy and the totals of `PolicyMetrics`."""
     segments = Segments.of(cu_seqlens, mask, logp.shape[0], logp.dtype)
     weight = token_weights(segments, options, denominator)
     if not options.per_token:
-        # with no sequence at all there is no token either
+        # without a sequence there is no token, and nothing to select from
         advantage = segments.spread(advantage) if advantage.numel() else torch.zeros_like(logp)
-    behind = None
+    rollout_log_ratio = None
     if rollout_logp is not None:
-        behind = segments.kept((logp if old_logp is None else old_logp) - rollout_logp)
-    correction = corrections(behind, segments, options, logp)
+        rollout_log_ratio = segments.kept((logp if old_logp is None else old_logp) - rollout_logp)
+    correction = corrections(rollout_log_ratio, segments, options, logp)
     return loss_terms(logp, old_logp, advantage, ref_logp, entropy, weight, correction, segments, options)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-class Loss(NamedTuple):
+class PairLoss(NamedTuple):
     """The loss, its gradients with respect to the two scores, and the metrics' totals."""
 
     value: Tensor
@@ -16,7 +16,7 @@ class Loss(NamedTuple):
     totals: Tensor
 
 
-def forward(
+def pair_loss_eager(
     preferred: Tensor,
     other: Tensor,
     group: Tensor | None,
@@ -25,23 +25,20 @@ def forward(
     divisor: float,
     regularisation: float,
     soft_clip: float,
-) -> Loss:
+) -> PairLoss:
     """Returns the loss; a `divisor` or `soft_clip` of 0 stands for none."""
     scores = preferred.shape[0]
     keep = torch.ones_like(other, dtype=torch.bool) if valid is None else valid
-    if group is None:
-        place = torch.arange(other.shape[0], device=other.device)
-        first = preferred
-    elif scores == 0:
-        # with no score there is no pair either
-        place, first = group.to(torch.int64), torch.zeros_like(other)
-    else:
-        # held within the scores, since on a GPU the values are not checked
-        place = group.to(torch.int64).clamp(0, scores - 1)
-        first = preferred.index_select(0, place)
-        first = torch.where(place == group, first, torch.nan)
-    # selected before any arithmetic: what is not valid may be NaN
-    p, o = torch.where(keep, first, 0), torch.where(keep, other, 0)
+    index, by_pair = None, preferred
+    if group is not None and scores == 0:
+        # without a score there is no pair, and nothing to select from
+        index, by_pair = group.to(torch.int64), torch.zeros_like(other)
+    elif group is not None:
+        # clamped, since on a GPU the values are not checked
+        index = group.to(torch.int64).clamp(0, scores - 1)
+        by_pair = torch.where(index == group, preferred.index_select(0, index), torch.nan)
+    # selected before any arithmetic: an invalid score may be NaN
+    p, o = torch.where(keep, by_pair, 0), torch.where(keep, other, 0)
     x = p - o
     clipped = torch.tanh(x / soft_clip) if soft_clip else None
     d = x if clipped is None else clipped * soft_clip
@@ -58,22 +55,23 @@ def forward(
     share = torch.where(keep, torch.where(total > 0, 1 / total, torch.nan), 0)
     loss = (share * (regularisation * (p.square() + o.square()) - logsigmoid(d))).sum()
     grad = share * (slope + 2 * regularisation * p)
-    if group is not None:
-        grad = _sums(grad, place, scores)
-    totals = [keep, keep & (x > 0), x, p, o]
-    return Loss(
+    if index is not None:
+        grad = _sums(grad, index, scores)
+    # in the order of PAIR_TOTALS
+    summands = [keep, keep & (x > 0), x, p, o]
+    return PairLoss(
         loss,
         grad,
         share * (2 * regularisation * o - slope),
-        torch.stack([t.sum(dtype=torch.float64) for t in totals]),
+        torch.stack([t.sum(dtype=torch.float64) for t in summands]),
     )
 
 
-def _sums(x: Tensor, place: Tensor, size: int) -> Tensor:
-    """Returns the sums of x (N,) by place, (size,)."""
+def _sums(x: Tensor, index: Tensor, size: int) -> Tensor:
+    """Returns the sums of x (N,) by index, (size,)."""
     if size == 0 or x.numel() == 0:
         return x.new_zeros(size)
-    ordered, order = torch.sort(place, stable=True)
+    ordered, order = torch.sort(index, stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(size + 1, device=x.device))
     # not index_add_: its order of summation varies on a GPU
     return torch.segment_reduce(x.index_select(0, order), "sum", offsets=bounds, axis=0, initial=0, unsafe=True)

@@ -1,15 +1,15 @@
-"""The advantages of the adversarial alignment in plain torch, in float64, without reading a value back."""
+"""The advantages of the adversarial alignment in plain torch, in float64, without host synchronisation."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prism_kernels.ops.group_advantage.torch import Groups, z_score
+from prism_kernels.ops.group_advantage.eager import Groups, z_score
 
 
 class Settings(NamedTuple):
-    """The numbers of `prism_advantage`."""
+    """The numeric options of `prism_advantage`."""
 
     alpha: float
     format_penalty: float
@@ -20,7 +20,7 @@ class Settings(NamedTuple):
     eps: float
 
 
-def forward(
+def prism_advantage_eager(
     perception: Tensor,
     reasoning: Tensor,
     group: Tensor,
@@ -29,14 +29,14 @@ def forward(
     normalize: str,
     invalid: str,
     mode: str,
-    s: Settings,
+    settings: Settings,
 ) -> Tensor:
     """Returns the advantages in float64."""
     groups = Groups.of(group)
-    lone = "raw" if invalid == "below_min" else "zero"
+    single = "raw" if invalid == "below_min" else "zero"
     ok = torch.ones_like(groups.bad) if format_ok is None else format_ok
     has_valid = groups.sum(ok.to(torch.float64)) > 0
-    take = ok if invalid == "exclude" else None
+    included = ok if invalid == "exclude" else None
 
     def score(x: Tensor) -> Tensor:
         x = x.to(torch.float64)
@@ -45,28 +45,28 @@ def forward(
         lowest = groups.reduce(torch.where(ok, x, torch.inf), "min", torch.inf)
         return torch.where(ok, x, torch.where(has_valid, lowest - 1, -1))
 
-    def z(x: Tensor, take: Tensor | None = None) -> Tensor:
-        return z_score(x, take, groups, s.eps, lone)
+    def z(x: Tensor, included: Tensor | None = None) -> Tensor:
+        return z_score(x, included, groups, settings.eps, single)
 
     p, r = score(perception), score(reasoning)
     if normalize == "channel":
-        aligned = s.alpha * z(p, take) + (1 - s.alpha) * z(r, take)
+        aligned = settings.alpha * z(p, included) + (1 - settings.alpha) * z(r, included)
     else:
-        aligned = z(s.alpha * p + (1 - s.alpha) * r, take)
+        aligned = z(settings.alpha * p + (1 - settings.alpha) * r, included)
 
-    none = torch.zeros_like(aligned)
-    penalty = torch.where(ok, none, s.format_penalty)
+    zero = torch.zeros_like(aligned)
+    penalty = torch.where(ok, zero, settings.format_penalty)
     if mode == "align":
         result = aligned - penalty
     else:
         assert accuracy is not None
         correct = accuracy.to(torch.float64)
         wrong = (correct <= 0) & ok
-        blame = torch.where(wrong, s.wrong_penalty, none)
-        gate = torch.where(ok & ~wrong, s.align_coef * aligned, none)
-        reward = s.w_acc * correct + torch.where(ok, s.w_fmt, none)
+        blame = torch.where(wrong, settings.wrong_penalty, zero)
+        gate = torch.where(ok & ~wrong, settings.align_coef * aligned, zero)
+        reward = settings.w_acc * correct + torch.where(ok, settings.w_fmt, zero)
         if mode == "acc_gating":
-            result = s.align_coef * aligned - blame - penalty
+            result = settings.align_coef * aligned - blame - penalty
         elif mode == "gated":
             result = gate - blame - penalty
         elif mode == "rlvr":
@@ -75,7 +75,7 @@ def forward(
             result = z(reward - blame - penalty) + gate
         else:
             signed = torch.where(wrong, -aligned, aligned)
-            result = z(torch.where(ok, reward - blame, -penalty)) + torch.where(ok, s.align_coef * signed, none)
+            result = z(torch.where(ok, reward - blame, -penalty)) + torch.where(ok, settings.align_coef * signed, zero)
     if invalid == "exclude":
-        result = torch.where(has_valid, result, none)
+        result = torch.where(has_valid, result, zero)
     return torch.where(groups.bad, torch.nan, result)

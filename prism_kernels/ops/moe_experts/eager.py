@@ -1,4 +1,4 @@
-"""What surrounds the experts' products, in plain torch: gather, SwiGLU forward and backward, combine.
+"""The steps around the experts' matrix products, in plain torch: gather, SwiGLU forward and backward, combine.
 
 T tokens, K experts of a token, N = T * K assignments, D width, I width of the activation. An assignment's number is
 t * K + k; rows (N, ...) are in the order of the permutation (N,), which lists these numbers by expert.
@@ -7,9 +7,9 @@ t * K + k; rows (N, ...) are in the order of the permutation (N,), which lists t
 import torch
 from torch import Tensor
 
-from prism_kernels.ops.moe_route.torch import accumulator
+from prism_kernels.ops.rows import accumulator
 
-# elements of an activation that exist in fp32 at a time: on the cpu what its caches hold, elsewhere few launches
+# elements of an activation that exist in fp32 at a time: few enough for a CPU's caches, enough for few launches
 CPU_BLOCK, BLOCK = 2**18, 2**22
 
 
@@ -24,8 +24,8 @@ def _blocks(pre: Tensor) -> list[slice]:
 
 
 def swiglu(pre: Tensor) -> Tensor:
-    """Returns silu(gate) * up (N, I) of pre (N, 2I), gate and up side by side; rounded once."""
-    dtype = accumulator(pre)
+    """Returns silu(gate) * up (N, I) of pre = [gate, up] (N, 2I); rounded once."""
+    dtype = accumulator(pre.dtype)
     out = pre.new_empty(pre.shape[0], pre.shape[1] // 2)
     for block in _blocks(pre):
         gate, up = pre[block].to(dtype).chunk(2, dim=1)
@@ -38,16 +38,16 @@ def swiglu_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns the gradient of pre (N, 2I), the weighted activation (N, I) and the weights' gradient (T, K), as needed.
 
-    `grad` (N, I) is that of the activation with every weight 1; it may be None where only the second is needed.
+    `grad` (N, I) is the gradient of the activation for weights of 1; None if only the second result is needed.
     """
-    dtype = accumulator(pre)
-    wants_pre, wants_act, wants_weight = needs
+    dtype = accumulator(pre.dtype)
+    needs_pre, needs_activation, needs_weight = needs
     total, width = pre.shape[0], pre.shape[1] // 2
-    grad_pre = pre.new_empty(pre.shape) if wants_pre else None
-    weighted = pre.new_empty(total, width) if wants_act else None
-    grad_weight = weight.new_empty(weight.shape) if wants_weight else None
-    place = permutation.to(torch.int64)
-    by_expert = weight.reshape(-1).index_select(0, place)[:, None]
+    grad_pre = pre.new_empty(pre.shape) if needs_pre else None
+    weighted = pre.new_empty(total, width) if needs_activation else None
+    grad_weight = weight.new_empty(weight.shape) if needs_weight else None
+    assignment = permutation.to(torch.int64)
+    by_expert = weight.reshape(-1).index_select(0, assignment)[:, None]
     for block in _blocks(pre):
         gate, up = pre[block].to(dtype).chunk(2, dim=1)
         sigmoid = torch.sigmoid(gate)
@@ -59,7 +59,7 @@ def swiglu_backward(
             continue
         g = grad[block].to(dtype)
         if grad_weight is not None:
-            grad_weight.view(-1)[place[block]] = (g * silu * up).sum(1)
+            grad_weight.view(-1)[assignment[block]] = (g * silu * up).sum(1)
         if grad_pre is not None:
             g = g * share
             grad_pre[block, :width] = g * up * (sigmoid + silu * (1 - sigmoid))
@@ -67,14 +67,18 @@ def swiglu_backward(
     return grad_pre, weighted, grad_weight
 
 
+def inverse_permutation(permutation: Tensor) -> Tensor:
+    """Returns the row of each assignment, (N,)."""
+    row = torch.arange(permutation.shape[0], device=permutation.device, dtype=permutation.dtype)
+    return torch.empty_like(permutation).scatter_(0, permutation.to(torch.int64), row)
+
+
 def combine(rows: Tensor, permutation: Tensor, weight: Tensor | None, tokens: int, top_k: int) -> Tensor:
     """Returns the sum over each token's K rows of rows (N, D), weighted with weight (T, K) if given: (T, D)."""
-    dtype = accumulator(rows)
-    place = torch.empty_like(permutation)
-    place.scatter_(0, permutation.to(torch.int64), torch.arange(place.shape[0], device=place.device, dtype=place.dtype))
-    place = place.view(tokens, top_k)
+    dtype = accumulator(rows.dtype)
+    row = inverse_permutation(permutation).view(tokens, top_k)
     out = rows.new_zeros(tokens, rows.shape[1], dtype=dtype)
     for k in range(top_k):
-        part = rows.index_select(0, place[:, k]).to(dtype)
+        part = rows.index_select(0, row[:, k]).to(dtype)
         out += part if weight is None else part.mul_(weight[:, k, None])
     return out.to(rows.dtype)

@@ -1,4 +1,7 @@
-"""Schemas, fakes and the autograd function of `prefix_attention` on the CPU. T tokens, H and K heads, d width."""
+"""The ops of `prefix_attention` on the CPU: schemas, fakes, checks of values and autograd.
+
+T tokens, H heads of q, K heads of k and v, d width.
+"""
 
 from typing import Any
 
@@ -7,21 +10,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prism_kernels import check
-from prism_kernels.library import LIBRARY, define
-from prism_kernels.ops.prefix_attention.torch import accumulator, backward, forward
+from prism_kernels.library import register_op
+from prism_kernels.ops.prefix_attention import eager
+from prism_kernels.ops.rows import accumulator
 from prism_kernels.packing import Layout, layout_of
 
 NAME = "prefix_attention"
 
-_PACK = "Tensor cu_prefix, Tensor cu_branch, Tensor branch_group, float scale"
-define(f"prefix_attention_fwd(Tensor q, Tensor k, Tensor v, {_PACK}) -> (Tensor, Tensor)")
-define(
-    f"prefix_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PACK})"
-    " -> (Tensor, Tensor, Tensor)"
-)
 
-
-def _layout(cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, tokens: int) -> Layout:
+def _checked_layout(cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, tokens: int) -> Layout:
     layout = layout_of(cu_prefix, cu_branch, branch_group)
     total = sum(layout.prefix) + sum(layout.branch)
     if total != tokens or min((*layout.prefix, *layout.branch, 0)) < 0:
@@ -34,7 +31,7 @@ def _layout(cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, tokens: 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, _layout(cu_prefix, cu_branch, branch_group, q.shape[0]), scale)
+    return eager.forward(q, k, v, _checked_layout(cu_prefix, cu_branch, branch_group, q.shape[0]), scale)
 
 
 def _backward(
@@ -49,7 +46,7 @@ def _backward(
     branch_group: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(grad, q, k, v, out, lse, layout_of(cu_prefix, cu_branch, branch_group), scale)
+    return eager.backward(grad, q, k, v, out, lse, layout_of(cu_prefix, cu_branch, branch_group), scale)
 
 
 def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -60,12 +57,18 @@ def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tu
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-for name, implementation, fake in (
-    ("prefix_attention_fwd", _forward, _forward_fake),
-    ("prefix_attention_bwd", _backward, _backward_fake),
-):
-    LIBRARY.impl(name, implementation, "CPU")
-    torch.library.register_fake(f"prism_kernels::{name}", fake, lib=LIBRARY)
+_PACK = "Tensor cu_prefix, Tensor cu_branch, Tensor branch_group, float scale"
+prefix_attention_fwd = register_op(
+    f"prefix_attention_fwd(Tensor q, Tensor k, Tensor v, {_PACK}) -> (Tensor, Tensor)",
+    fake=_forward_fake,
+    eager=_forward,
+)
+prefix_attention_bwd = register_op(
+    f"prefix_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PACK})"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    eager=_backward,
+)
 
 
 class PrefixAttentionFunction(torch.autograd.Function):
@@ -76,7 +79,7 @@ class PrefixAttentionFunction(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, Tensor, Tensor], scale: float
     ) -> Tensor:
         """Returns the output."""
-        out, lse = torch.ops.prism_kernels.prefix_attention_fwd(q, k, v, *lengths, scale)
+        out, lse = prefix_attention_fwd(q, k, v, *lengths, scale)
         ctx.save_for_backward(q, k, v, out, lse, *lengths)
         ctx.scale = scale
         return out
@@ -85,5 +88,5 @@ class PrefixAttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of q, k and v."""
-        grads = torch.ops.prism_kernels.prefix_attention_bwd(grad, *ctx.saved_tensors, ctx.scale)
-        return *(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad)), None, None
+        grads = prefix_attention_bwd(grad, *ctx.saved_tensors, ctx.scale)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), None, None

@@ -8,29 +8,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-def accumulator(x: Tensor) -> torch.dtype:
-    """Returns the dtype that is computed in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from prism_kernels.ops.rows import accumulator
 
 
 class Choice(NamedTuple):
-    """Each token's experts (T, K), and the probabilities (T, E) and logsumexp (T,) that they were chosen by."""
+    """Each token's experts, with the probabilities and the logsumexp of its logits."""
 
+    # [T, K]
     experts: Tensor
+    # [T, E]
     probability: Tensor
+    # [T]
     lse: Tensor
 
 
 class Tokens(NamedTuple):
-    """What kind each token is of (None: one kind), how much it counts (None: 1), and how many kinds there are."""
+    """The kinds of the tokens and their weights."""
 
+    # [T]; None: one kind
     kind: Tensor | None
+    # [T]; None: 1 each
     weight: Tensor | None
+    # the number of kinds
     kinds: int
 
-    def known(self) -> Tensor | None:
-        """Returns the kinds (T,) as indices: held in range, since on a GPU the values are not checked."""
+    def kind_index(self) -> Tensor | None:
+        """Returns the kinds (T,) as indices, clamped, since on a GPU the values are not checked."""
         return None if self.kind is None else self.kind.to(torch.int64).clamp(0, self.kinds - 1)
 
     def members(self, like: Tensor) -> Tensor:
@@ -42,7 +45,7 @@ class Tokens(NamedTuple):
         return torch.where(self.kind == kinds[:, None], weight, 0)
 
     def counted(self, x: Tensor) -> Tensor:
-        """Returns x (T,) or (T, E), and 0 at tokens that do not count: those may be NaN."""
+        """Returns x (T,) or (T, E), and 0 at tokens of weight 0, whose x may be NaN."""
         if self.weight is None:
             return x
         keep = self.weight != 0
@@ -51,25 +54,25 @@ class Tokens(NamedTuple):
 
 def logits(x: Tensor, router_weight: Tensor, tokens: Tokens, kind_bias: Tensor | None) -> Tensor:
     """Returns the logits (T, E), NaN at a token of an unknown kind."""
-    dtype = accumulator(x)
+    dtype = accumulator(x.dtype)
     if x.is_cuda and x.dtype == router_weight.dtype and x.dtype in (torch.bfloat16, torch.float16):
-        # the products of halves are exact in fp32: no copy of x is needed
+        # products of 16-bit numbers are exact in fp32: x needs no fp32 copy
         z = torch.mm(x, router_weight.t(), dtype)
     else:
         z = torch.mm(x.to(dtype), router_weight.to(dtype).t())
-    held = tokens.known()
+    kind_index = tokens.kind_index()
     if kind_bias is not None:
         bias = kind_bias.to(dtype)
-        z += bias if held is None else bias.index_select(0, held)
-    if held is not None and tokens.kind is not None:
-        z = torch.where(torch.eq(held, tokens.kind)[:, None], z, torch.nan)
+        z += bias if kind_index is None else bias.index_select(0, kind_index)
+    if kind_index is not None and tokens.kind is not None:
+        z = torch.where(torch.eq(kind_index, tokens.kind)[:, None], z, torch.nan)
     return z
 
 
 def choose(z: Tensor, top_k: int) -> Choice:
-    """Returns the choice that logits (T, E) make; of equal probabilities the lower index comes first."""
+    """Returns the experts of the top_k largest logits (T, E); of equal probabilities the lower index comes first."""
     probability = torch.softmax(z, 1)
-    # not topk, whose choice among equals is its own
+    # not topk, which does not specify the order of equal values
     index = torch.sort(probability, dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
     return Choice(index, probability, torch.logsumexp(z, 1))
 
@@ -77,41 +80,41 @@ def choose(z: Tensor, top_k: int) -> Choice:
 def permute(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Returns the offsets (E,) and the permutation (T * K,) of the assignments (T, K): a counting sort, stable."""
     flat = index.reshape(1, -1).to(torch.int64)
-    # [E, T * K] how many assignments to the expert there are up to this one
-    upto = (flat == torch.arange(experts, device=flat.device)[:, None]).cumsum(1, dtype=torch.int32)
-    total = upto[:, -1] if flat.shape[1] else upto.sum(1, dtype=torch.int32)
+    # [E, T * K] the number of assignments to the expert up to and including this one
+    running = (flat == torch.arange(experts, device=flat.device)[:, None]).cumsum(1, dtype=torch.int32)
+    total = running[:, -1] if flat.shape[1] else running.sum(1, dtype=torch.int32)
     offsets = total.cumsum(0, dtype=torch.int32)
-    place = (offsets - total).index_select(0, flat[0]) + upto.gather(0, flat)[0] - 1
-    number = torch.arange(flat.shape[1], device=flat.device, dtype=torch.int32)
-    return offsets, torch.empty_like(number).scatter_(0, place.to(torch.int64), number)
+    position = (offsets - total).index_select(0, flat[0]) + running.gather(0, flat)[0] - 1
+    assignment = torch.arange(flat.shape[1], device=flat.device, dtype=torch.int32)
+    return offsets, torch.empty_like(assignment).scatter_(0, position.to(torch.int64), assignment)
 
 
 def weights(choice: Choice, renormalize: bool) -> Tensor:
-    """Returns by how much each token's experts count, (T, K)."""
+    """Returns the weights of each token's experts, (T, K)."""
     weight = choice.probability.gather(1, choice.experts)
     return weight / weight.sum(1, keepdim=True) if renormalize else weight
 
 
 def count(index: Tensor, tokens: Tokens, experts: int) -> Tensor:
-    """Returns the weight of the tokens of each kind that chose each expert, (C, E), fp64."""
+    """Returns the total weight of each kind's tokens that chose each expert, (C, E), fp64."""
     chosen = torch.zeros(index.shape[0], experts, dtype=torch.float64, device=index.device)
     return tokens.members(index[:, 0]) @ chosen.scatter_(1, index, 1.0)
 
 
-def _totals(counts: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Returns 1 / the weight of each kind (C, 1), and 1 / that of all tokens; 0 where there is none."""
-    each = counts.sum(1, keepdim=True) / top_k
-    total = each.sum()
-    return torch.where(each > 0, 1 / each, 0), torch.where(total > 0, 1 / total, 0)
+def _inverse_weights(counts: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Returns 1 / each kind's total weight, (C, 1), and 1 / the weight of all tokens; 0 where the weight is 0."""
+    kind_weight = counts.sum(1, keepdim=True) / top_k
+    total = kind_weight.sum()
+    return torch.where(kind_weight > 0, 1 / kind_weight, 0), torch.where(total > 0, 1 / total, 0)
 
 
 def losses(choice: Choice, tokens: Tokens, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the load-balance loss and the z loss; counts (C, E) as from `count`."""
-    each, total = _totals(counts, choice.experts.shape[1])
+    """Returns the load-balance loss and the z loss; counts (C, E) are from `count`."""
+    per_kind, per_token = _inverse_weights(counts, choice.experts.shape[1])
     members = tokens.members(choice.lse)
     mass = members @ tokens.counted(choice.probability).double()
-    aux = counts.shape[1] * total * (counts * mass * each).sum()
-    z = total * (members.sum(0) * tokens.counted(choice.lse).double().square()).sum()
+    aux = counts.shape[1] * per_token * (counts * mass * per_kind).sum()
+    z = per_token * (members.sum(0) * tokens.counted(choice.lse).double().square()).sum()
     return aux.to(choice.lse.dtype), z.to(choice.lse.dtype)
 
 
@@ -136,18 +139,18 @@ def logits_gradient(
             grad.scatter_(1, index, slope).addcmul_(p, slope.sum(1, keepdim=True), value=-1)
     if grad_aux is None and grad_z is None:
         return grad
-    each, total = (t.to(p.dtype) for t in _totals(counts, index.shape[1]))
-    share = total if tokens.weight is None else total * tokens.weight.to(p.dtype)[:, None]
-    more = torch.zeros_like(p)
+    per_kind, per_token = (t.to(p.dtype) for t in _inverse_weights(counts, index.shape[1]))
+    share = per_token if tokens.weight is None else per_token * tokens.weight.to(p.dtype)[:, None]
+    of_losses = torch.zeros_like(p)
     if grad_aux is not None:
         # the counts are constants, so the loss is linear in the probabilities
-        slope = grad_aux * counts.shape[1] * counts.to(p.dtype) * each
-        kind = tokens.known()
-        slope = slope if kind is None else slope.index_select(0, kind)
-        more += p * (slope - (p * slope).sum(1, keepdim=True))
+        slope = grad_aux * counts.shape[1] * counts.to(p.dtype) * per_kind
+        kind_index = tokens.kind_index()
+        slope = slope if kind_index is None else slope.index_select(0, kind_index)
+        of_losses += p * (slope - (p * slope).sum(1, keepdim=True))
     if grad_z is not None:
-        more += p * (2 * grad_z * lse[:, None])
-    return grad + tokens.counted(share * more)
+        of_losses += p * (2 * grad_z * lse[:, None])
+    return grad + tokens.counted(share * of_losses)
 
 
 def input_gradients(
@@ -162,6 +165,6 @@ def input_gradients(
     if needs[1]:
         grad_router = torch.mm(grad_logits.t(), x.to(dtype))
     if needs[2]:
-        every = Tokens(tokens.kind, None, tokens.kinds)
-        grad_bias = (every.members(grad_logits[:, 0]) @ grad_logits.double()).to(dtype)
+        unweighted = Tokens(tokens.kind, None, tokens.kinds)
+        grad_bias = (unweighted.members(grad_logits[:, 0]) @ grad_logits.double()).to(dtype)
     return grad_x, grad_router, grad_bias
