@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _configured(command: Command, parsed: argparse.Namespace, flags: Sequence[str]) -> int:
-    from prism.commands.checks import check_places
+    from prism.commands.checks import check_custom_rewards, check_places
     from prism.config import all_keys, load_config, parse_overrides, to_toml
 
     if parsed.settings:
@@ -229,6 +229,7 @@ def _configured(command: Command, parsed: argparse.Namespace, flags: Sequence[st
         raise DataError(f"run.stages: expected none, `prism {command.stage}` is one stage; several are `prism run`")
     config = load_config(parsed.config, overrides)
     check_places(config)
+    check_custom_rewards(config)
     if parsed.dry_run:
         print(to_toml(config), end="")
         return _read_data(config)

@@ -20,6 +20,17 @@ def check_places(config: Config) -> None:
         raise ConfigError(f"run.folder: expected another one than that of `prism upcycle`, got {config.run.folder!r}")
 
 
+def check_custom_rewards(config: Config) -> None:
+    """Raises where a custom reward of RLVR cannot be called."""
+    paths = config.algorithm.rlvr.rewards
+    if not paths or "rlvr" not in config.run.stages:
+        return
+    from prism.rewards.custom import find_unusable_rewards
+
+    if problems := find_unusable_rewards(paths):
+        raise ConfigError("\n".join(f"algorithm.rlvr.rewards: {problem}" for problem in problems))
+
+
 def upcycle(config: Config) -> int:
     """Writes the discriminator that the settings describe; see `prism.commands.make_discriminator`."""
     folder = Path(config.run.folder)
