@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from test_run import SMALL
@@ -129,6 +132,21 @@ def test_a_reward_that_applies_nowhere_has_no_mean(module):
     with Workers(1) as pool:
         rewards = rewards_of(["none"], [1], [PROBLEM], {"short": (f"{module}:short", 1.0)}, workers=pool)
     assert rewards.metrics() == {"reward_short": None, "failed_rewards": {}} and rewards.total == [0.0]
+
+
+def test_the_page_lists_what_a_reward_sees():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    for name, view in (("rollout", RolloutView), ("problem", ProblemView)):
+        (row,) = re.findall(rf"^\| `{name}` \| (.*) \|$", page, re.MULTILINE)
+        properties = {key for key, value in vars(view).items() if isinstance(value, property)}
+        # the sections' own names stand in brackets
+        listed = set(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", row)))
+        assert listed == {field.name for field in fields(view)} | properties
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(program, names)
+    for text, value in ((response("3"), 1.0), ("3", None)):
+        assert names["brief_caption"](RolloutView(text, 9, 1.0), PROBLEM) == value
 
 
 def test_texts_and_problems_must_be_as_many():
