@@ -1,6 +1,6 @@
-"""The shapes that are measured, their inputs, and the exact results in float64.
+"""The measured shapes, their inputs, and the exact results in float64.
 
-T rows (tokens), V columns (vocabulary), D width of the hidden states (0 where an op starts from logits).
+T rows (tokens), V columns (vocabulary), D width of the hidden states (0 for an op on logits).
 """
 
 import math
@@ -18,12 +18,12 @@ TRAIN = "forward+backward"
 HALF = "forward+backward, half of the rows without gradient"
 PASSES = (FORWARD, TRAIN, HALF)
 
-# rows and columns of the gradients that are compared with float64
+# the rows and columns of the gradients that are compared with float64
 SAMPLE = 64
-# one row in so many has a token with 1 - p in CONFIDENT
+# one row in this many has a token with 1 - p in CONFIDENT
 CONFIDENT_EVERY = 8
 CONFIDENT = (1e-9, 1e-3)
-# a result is green within these; bf16 logits, which several peers form, are off by 2**-9 of their size
+# a result is green within these; several peers form bf16 logits, which are off by 2**-9 of their size
 TOLERANCE = {
     "float32": {"logp": 1e-4, "entropy": 1e-3, "gradient": 1e-3},
     "bfloat16": {"logp": 0.25, "entropy": 0.25, "gradient": 5e-2},
@@ -47,7 +47,7 @@ class Case:
 
     @property
     def logits_bytes(self) -> int:
-        """E: what all logits take in fp32."""
+        """E: the size of all logits in fp32."""
         return 4 * self.rows * self.columns
 
     def label(self) -> str:
@@ -55,23 +55,23 @@ class Case:
         return f"T={self.rows}, V={self.columns}{width}, {self.dtype}"
 
     def is_first(self) -> bool:
-        """Whether this is the op's first case, the one of its plot and of the README."""
+        """Whether this is the op's first case, which its plot and its table show."""
         return self in [next(c for c in group if c.op == self.op) for group in (CPU_CASES, CUDA_CASES)]
 
     def flops(self, pass_: str) -> int:
-        """Returns the operations of the matrix products that must be done."""
+        """Returns the operations of the necessary matrix products."""
         one = 2 * self.rows * self.columns * self.width
         return {FORWARD: one, TRAIN: 3 * one, HALF: 2 * one}[pass_]
 
     def bytes(self, pass_: str) -> int:
-        """Returns the bytes that must move: each input read once, each output written once."""
+        """Returns the bytes of reading each input once and writing each output once."""
         size = self.torch_dtype.itemsize
         leaves = size * (self.width * (self.rows + self.columns) if self.width else self.rows * self.columns)
         # the target, then logp, entropy, lse and the sum of squares
         vectors = self.rows * (8 + 4 * 4)
         if pass_ == FORWARD:
             return leaves + vectors
-        # from logits, the backward pass must read them once more
+        # the backward pass of an op on logits reads them once more
         return leaves * (2 if self.width else 3) + vectors + 4 * self.rows
 
     def as_json(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def cases(op: str, device: str) -> list[Case]:
 
 @dataclass
 class Inputs:
-    """What a contender gets: the leaves are (hidden, weight), or (logits,); the gradients are those of the outputs."""
+    """A contender's inputs: the leaves are (hidden, weight) or (logits,), the gradients those of the outputs."""
 
     leaves: tuple[Tensor, ...]
     target: Tensor
@@ -113,13 +113,13 @@ class Inputs:
     grad_entropy: Tensor
 
     def without_gradient_in_half(self) -> "Inputs":
-        # whole sequences lose their gradient, not single tokens
+        # whole sequences lose their gradient, as in groups of equal rewards
         half = torch.arange(self.target.numel(), device=self.target.device) // 256 % 2 == 0
         return Inputs(self.leaves, self.target, self.grad_logp * half, self.grad_entropy * half)
 
 
 def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
-    """Returns random inputs whose logits have a spread of 2, and a confident token in one row out of eight."""
+    """Returns random inputs whose logits have a standard deviation of 2, with a confident token in one row of eight."""
     make = torch.Generator(device).manual_seed(seed)
     total, columns, width, dtype = case.rows, case.columns, case.width, case.torch_dtype
 
@@ -129,12 +129,12 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     target = torch.randint(columns, (total,), generator=make, device=device)
     confident = torch.arange(0, total, CONFIDENT_EVERY, device=device)
     low, high = (-math.log(p) for p in reversed(CONFIDENT))
-    # how far the token's logit lies above the log-sum-exp of the others: 1 - p is exp of minus that
+    # the distance of the token's logit above the log-sum-exp of the others: 1 - p = exp(-margin)
     lead = low + 0.5 + (high - low - 1) * torch.rand(confident.numel(), generator=make, device=device)
     if width:
         weight = normal(columns, width, scale=2 / math.sqrt(width)).to(dtype)
         hidden = normal(total, width)
-        # along its own weight row the token's logit is `level`, the others' spread with level / sqrt(width)
+        # along its own weight row the token's logit is `level`; the others spread with level / sqrt(width)
         level = lead + math.log(columns)
         level = level + level.square() / (2 * width)
         rows = weight[target[confident]].float()
@@ -142,7 +142,7 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
         leaves = (hidden.to(dtype), weight)
     else:
         logits = normal(total, columns, scale=2.0)
-        # the log-sum-exp of normal logits of spread 2 is log V + 2**2 / 2
+        # the log-sum-exp of normal logits with standard deviation 2 is log V + 2**2 / 2
         logits[confident, target[confident]] = lead + math.log(columns) + 2
         leaves = (logits.to(dtype),)
     for leaf in leaves:
@@ -159,13 +159,13 @@ class Truth:
     missing: Tensor
     rows: Tensor
     columns: Tensor
-    # by whether the entropy's gradient flows too
+    # key: whether the entropy's gradient flows too
     grad_rows: dict[bool, Tensor]
     grad_columns: dict[bool, Tensor]
 
 
 def truth(case: Case, inputs: Inputs, block: int = 256) -> Truth:
-    """Returns the exact results, a block of rows at a time; 1 - p is summed, not subtracted."""
+    """Returns the exact results, computed a block of rows at a time; 1 - p is summed, not subtracted."""
     device = inputs.target.device
     pick = torch.Generator().manual_seed(1)
     confident = torch.arange(0, case.rows, CONFIDENT_EVERY)
@@ -206,7 +206,7 @@ def truth(case: Case, inputs: Inputs, block: int = 256) -> Truth:
 def _logits_gradient(
     exact: Truth, inputs: Inputs, distance: Tensor, at: Tensor, columns: Tensor, with_entropy: bool
 ) -> Tensor:
-    """Returns the gradient of the logits in the rows `at` and some columns, given their distance to the target's."""
+    """Returns the gradient of the logits in the rows `at` and some columns, from their distance to the target's."""
     log_pi = distance + exact.logp[at][:, None]
     pi = log_pi.exp()
     at_target = inputs.target[at][:, None] == columns
@@ -219,35 +219,35 @@ def _logits_gradient(
 def errors(
     case: Case, exact: Truth, inputs: Inputs, logp: Tensor, entropy: Tensor | None, backward: bool
 ) -> dict[str, float]:
-    """Returns the errors of a result, and of the leaves' gradients after a backward pass."""
+    """Returns the errors of a result and, after a backward pass, of the leaves' gradients."""
     low, high = CONFIDENT
     sure = (exact.missing >= low) & (exact.missing <= high)
     off = (logp.detach().double() - exact.logp).abs()
-    found = {"logp": float(off.max()), "logp_confident": float((off / exact.logp.abs())[sure].max())}
+    measured = {"logp": float(off.max()), "logp_confident": float((off / exact.logp.abs())[sure].max())}
     if entropy is not None:
-        found["entropy"] = float((entropy.detach().double() - exact.entropy).abs().max())
+        measured["entropy"] = float((entropy.detach().double() - exact.entropy).abs().max())
     if not backward:
-        return found
+        return measured
     first = inputs.leaves[0].grad
     assert first is not None, "the contender left no gradient"
     wanted = exact.grad_rows[entropy is not None]
     got = first.detach()[exact.rows].double()
-    found["gradient_rows"] = relative_error(got, wanted)
+    measured["gradient_rows"] = relative_error(got, wanted)
     live = wanted.norm(dim=1) > 0
     each = (got - wanted).norm(dim=1) / wanted.norm(dim=1)
-    found["gradient_confident"] = float(each[sure[exact.rows] & live].max())
+    measured["gradient_confident"] = float(each[sure[exact.rows] & live].max())
     if case.width:
         weight = inputs.leaves[1].grad
         assert weight is not None, "the contender left no gradient of the weight"
-        found["gradient_weight"] = relative_error(weight[exact.columns], exact.grad_columns[entropy is not None])
-    return found
+        measured["gradient_weight"] = relative_error(weight[exact.columns], exact.grad_columns[entropy is not None])
+    return measured
 
 
-def is_green(case: Case, found: dict[str, float]) -> bool:
-    """Whether the value check passes; NaN never does. Confident tokens are reported, they decide nothing here."""
+def is_green(case: Case, measured: dict[str, float]) -> bool:
+    """Whether the value check passes; NaN never does. Errors of confident tokens are reported, but decide nothing."""
     limits = TOLERANCE[case.dtype]
     tests = {"logp": "logp", "entropy": "entropy", "gradient_rows": "gradient", "gradient_weight": "gradient"}
-    return all(found[name] <= limits[limit] for name, limit in tests.items() if name in found)
+    return all(measured[name] <= limits[limit] for name, limit in tests.items() if name in measured)
 
 
 def reference(case: Case, device: str, pass_: str) -> Callable[[], object]:

@@ -5,7 +5,7 @@ from bench.versus import RINGS, document, table
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints what was measured and writes the results of each op that was measured whole."""
+    """Prints the measured rows, and writes the results of each completely measured op."""
     BOOK.close()
     for op, rows in BOOK.rows.items():
         content = results.document(op, DEVICE, cases(op, DEVICE), rows)

@@ -1,4 +1,4 @@
-"""`make demo-op`: plain PyTorch against `linear_logprob`: the same numbers, their error, time and peak memory.
+"""`make demo-op`: compares plain PyTorch with `linear_logprob`: numbers, error, time and peak memory.
 
 It needs torch and matplotlib, takes under two minutes on two cores, and writes out/demo.png.
 """
@@ -33,11 +33,11 @@ def chosen(device: str) -> list[Contender]:
 
 
 def tokens(bench: Bench, pair: list[Contender]) -> str:
-    """Returns a table of a few tokens' log-probabilities: exact, and as two contenders find them."""
+    """Returns a table of a few tokens' log-probabilities: exact, and from two contenders."""
     exact = bench.truth(TRAIN).logp
     found = [bench.stage.run(c.load(), TRAIN)[0].double() for c in pair]
     bench.stage.setup(False)
-    # the least and most certain of the confident ones, and their neighbours, which are ordinary
+    # the least and the most confident tokens, and their ordinary neighbours
     sure = exact[::CONFIDENT_EVERY].argsort(descending=True) * CONFIDENT_EVERY
     picked = [*(sure[i] + 1 for i in (0, 1)), *(sure[i] for i in (-1, sure.numel() // 2, 0))]
     lines = [f"{'log-probability of':<22}{'exact (float64)':>18}" + "".join(f"{c.name:>18}" for c in pair)]
@@ -50,7 +50,7 @@ def tokens(bench: Bench, pair: list[Contender]) -> str:
 
 
 def figures(rows: list[dict[str, Any]]) -> str:
-    """Returns a table of what was measured."""
+    """Returns a table of the measured rows."""
     lines = [f"{'':<26}{'time':>10}{'memory':>12}{'error of logp':>16}{'confident tokens: logp':>25}{'gradient':>12}"]
     for row in rows:
         found = row["errors"]
@@ -74,8 +74,8 @@ def main() -> None:
         if "errors" not in row:
             raise SystemExit(f"bench.demo: {row['contender']}: {row['status']}")
     print(figures(rows))
-    print("\nmemory: peak over inputs and gradients. errors against float64; of confident tokens (1 - p between")
-    print("1e-9 and 1e-3) the relative one: 1 means that nothing is right.")
+    print("\nmemory: peak beyond inputs and gradients. errors: against float64; for confident tokens (1 - p between")
+    print("1e-9 and 1e-3) relative: at 1 no digit is right.")
     draw(document("linear_logprob", device, [case], rows, with_bars=False), PICTURE)
     print(f"\nthe picture: {PICTURE.resolve()}")
 

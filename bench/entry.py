@@ -1,4 +1,4 @@
-"""What the pytest-benchmark entry points share: a row is measured in turns with the reference."""
+"""The shared part of the pytest-benchmark entry points: a row's runs alternate with the reference's."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from bench.registry import Contender
 from bench.timing import seconds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# seconds of a row of the first case and of another, the reference included; at least the first of ROUNDS are made
+# seconds for a row of the first case and of another one, with the reference; at least the first of ROUNDS are made
 LIMITS_S = (3.0, 1.0)
 ROUNDS = (5, 40)
 
 
 class Book:
-    """What was measured in this session, and how much there is to measure, by op."""
+    """The rows measured in this session, and the number of rows to measure, by op."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list[dict[str, Any]]] = {}
@@ -25,7 +25,7 @@ class Book:
         self._bench: Bench | None = None
 
     def bench(self, case: Case) -> Bench:
-        """Returns the inputs of a case; those of one case are kept at a time."""
+        """Returns the inputs of a case; only one case's inputs are kept at a time."""
         if self._bench is None or self._bench.case != case:
             self.close()
             self._bench = Bench(case, DEVICE)
@@ -44,15 +44,15 @@ BOOK = Book()
 
 
 def measure_row(case: Case, contender: Contender, pass_: str, benchmark: Any) -> None:
-    """Checks a contender's values and memory, times it, hands all of it to the benchmark and to the book.
+    """Checks a contender's values and memory, times it, and records the row in the benchmark and in the book.
 
-    The reference runs, timed, in the setup of each round: so the two take turns.
+    The reference is timed in the setup of each round, so the two alternate.
     """
     bench = BOOK.bench(case)
     try:
         ready = bench.prepare(contender, pass_)
     except Exception as error:
-        # a peer may fail in any way: the row says how, and the others are still measured
+        # a peer may fail in any way: its row records the failure, and the others are still measured
         row = absent(case, contender, pass_, error)
         BOOK.add(row, case.op)
         if contender.ours and not isinstance(error, ImportError):
@@ -71,7 +71,7 @@ def measure_row(case: Case, contender: Contender, pass_: str, benchmark: Any) ->
     def one_round() -> None:
         durations.append(seconds(ready.timed.run, DEVICE))
 
-    # a warm-up, from which the number of rounds follows
+    # the warm-up decides the number of rounds
     before_round()
     one_round()
     limit = LIMITS_S[0] if case.is_first() else LIMITS_S[1]

@@ -1,7 +1,7 @@
 """`python3 -m bench.gpu`: on a machine with a GPU, builds in place, tests, measures and tunes; leaves JSON.
 
-Each phase is a process of its own with a time limit, and its result is written before the next begins: what fails or
-hangs loses nothing else. Results go to $OUT, or to bench/results/<machine>. The exit code is not 0 if a phase failed.
+Each phase is a process with a time limit, and its result is written before the next phase begins, so a failure or a
+hang loses no other result. Results go to $OUT, or to bench/results/<machine>. The exit code is not 0 if a phase failed.
 """
 
 import argparse
@@ -27,20 +27,20 @@ from bench.registry import contenders
 from bench.tuning import tune
 
 ROOT = Path(__file__).parent.parent
-# of everything together
+# seconds for all phases
 LIMIT_S = 525
-# of the output of a phase, in its result
+# characters of a phase's output that its result keeps
 KEPT_CHARACTERS = 20_000
-# of it while it runs: the tables come once more at the end
+# characters of it that are shown: the tables come again at the end
 SHOWN_CHARACTERS = 1_000
-# of one pass of one case, in which all contenders take turns
+# seconds of one pass of one case, in which all contenders alternate
 LOOP_S = {"linear_logprob": 5.0, "token_logprob": 2.0}
 OPS = tuple(LOOP_S)
 TESTS = ["tests/kernels", "tests/integrations", "tests/trainer"]
 TEST_WORKERS = 8
-# of one test; one that waits for ever costs a worker, not the phase
+# seconds of one test: a test that hangs costs a worker, not the phase
 TEST_LIMIT_S = 90
-# phases that fight the CUDA_DUELS of a module. A process each: an illegal access ends all that a process does on a GPU
+# phases that run the CUDA_DUELS of a module, each in its own process: an illegal access ends a process's use of the GPU
 DUELS = {
     "policy_loss": "bench.test_policy_loss",
     "group_advantage": "bench.test_group_advantage",
@@ -49,12 +49,12 @@ DUELS = {
     "experts": "bench.moe_layer",
     "discriminator_step": "bench.test_discriminator_step",
 }
-# of all of them in one file, since few come back from a lent machine
+# one file for all duels: few files come back from a remote machine
 DUELS_FILE = "duels.json"
 
 
 class Phase(NamedTuple):
-    """A step of `main`: a command, and the seconds that are kept for it. It may use what is left of those before it."""
+    """A step of `main`: a command and its reserved seconds. It may also use the time that earlier phases left."""
 
     name: str
     share_s: float
@@ -81,21 +81,21 @@ PHASES = (
 
 
 def limits(left_s: float, phases: Iterable[Phase] = PHASES) -> float:
-    """Returns the seconds that the first of some phases may take, so that those behind it keep theirs."""
+    """Returns the seconds that the first of some phases may take, so that the later ones keep theirs."""
     _, *later = phases
     return max(1.0, left_s - sum(phase.share_s for phase in later))
 
 
 def out_folder() -> Path:
-    """Returns where results go."""
+    """Returns the folder of the results."""
     named = os.environ.get("OUT")
     return Path(named) if named else results.RESULTS / results.machine("cuda")
 
 
 def build_environment() -> dict[str, str]:
-    """Returns the variables of the build, which is for this GPU's architecture only."""
+    """Returns the build's environment variables, for this GPU's architecture only."""
     major, minor = torch.cuda.get_device_capability()
-    # wgmma and the like exist in the "a" variant only
+    # wgmma and similar instructions exist in the "a" variant only
     architecture = f"{major}.{minor}{'a' if major >= 9 else ''}"
     return {
         "TORCH_CUDA_ARCH_LIST": architecture,
@@ -105,13 +105,13 @@ def build_environment() -> dict[str, str]:
 
 
 def run_phase(phase: Phase, limit_s: float, folder: Path) -> dict[str, Any]:
-    """Runs a phase and returns how it went, with the end of its output, of which the last lines are shown."""
+    """Runs a phase, shows the last lines of its output, and returns its result with the end of the output."""
     begin = time.monotonic()
     print(f"\n=== {phase.name}, at most {limit_s:.0f} s", flush=True)
-    # a file and not a pipe: what a killed phase has printed is kept
+    # a file instead of a pipe keeps the output of a killed phase
     log = folder / f"{phase.name}.log"
     with log.open("w+") as file:
-        # a group of its own, so that a time limit ends what the phase has started too
+        # a process group, so that the time limit also ends the phase's children
         process = subprocess.Popen(
             [sys.executable, *phase.command],
             cwd=ROOT,
@@ -143,7 +143,7 @@ def run_phase(phase: Phase, limit_s: float, folder: Path) -> dict[str, Any]:
 
 
 def run_tests() -> int:
-    """Runs all tests that can be imported here, says which are left out, and returns pytest's exit code."""
+    """Runs all tests that can be imported here, lists the others, and returns pytest's exit code."""
     without = left_out(TESTS)
     for name, why in without.items():
         print(f"left out: {name}: {why}", flush=True)
@@ -158,7 +158,7 @@ def run_tests() -> int:
 
 
 def fight(module: str, folder: Path) -> None:
-    """Fights the duels of a module and adds them to the file after each rival."""
+    """Runs the duels of a module, and writes the file after each rival."""
     broken = []
     for duel in import_module(module).CUDA_DUELS:
         content: dict[str, Any] = {"versus": []}
@@ -168,7 +168,7 @@ def fight(module: str, folder: Path) -> None:
                 results.write(folder / DUELS_FILE, {"duels": [*kept, content]})
             print(versus.table(content), flush=True)
         except Exception as error:
-            # its data or its exact values: the other duels are still fought
+            # the data or the exact values failed: the other duels still run
             broken.append(f"{duel.op}: {type(error).__name__}: {error}")
         bad = [row for row in content["versus"] if row["ours"] and row["status"] != "ok"]
         broken += [f"{duel.op}, {row['contender']}: {row['status']}" for row in bad]
@@ -177,13 +177,13 @@ def fight(module: str, folder: Path) -> None:
 
 
 def fought(folder: Path) -> list[dict[str, Any]]:
-    """Returns the duels that were fought so far."""
+    """Returns the duels so far."""
     path = folder / DUELS_FILE
     return json.loads(path.read_text())["duels"] if path.exists() else []
 
 
 def measure(op: str, folder: Path) -> None:
-    """Measures an op case by case and writes <op>.json after each pass, of which training comes first."""
+    """Measures an op case by case, training first, and writes <op>.json after each pass."""
     measured, rows = [], []
     for case in cases(op, "cuda"):
         bench = Bench(case, "cuda")
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--phase", choices=("tests", *OPS, *DUELS, "tuning"), help="one measurement, in this process")
     phase_name = parser.parse_args().phase
     if not torch.cuda.is_available():
-        raise SystemExit("bench.gpu: torch sees no CUDA device; this needs a machine with an NVIDIA GPU and its driver")
+        raise SystemExit("bench.gpu: torch sees no CUDA device; run it on a machine with an NVIDIA GPU and its driver")
     folder = out_folder()
     folder.mkdir(parents=True, exist_ok=True)
     if phase_name in OPS:
@@ -235,7 +235,7 @@ def main() -> None:
     if phase_name == "tuning":
         tuning(folder)
         return
-    # those of an earlier run would pass for this one's
+    # an earlier run's duels would count as this run's
     (folder / DUELS_FILE).unlink(missing_ok=True)
     deadline = time.monotonic() + LIMIT_S
     done: list[dict[str, Any]] = []
@@ -249,7 +249,7 @@ def main() -> None:
 
 
 def summary(done: list[dict[str, Any]], folder: Path) -> str:
-    """Returns the short table that comes last."""
+    """Returns the short table at the end."""
     lines = []
     for op in OPS:
         path = folder / f"{op}.json"

@@ -1,4 +1,4 @@
-"""What one call does on a GPU: its launches, the time that they take there, and how often the host waits."""
+"""Traces one call on a GPU: its launches, their time on the device, and the number of times the host waits."""
 
 import statistics
 import warnings
@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# more than any cache holds
+# larger than any cache
 COLD_BYTES = 256 * 2**20
 WAITING = "called a synchronizing CUDA operation"
 
@@ -22,7 +22,7 @@ class Trace(NamedTuple):
     launches: int
     device_s: float
     syncs: int
-    # names and how often, the longest first
+    # counts by name, the longest first
     kernels: dict[str, int]
 
 
@@ -32,14 +32,14 @@ def _cold() -> torch.Tensor:
 
 
 def clear_cache() -> None:
-    """Fills the GPU's caches with something else: data that fits there would be timed without memory."""
+    """Fills the GPU's caches with other data: cached inputs would be timed without memory traffic."""
     _cold().zero_()
 
 
 def trace(run: Callable[[], object], rounds: int = 3) -> Trace | None:
-    """Returns the trace of one call that was made before: the median time, the launches and waits of the last.
+    """Returns the trace of a call that has run before: the median time, and the last run's launches and waits.
 
-    None where the profiler sees nothing of the GPU.
+    None if the profiler sees nothing of the GPU.
     """
     waits = syncs(run)
     times: list[float] = []
@@ -58,13 +58,13 @@ def trace(run: Callable[[], object], rounds: int = 3) -> Trace | None:
 
 
 def launched(events: Iterable[Any]) -> list[tuple[str, float]]:
-    """Returns name and seconds of what ran on the device."""
-    found = (e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation)
-    return [(e.name, e.time_range.elapsed_us() / 1e6) for e in found]
+    """Returns the names and seconds of the kernels that ran on the device."""
+    kernels = (e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation)
+    return [(e.name, e.time_range.elapsed_us() / 1e6) for e in kernels]
 
 
 def syncs(run: Callable[[], object]) -> int:
-    """Returns how often torch makes the host wait for the device in one call."""
+    """Returns the number of times that torch makes the host wait for the device in one call."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-"""Which test files cannot be imported here, for want of a package, or say nothing more where there is a GPU."""
+"""Lists the test files that need a missing package, or that add nothing on a machine with a GPU."""
 
 import ast
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# what tests import by its bare name, besides what lies beside them
+# modules that tests import by their bare names, besides those in their own folder
 HELPERS = ROOT / "tests/peers"
 ON_A_GPU = {
     "tests/kernels/test_triton_interpreter.py": "the kernels run on the GPU itself",
@@ -22,21 +22,21 @@ def is_installed(package: str) -> bool:
 
 
 def left_out(tests: list[str], root: Path = ROOT) -> dict[str, str]:
-    """Returns the reason for each test file in some folders that is better not collected."""
-    found = {}
+    """Returns, for each test file that should not be collected, the reason."""
+    reasons = {}
     for folder in tests:
         for path in sorted((root / folder).rglob("test_*.py")):
             name = str(path.relative_to(root))
             missing = missing_packages(path, root)
             if missing:
-                found[name] = f"not installed: {', '.join(sorted(missing))}"
+                reasons[name] = f"not installed: {', '.join(sorted(missing))}"
             elif name in ON_A_GPU:
-                found[name] = ON_A_GPU[name]
-    return found
+                reasons[name] = ON_A_GPU[name]
+    return reasons
 
 
 def missing_packages(path: Path, root: Path = ROOT) -> set[str]:
-    """Returns what must be installed to import a file, and is not; our own modules are followed."""
+    """Returns the missing packages that importing a file needs; our own modules are followed."""
     missing: set[str] = set()
     seen: set[Path] = set()
     todo = [path]
@@ -60,7 +60,7 @@ def imports(file: Path) -> tuple[str, ...]:
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Yields what a module imports when it is imported itself: not in its functions, nor where it may fail."""
+    """Yields the imports that run with the module's import: not those in functions, nor those in a try."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -74,13 +74,13 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def own_files(module: str, beside: Path, root: Path) -> list[Path]:
-    """Returns the files of this repository that importing a module runs, its packages' first."""
+    """Returns the repository's files that importing a module runs, those of its packages first."""
     parts = module.split(".")
     files = []
     for base in (root, beside, HELPERS):
         for count in range(1, len(parts) + 1):
-            place = base.joinpath(*parts[:count])
-            files += [file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()]
+            path = base.joinpath(*parts[:count])
+            files += [file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()]
         if files:
             break
     return files

@@ -19,7 +19,7 @@ LONGEST_REASON = 160
 
 @dataclass
 class Ready:
-    """A contender that was loaded, whose values were checked and whose memory was measured."""
+    """A loaded contender with checked values and measured memory."""
 
     contender: Contender
     timed: Timed
@@ -44,7 +44,7 @@ class Bench:
         return self._truths[half]
 
     def prepare(self, contender: Contender, pass_: str) -> Ready:
-        """Loads a contender, checks its values and measures its memory; raises what it raises."""
+        """Loads a contender, checks its values and measures its memory; passes on its exceptions."""
         stage, destroys = self.stage, contender.destroys
         if contender.name not in self._calls:
             self._calls[contender.name] = contender.load()
@@ -66,7 +66,7 @@ class Bench:
         return Ready(contender, timed, found, is_green(self.case, found), peak)
 
     def row(self, ready: Ready, pass_: str, durations: list[float], against: list[float]) -> dict[str, Any]:
-        """Returns what is written down; a ratio to the reference only where the values are right."""
+        """Returns the row of the result file; it has a ratio to the reference only if the values are right."""
         taken, reference_s = statistics.median(durations), statistics.median(against)
         return {
             **_key(self.case, ready.contender, pass_),
@@ -88,14 +88,14 @@ class Bench:
 
 
 def absent(case: Case, contender: Contender, pass_: str, error: Exception) -> dict[str, Any]:
-    """Returns the row of a contender that could not be measured, with the reason."""
+    """Returns the row of an unmeasured contender, with the reason."""
     return {**_key(case, contender, pass_), "status": absent_status(error, contender.ours)}
 
 
 def absent_status(error: Exception, ours: bool) -> str:
-    """Returns why something could not be measured."""
+    """Returns the reason why something could not be measured."""
     text = str(error).strip().partition("\n")[0]
-    # torch lists every backend that it knows
+    # torch's message lists every backend
     if len(text) > LONGEST_REASON:
         text = text[:LONGEST_REASON] + " …"
     if isinstance(error, ImportError):
@@ -116,9 +116,9 @@ def _key(case: Case, contender: Contender, pass_: str) -> dict[str, Any]:
 def measure_together(
     bench: Bench, contenders: list[Contender], limit: float, passes: tuple[str, ...] = PASSES
 ) -> list[dict[str, Any]]:
-    """Returns the rows of a case, all contenders of a pass taking turns with the reference in one loop.
+    """Returns the rows of a case; all contenders of a pass alternate with the reference in one loop.
 
-    `limit` bounds the seconds of each pass's loop. The bench is closed.
+    `limit` bounds the seconds of each pass's loop. The bench is closed afterwards.
     """
     case, device = bench.case, bench.stage.device
     rows = []
@@ -128,7 +128,7 @@ def measure_together(
             try:
                 ready[contender.name] = bench.prepare(contender, pass_)
             except Exception as error:
-                # a peer may fail in any way: the row says how, and the others are still measured
+                # a peer may fail in any way: its row records the failure, and the others are still measured
                 rows.append(absent(case, contender, pass_, error))
             if device == "cuda":
                 torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""Peak extra memory on the CPU, measured in a child process: a process has but one resident set.
+"""Measures peak extra memory on the CPU in a child process, because a process has only one resident set.
 
-The parent keeps a `MemoryChild` per case and asks it about one contender and pass after the other; a question and its
-answer are a line of JSON each.
+The parent keeps a `MemoryChild` for each case and asks it about one contender and pass at a time. A question is one
+line of JSON, and so is its answer.
 """
 
 import json
@@ -22,14 +22,14 @@ ANSWER_LIMIT_S = 180
 
 
 class MemoryChild:
-    """A process that holds the inputs of one case; it is started at the first question, and again if it died."""
+    """A process with the inputs of one case; the first question starts it, and the next one restarts it if it died."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self._process: subprocess.Popen[str] | None = None
 
     def peak_extra(self, contender: Contender, pass_: str) -> int:
-        """Returns the peak of extra memory in bytes, measured there."""
+        """Returns the peak extra memory in bytes, measured in the child process."""
         if self._process is None or self._process.poll() is not None:
             self._process = self._start()
         child = self._process
@@ -69,7 +69,7 @@ def main(spec: str) -> None:
     """Answers questions until the parent closes the pipe."""
     wanted = json.loads(spec)
     torch.set_num_threads(wanted["threads"])
-    # what libraries print must not be taken for an answer
+    # libraries may print to stdout; that must not look like an answer
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     stage = Stage(Case(**wanted["case"]), "cpu")
@@ -84,7 +84,7 @@ def main(spec: str) -> None:
             peak = stage.peak_extra(calls[contender.name], contender.destroys, question["pass"])
             answer = {"peak_extra_bytes": peak}
         except Exception as error:
-            # a peer may fail in any way; the next question may be about another
+            # a peer may fail in any way; the next question may be about another contender
             stage.setup(True)
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")

@@ -1,6 +1,7 @@
-"""A Mixture-of-Experts layer on a GPU, `moe_route` and `moe_experts`, forward and backward: the discriminator's shapes.
+"""A Mixture-of-Experts layer on a GPU: `moe_route` and `moe_experts`, forward and backward, in the
+discriminator's shapes.
 
-T tokens, E experts, K of a token, D wide, 2I rows before the activation, N = T * K assignments.
+T tokens, E experts, K experts of a token, D width, 2I rows before the activation, N = T * K assignments.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,7 @@ NAMES = ("out", "x", "router", "gate_up", "down")
 
 
 class Shape(NamedTuple):
-    """What a layer is."""
+    """The sizes of a layer."""
 
     tokens: int
     width: int
@@ -49,7 +50,7 @@ def make(shape: Shape, device: str = "cpu") -> Data:
     T, D, inner, dtype, E, K = shape
     router = normal(E, D, scale=0.5 * D**-0.5)
     x = normal(T, D)
-    # far from ties, which halves would break in another way: each further expert's logit is 3 below the one before
+    # 16-bit numbers would break ties differently, so each expert's logit is 3 below the previous one
     chosen = torch.rand(T, E, generator=generator, device=device).topk(K).indices
     for place in range(K):
         rows = router[chosen[:, place]]
@@ -73,7 +74,7 @@ def exact(data: Data) -> Values:
 
 
 def ours(backend: str):
-    """`backend` of what surrounds the products; the router takes its own."""
+    """Our layer; `backend` is that of the code around the products, and the router chooses its own."""
 
     def load(data: Data) -> Run:
         def run() -> Values:
@@ -117,7 +118,7 @@ EAGER, GROUPED = "transformers eager", "transformers grouped_mm"
 
 
 def products(shape: Shape, device: str):
-    """The six matrix products of a layer's forward and backward, as if there were one expert."""
+    """The six matrix products of a layer's forward and backward, with one expert."""
 
     def load(_: Data) -> Run:
         N, D, inner = shape.tokens * shape.top_k, shape.width, shape.inner
@@ -177,7 +178,7 @@ def cuda_route_duel(shape: Shape, device: str = "cuda") -> Duel:
         return data.grad[:, : shape.top_k]
 
     def exactly(data: Data) -> Values:
-        # on the cpu, for which the specification is written
+        # the specification runs on the CPU
         leaves = tuple(leaf.detach().cpu().double().requires_grad_() for leaf in data.leaves[:2])
         routing = moe_route_reference(*leaves, shape.top_k, kinds=1)
         found = route_values(routing.weight, routing.aux_loss, leaves, upstream(data).cpu())
@@ -203,7 +204,7 @@ def cuda_route_duel(shape: Shape, device: str = "cuda") -> Duel:
             weight, index = probability.topk(shape.top_k)
             chosen = torch.zeros_like(probability).scatter(1, index, 1.0)
             aux = shape.experts * (chosen.mean(0) * probability.mean(0)).sum()
-            # the assignments by expert, as a grouped product needs them
+            # the assignments sorted by expert, for a grouped product
             torch.argsort(index.flatten(), stable=True)
             return route_values(weight / weight.sum(1, keepdim=True), aux, leaves, upstream(data))
 
@@ -226,7 +227,7 @@ def cuda_route_duel(shape: Shape, device: str = "cuda") -> Duel:
     )
 
 
-# us of the matrix products and of what is bound by memory, forward, then backward: predictions for an H200
+# microseconds of the matrix products and of the memory-bound parts, forward, then backward: predictions for an H200
 FLOORS_US = {8192: (1566, 195, 3132, 343), 16384: (3132, 390, 6263, 687), 32768: (6263, 781, 12526, 1373)}
 TRUE = Shape(16384, 2048, 6144, torch.bfloat16)
 CUDA_DUELS = (

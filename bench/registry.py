@@ -1,4 +1,4 @@
-"""The contenders of each op: ours on each backend, plain PyTorch, and published peers where they are installed."""
+"""The contenders of each op: ours on each backend, plain PyTorch, and installed peers."""
 
 import importlib
 from collections.abc import Callable
@@ -22,17 +22,17 @@ OUR_BACKENDS = {"cpu": "C++", "cuda": "CUDA", "triton": "Triton", "torch": "torc
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute an op. `load` imports what it needs and returns the call; ImportError says what is missing."""
+    """One way to compute an op. `load` imports its packages and returns the call, or raises ImportError."""
 
     name: str
     load: Callable[[], Call]
     passes: tuple[str, ...] = (FORWARD, TRAIN)
-    # "" is installed always; otherwise the distribution whose version is reported
+    # the distribution whose version is reported; "" needs none
     package: str = ""
     ours: bool = False
-    # the backward pass writes over the inputs
+    # whether the backward pass overwrites the inputs
     destroys: bool = False
-    # compiling takes longer than measuring
+    # whether compiling takes longer than measuring
     first_case_only: bool = False
 
 
@@ -42,7 +42,7 @@ def contenders(op: str, device: str) -> list[Contender]:
 
 
 def plan(op: str, device: str) -> list[tuple[Case, Contender, str]]:
-    """Returns all that is measured of an op on a device type."""
+    """Returns the cases, contenders and passes of an op on a device type."""
     return [
         (case, contender, pass_)
         for case in cases(op, device)
@@ -53,7 +53,7 @@ def plan(op: str, device: str) -> list[tuple[Case, Contender, str]]:
 
 
 class _Tap(torch.autograd.Function):
-    """A view of a leaf that takes the gradient as it is: autograd copies one that shares memory with something."""
+    """A view of a leaf that stores the gradient without a copy; autograd copies a gradient that shares memory."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def _plain(function: Callable[..., Tensor], compiled: bool = False) -> Callable[
 def _trl_linear(outputs: tuple[str, ...]) -> Callable[[], Call]:
     def load() -> Call:
         function = importlib.import_module("trl.kernels").ChunkedLogProbFunction
-        # the width its trainers take
+        # the width that its trainers use
         chunk = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
 
         def call(x: Inputs) -> Outputs:
@@ -154,7 +154,7 @@ def _verl(from_hidden: bool) -> Callable[[], Call]:
 
 def _verl_kernel() -> Call:
     function = importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
-    # it always returns the entropy: its figures include that, forward and backward
+    # it always returns the entropy, so its figures include the entropy, forward and backward
     return lambda x: function(*x.leaves, x.target, 1.0, "none", None)
 
 

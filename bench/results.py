@@ -1,4 +1,4 @@
-"""Results as JSON files, one per machine and op, and the bars that they must clear."""
+"""Results as JSON files, one for each machine and op, and the bars that they must reach."""
 
 import json
 import os
@@ -41,33 +41,33 @@ def machine(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what is installed."""
-    found = {"prism_kernels": __version__}
+    """Returns the versions of the installed packages."""
+    numbers = {"prism_kernels": __version__}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            numbers[package] = version(package)
         except PackageNotFoundError:
             continue
     if torch.version.cuda is not None:
-        found["cuda"] = torch.version.cuda
-    return found
+        numbers["cuda"] = torch.version.cuda
+    return numbers
 
 
 def keeps_memory() -> bool:
-    """Returns whether malloc was told to keep what is freed, as `make bench-kept` does.
+    """Returns whether malloc keeps freed memory, as under `make bench-kept`.
 
-    By default each large tensor is fresh memory, whose first touch can cost more than the work on it.
+    By default each large tensor is fresh memory, whose first touch can cost more than the computation.
     """
     return "glibc.malloc.mmap_max=0" in os.environ.get("GLIBC_TUNABLES", "")
 
 
 def memory_environment() -> dict[str, str]:
-    """Returns the environment of a process in which memory is measured: there freed memory must go."""
+    """Returns the environment of a process that measures memory: there malloc must return freed memory."""
     return {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
 
 
 def header(op: str, device: str) -> dict[str, Any]:
-    """Returns what every result file begins with."""
+    """Returns the first entries of every result file."""
     return {
         "op": op,
         "machine": machine(device),
@@ -92,7 +92,7 @@ def document(
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON so that a crash leaves the old file or the new one, never half of one."""
+    """Writes JSON; a crash leaves the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     new.write_text(json.dumps(content, indent=1) + "\n")
@@ -100,23 +100,23 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(op: str, machine_glob: str) -> dict[str, Any] | None:
-    """Returns the newest result file of an op among machines like cpu-* or h200, or None."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{machine_glob}/{op}.json"))]
-    return max(found, key=lambda content: content["date"], default=None)
+    """Returns the newest result file of an op on machines whose names match, such as cpu-* or h200; or None."""
+    contents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{machine_glob}/{op}.json"))]
+    return max(contents, key=lambda content: content["date"], default=None)
 
 
 def duels(machine_glob: str) -> dict[str, dict[str, Any]]:
-    """Returns, by op, the newest duel among the files of several duels of machines like h200."""
-    found: dict[str, dict[str, Any]] = {}
+    """Returns, by op, the newest duel on machines whose names match, such as h200."""
+    latest: dict[str, dict[str, Any]] = {}
     for path in sorted(RESULTS.glob(f"{machine_glob}/*.json")):
         for content in json.loads(path.read_text()).get("duels", ()):
-            if content["date"] >= found.get(content["op"], content)["date"]:
-                found[content["op"]] = content
-    return found
+            if content["date"] >= latest.get(content["op"], content)["date"]:
+                latest[content["op"]] = content
+    return latest
 
 
 def find(rows: list[dict[str, Any]], case: str, pass_: str, contender: str) -> dict[str, Any]:
-    """Returns a row; one that was never measured comes with the status "not measured"."""
+    """Returns a row; a row that does not exist gets the status "not measured"."""
     for row in rows:
         if (row["case"], row["pass"], row["contender"]) == (case, pass_, contender):
             return row
@@ -124,7 +124,7 @@ def find(rows: list[dict[str, Any]], case: str, pass_: str, contender: str) -> d
 
 
 def bars(rows: list[dict[str, Any]], case: str = "main") -> list[dict[str, Any]]:
-    """Returns what `linear_logprob` must reach on the CPU, with the measured values (None: not measured)."""
+    """Returns the bars of `linear_logprob` on the CPU, with the measured values (None: not measured)."""
     cached = find(rows, case, TRAIN, OURS)
     flat = find(rows, case, TRAIN, f"{OURS}, cache_bytes=0")
     first_peer = find(rows, case, TRAIN, TRL)
@@ -145,7 +145,7 @@ def bars(rows: list[dict[str, Any]], case: str = "main") -> list[dict[str, Any]]
 
 
 def bar(name: str, sign: str, limit: float, value: float | None) -> dict[str, Any]:
-    """Returns a bar and whether it is met, which one that was not measured is not."""
+    """Returns a bar and whether it is met; an unmeasured bar is not met."""
     met = value is not None and (value <= limit if sign == "<=" else value >= limit)
     return {"bar": name, "limit": f"{sign} {limit:g}", "value": value, "met": met}
 
@@ -162,21 +162,21 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join([*lines, *bar_lines(content["bars"])])
 
 
-def bar_lines(found: list[dict[str, Any]]) -> Iterator[str]:
+def bar_lines(bars: list[dict[str, Any]]) -> Iterator[str]:
     """Yields a line for each bar."""
-    for one in found:
+    for one in bars:
         verdict = "not measured" if one["value"] is None else "met" if one["met"] else "MISSED"
         value = "" if one["value"] is None else f"{one['value']:.3f} "
-        yield f"  {verdict:<13}{one['bar']}: {value}(to be {one['limit']})"
+        yield f"  {verdict:<13}{one['bar']}: {value}(required {one['limit']})"
 
 
 def _line(row: dict[str, Any]) -> str:
     if "median_s" not in row:
         return f"{row['contender']:<42} {row['status']}"
     ratio = "wrong values" if row["ratio"] is None else f"x {row['ratio']:.2f}"
-    found = row["errors"]
-    confident = found.get("gradient_confident", found["logp_confident"])
+    errors = row["errors"]
+    confident = errors.get("gradient_confident", errors["logp_confident"])
     return (
         f"{row['contender']:<42} {1e3 * row['median_s']:9.2f} ms {ratio:>12} {row['peak_extra_bytes'] / MIB:9.1f} MiB "
-        f"logp {found['logp']:.1e} confident {confident:.1e}"
+        f"logp {errors['logp']:.1e} confident {confident:.1e}"
     )

@@ -1,4 +1,4 @@
-"""One case on one device: its inputs, made once, and a pass of a contender over them."""
+"""One case on one device: its inputs, made once, and the passes of contenders over them."""
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ class Stage:
         self.case, self.device = case, device
         self.full = make_inputs(case, device)
         self.half = self.full.without_gradient_in_half()
-        # contenders that write over their inputs start from these again
+        # contenders that overwrite their inputs start from these again
         self._pristine = [] if case.width else [leaf.detach().clone() for leaf in self.full.leaves]
 
     def inputs(self, pass_: str):
         return self.half if pass_ == HALF else self.full
 
     def setup(self, destroyed: bool) -> None:
-        """Drops the gradients and, where a contender destroys them, restores the inputs."""
+        """Drops the gradients, and restores the inputs if the contender overwrites them."""
         for leaf in self.full.leaves:
             leaf.grad = None
         if destroyed:
@@ -31,7 +31,7 @@ class Stage:
                     leaf.copy_(value)
 
     def run(self, call: Call, pass_: str) -> Outputs:
-        """Does one pass and returns logp and the entropy."""
+        """Runs one pass and returns logp and the entropy."""
         inputs = self.inputs(pass_)
         if pass_ == FORWARD:
             with torch.no_grad():
@@ -48,9 +48,9 @@ class Stage:
         torch.autograd.backward([o for o, _ in outputs], [g.to(o.dtype) for o, g in outputs])
 
     def peak_extra(self, call: Call, destroys: bool, pass_: str) -> int:
-        """Returns the peak of extra memory of one pass after a warm-up, in bytes, without the leaves' gradients.
+        """Returns the peak extra memory of one pass after a warm-up, in bytes, without the leaves' gradients.
 
-        Forward and backward are looked at apart, since the gradients exist only in the second.
+        Forward and backward are measured separately, because the gradients exist only in the backward pass.
         """
         self.setup(destroys)
         self.run(call, pass_)

@@ -1,4 +1,4 @@
-"""The discriminator's step on one group of 16: the published scheme in plain transformers against ours; on a GPU at
+"""The discriminator's step on one group of 16, ours against the published scheme in plain transformers; on a GPU at
 true size, with random weights."""
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from prism_kernels.packing import plan_tokens
 
 SHAPE = Shape()
 OURS, PUBLISHED = SCHEMES
-# of the responses, in the published step at true size: one micro-batch
+# the responses of the published step at true size: one micro-batch
 PART = 4
 
 
@@ -30,7 +30,7 @@ def values(output: StepOutput) -> Values:
 
 def loaded(name: str):
     def load(group: Group) -> Run:
-        # a scheme sets the backbone's attention: each has its own
+        # a scheme sets the backbone's attention, so each scheme has its own backbone
         scheme = SCHEMES[name](make_group(SHAPE))
         return lambda: values(scheme.step())
 
@@ -53,7 +53,7 @@ def scores_alone(output: StepOutput) -> Values:
 
 
 def exact_scores(make: Callable[[], Group]) -> Values:
-    """The scores of the same weights in fp32, whose matrix products must be true fp32; in fp64 they would not fit."""
+    """The scores of the same weights in fp32, with true fp32 matrix products; in fp64 they would not fit."""
     group = make()
     group.backbone.float()
     caption, reasoning = PublishedScheme(group).scoring_pass()
@@ -61,7 +61,7 @@ def exact_scores(make: Callable[[], Group]) -> Values:
 
 
 def cuda_duel(make: Callable[[], Group] = make_true_group, shape: Shape = TRUE_SHAPE, device: str = "cuda") -> Duel:
-    """The step at true size. Each way has the GPU for itself; the first two compute layers again, and fit 80 GB."""
+    """The step at true size. Each rival has the GPU to itself; the first two recompute layers and fit into 80 GB."""
 
     def packed(checkpointed: bool) -> Callable[[None], Run]:
         def load(_: None) -> Run:
@@ -90,7 +90,7 @@ def cuda_duel(make: Callable[[], Group] = make_true_group, shape: Shape = TRUE_S
             Rival(OURS, packed(False), ours=True),
             Rival(PUBLISHED, published(False), package="transformers", share=share),
         ),
-        # in halves near-ties of 28 routers flip: unrelated scores would be off by 1.4
+        # in 16 bits near-ties of 28 routers flip; unrelated scores would be off by 1.4
         tolerance=0.5,
         bars=(Bar(f"{PUBLISHED}{again}", slower=6),),
         memory=True,

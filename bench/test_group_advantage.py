@@ -1,5 +1,5 @@
-"""`group_advantage` of 4,096 groups of 16 samples against verl's loop and its vectorised form; on a GPU against plain
-PyTorch too."""
+"""`group_advantage` of 4,096 groups of 16 samples against verl's loop and its vectorised form, on a GPU also against
+plain PyTorch."""
 
 from importlib import import_module
 from typing import NamedTuple
@@ -48,7 +48,7 @@ def ours(backend: str):
 
 
 def vectorised(data: Data) -> Run:
-    """Any ids in any order, in plain PyTorch, as many groups as samples at the most: nothing is read from a GPU."""
+    """Plain PyTorch for any ids in any order, with at most as many groups as samples: it reads nothing from a GPU."""
     reward, group = data.reward, data.group
 
     def sums(x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def verl(name: str, share: float = 1.0, integers: bool = False):
         mask = torch.ones(used, 1, device=data.reward.device)
 
         def run() -> Values:
-            # it writes over the sums, which of one column share the rewards' memory
+            # it overwrites the sums, which share the rewards' memory if there is one column
             return {"advantage": function(data.reward[:used, None].clone(), mask, index)[0][:, 0]}
 
         return run

@@ -1,5 +1,4 @@
-"""`linear_policy_loss`, time and memory, against autograd over dense logits, and against our two ops one after the
-other."""
+"""Time and memory of `linear_policy_loss` against autograd over dense logits, and against our two ops in sequence."""
 
 import math
 from typing import NamedTuple
@@ -100,7 +99,7 @@ def dense(data: Data) -> Run:
     advantage = data.advantage.repeat_interleave(data.target.numel() // SEQUENCES)
 
     def run() -> Values:
-        # in one expression: a name would keep the logits for the backward pass
+        # one expression, because a name would keep the logits until the backward pass
         logp = linear(data.hidden, data.weight).float().log_softmax(-1).gather(1, data.target[:, None])[:, 0]
         return backward(clipped(logp, data.old_logp, advantage).mean(), data)
 

@@ -10,7 +10,7 @@ from bench.versus import Bar, Duel, Rival, Run, Values, duel_test
 from prism_kernels import Routing, moe_experts, use_backend
 from prism_kernels.ops.moe_experts.reference import moe_experts_reference
 
-# T tokens, E experts, K of a token, D wide, 2I rows before the activation: an eighth of Qwen3-VL-2B's width
+# T tokens, E experts, K experts of a token, D width, 2I rows before the activation: an eighth of Qwen3-VL-2B's width
 T, E, K, D, INNER = 1024, 4, 2, 256, 768
 NAMES = ("out", "x", "weight", "gate_up", "down")
 

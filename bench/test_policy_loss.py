@@ -1,8 +1,8 @@
-"""`policy_loss` on a million packed tokens, forward and backward, against the eager losses of verl and TRL; on a GPU
-on fewer and more, against the same loss in plain PyTorch too.
+"""`policy_loss` on a million packed tokens, forward and backward, against the eager losses of verl and TRL. On a GPU it
+runs on fewer and on more tokens, also against the same loss in plain PyTorch.
 
-verl and TRL get the packed tokens as one row, without padding, and the mean over tokens: their cheapest form. They
-take an advantage for each token; ours takes one for each sequence.
+verl and TRL get their cheapest form: the packed tokens as one row, without padding, and the mean over tokens. They get
+an advantage for each token; ours gets one for each sequence.
 """
 
 from collections import defaultdict
@@ -106,7 +106,7 @@ def trl(data: Data) -> Run:
         model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1,
         _metrics={"train": defaultdict(list)},
     )  # fmt: skip
-    # the ids only pass through: a byte each makes their concatenation cheap
+    # the ids only pass through; one byte each makes their concatenation cheap
     nothing, ids = (torch.zeros(1, size, dtype=torch.uint8, device=device) for size in (0, tokens))
     inputs = {
         "prompt_ids": nothing, "prompt_mask": nothing, "completion_ids": ids, "completion_mask": data.mask[None].long(),
@@ -125,7 +125,7 @@ def label(tokens: int, sequences: int) -> str:
 
 
 def moved(tokens: int, sequences: int) -> int:
-    # logp, old_logp and mask are read and the gradient written; the backward pass reads and writes it once more
+    # forward reads logp, old_logp and mask and writes the gradient; backward reads and writes it again
     return tokens * (4 + 4 + 1 + 4 + 8) + sequences * 8
 
 
@@ -136,8 +136,8 @@ def copying(data: Data) -> Run:
 
 
 def cuda_duel(op: str, tokens: int, sequences: int, device: str = "cuda") -> Duel:
-    """The op on a GPU. At few tokens launches are its cost, at many the bytes."""
-    # the loss, the upstream's 1, and the scale
+    """The op on a GPU. Launches dominate its cost for few tokens, bytes for many."""
+    # the loss, the upstream gradient of 1, and the scale
     goals = (Goal("host syncs", "syncs", "<=", 0), Goal("launches, forward and backward", "launches", "<=", 3))
     if tokens >= 2**20:
         goals += (Goal("share of the copy's bytes a second", "bandwidth_share", ">=", 0.8),)

@@ -1,8 +1,8 @@
-"""`prefix_attention` of one group, forward and backward, against other ways to the same values.
+"""`prefix_attention` of one group, forward and backward, against other ways to compute the same values.
 
-The group of the discriminator: on a CPU a prompt of 256 tokens, 17 captions of 40 and 17 reasonings of 160; separate
-sequences have 2.2 million pairs of a query and a key that it sees, the packed form has 1.1 million. On a GPU its true
-lengths, in bf16.
+The group is the discriminator's. On a CPU it has a prompt of 256 tokens, 17 captions of 40 and 17 reasoning branches
+of 160; separate sequences have 2.2 million visible pairs of query and key, the packed form has 1.1 million. On a GPU it
+has its true lengths, in bf16.
 """
 
 from inspect import signature
@@ -14,13 +14,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.versus import Duel, Goal, Rival, Run, Values, duel_test
 from prism_kernels import prefix_attention
+from prism_kernels.ops.prefix_attention.eager import attend_pieces
 from prism_kernels.ops.prefix_attention.reference import prefix_attention_reference, visible
-from prism_kernels.ops.prefix_attention.torch import attend_pieces
 from prism_kernels.packing import Branch, Kind, PrefixGroup, PrefixPack, build_pack
 
 
 class Shape(NamedTuple):
-    """Lengths in tokens of a group, and the attention's sizes."""
+    """The lengths of a group in tokens, and the sizes of the attention."""
 
     prompt: int
     caption: int
@@ -50,16 +50,16 @@ class Data(NamedTuple):
     pack: PrefixPack
 
     def branches(self) -> list[tuple[int, int]]:
-        """Returns first token and length of each branch."""
-        begin, found = self.shape.prompt, []
+        """Returns the first token and the length of each branch."""
+        begin, spans = self.shape.prompt, []
         for length in (self.shape.caption, self.shape.reasoning):
             for _ in range(self.shape.responses):
-                found.append((begin, length))
+                spans.append((begin, length))
                 begin += length
-        return found
+        return spans
 
     def sequence(self, begin: int, length: int) -> Tensor:
-        """Returns the tokens of a branch behind its prompt."""
+        """Returns the indices of a branch after those of its prompt."""
         return torch.cat((torch.arange(self.shape.prompt), torch.arange(begin, begin + length))).to(self.q.device)
 
 
@@ -88,7 +88,7 @@ def exact(data: Data) -> Values:
 
 
 def exact_by_branch(data: Data) -> Values:
-    """The same where no (H, T, T) scores fit: each branch a sequence of its own, one after the other."""
+    """The same where (H, T, T) scores do not fit: each branch is a separate sequence, one after the other."""
     q, k, v = leaves = [x.detach().double().requires_grad_() for x in (data.q, data.k, data.v)]
     out = torch.empty_like(q)
     for begin, length in [(0, 0), *data.branches()]:
@@ -126,7 +126,7 @@ def dense_mask(data: Data) -> Run:
 
 
 def separate(data: Data) -> Run:
-    """Each branch behind its own copy of the prompt, those of one length in one call: what unpacked passes do."""
+    """Each branch after its own copy of the prompt, branches of one length in one call, as in unpacked passes."""
     prompt, count = data.shape.prompt, data.shape.responses
 
     def attend(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack) -> Tensor:
@@ -144,9 +144,9 @@ def separate(data: Data) -> Run:
 
 
 def varlen_repeated(data: Data) -> Run:
-    """One call over all sequences, each with its own copy of the prompt's q, k and v, as unpacked passes make them.
+    """One call over all sequences, each with its own copy of the prompt's q, k and v, as in unpacked passes.
 
-    The copies are there before the call. The prompt's gradients are those of its copies: they are not compared.
+    The copies are made before the call. The prompt's gradients belong to its copies, so they are not compared.
     """
     from torch.nn.attention.varlen import varlen_attn
 

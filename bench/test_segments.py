@@ -1,7 +1,7 @@
-"""`find_segments` on 64 responses of 1,200 tokens against decoding their prefixes token by token, as was published.
+"""`find_segments` on 64 responses of 1,200 tokens against the published way: decoding their prefixes token by token.
 
-Its time is that of one pass of prefixes over one response, times 64; the published code makes two. The third way
-decodes each token once: linear, and right as long as no two tokens share a character.
+The published way is timed on one pass of prefixes over one response, times 64; the published code makes two passes. The
+third way decodes each token once: it is linear, and right as long as no two tokens share a character.
 """
 
 from importlib import import_module
@@ -14,7 +14,7 @@ from bench.versus import Bar, Duel, Rival, Run, Values, duel_test
 from prism_kernels.segments import TAGS, Reason, TokenBytes, find_segments, token_bytes
 
 RESPONSES, TOKENS = 64, 1200
-# of the tokens between the tags
+# numbers of tokens between the tags
 PARTS = {"caption": 240, "think": 920, "answer": 4}
 WORDS = (
     "the",
@@ -46,7 +46,7 @@ class Data(NamedTuple):
 
 
 def make_tokenizer():
-    """Returns a byte-level BPE, trained here: no hub."""
+    """Returns a byte-level BPE that is trained here, without a hub."""
     tokenizers = import_module("tokenizers")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -66,7 +66,7 @@ def make() -> Data:
         before = len(ids)
         for tag in TAGS:
             ids += tokenizer(f"<{tag}>")["input_ids"]
-            # the last part takes what is left
+            # the last part takes the rest
             closing = tokenizer(f"</{tag}>")["input_ids"]
             left = TOKENS - (len(ids) - before) - len(closing)
             count = left if tag == TAGS[-1] else PARTS[tag]
@@ -82,7 +82,7 @@ def make() -> Data:
 
 
 def exact(data: Data) -> Values:
-    """Returns the spans that the responses were made with."""
+    """Returns the spans with which the responses were made."""
     return {"start": data.spans[..., 0].flatten(), "end": data.spans[..., 1].flatten()}
 
 
@@ -96,14 +96,14 @@ def ours(data: Data) -> Run:
 
 
 def _spans(ends: list[int], text: str, offset: int) -> list[tuple[int, int]]:
-    """Returns the tokens of each part, from where each token's text ends."""
+    """Returns the tokens of each part, from the end of each token's text."""
     starts = [0, *ends[:-1]]
-    found = []
+    spans = []
     for tag in TAGS:
         first, last = text.index(f"<{tag}>") + len(tag) + 2, text.index(f"</{tag}>")
         inside = [i for i, start in enumerate(starts) if first <= start < last]
-        found.append((offset + inside[0], offset + inside[-1] + 1))
-    return found
+        spans.append((offset + inside[0], offset + inside[-1] + 1))
+    return spans
 
 
 def decoding(prefixes: bool, responses: int):

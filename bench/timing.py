@@ -1,4 +1,4 @@
-"""Interleaved timing of several callables, and the peak of extra memory of one, on the CPU and on CUDA."""
+"""Interleaved timing of several callables, and the peak extra memory of one, on the CPU and on CUDA."""
 
 import ctypes
 import gc
@@ -14,14 +14,14 @@ MIB = 2**20
 
 
 class Timed(NamedTuple):
-    """A callable, and what runs before each round of it, untimed."""
+    """A callable, and an untimed setup that runs before each round."""
 
     run: Callable[[], object]
     setup: Callable[[], object] | None = None
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """Returns how long one call takes: by the wall clock on the CPU, between two events on CUDA."""
+    """Returns the seconds of one call: by the wall clock on the CPU, between two events on CUDA."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -38,10 +38,10 @@ def seconds(run: Callable[[], object], device: str) -> float:
 def interleave(
     calls: Mapping[str, Timed], device: str, *, rounds: int = 5, warmup: int = 1, limit: float = float("inf")
 ) -> dict[str, list[float]]:
-    """Returns each callable's durations in seconds: one call of each per round, so that drift meets all alike.
+    """Returns each callable's durations in seconds: one call of each in a round, so that drift affects all alike.
 
-    Every other round runs backwards, so that nothing always follows the same neighbour. After `limit` seconds no
-    further round is begun, but at least one is made.
+    Every other round runs in reverse order, so that no callable always follows the same one. No round begins after
+    `limit` seconds, but at least one is run.
     """
     for call in calls.values():
         for _ in range(warmup):
@@ -67,10 +67,10 @@ def median_ratio(durations: Iterable[float], reference: Iterable[float]) -> floa
 
 
 class PeakMemory:
-    """The peak of extra memory inside a `with` block, in bytes, over what was there when it began.
+    """The peak memory inside a `with` block, in bytes, beyond the memory at its beginning.
 
-    On CUDA it is the allocator's peak. On the CPU it is the resident set of this process, which counts whatever the
-    process holds, libraries' buffers too: use it in a process of its own, after a warm-up.
+    On CUDA it is the allocator's peak. On the CPU it is the resident set of this process, which includes the buffers of
+    libraries: use it in a separate process, after a warm-up.
     """
 
     def __init__(self, device: str) -> None:
@@ -110,7 +110,7 @@ def _status(field: str) -> int:
 
 
 def _reset_peak() -> int:
-    """Sets the process's peak resident set to its current one, which is returned."""
+    """Resets the process's peak resident set to the current one, and returns it."""
     try:
         (_PROC / "clear_refs").write_text("5")
     except OSError as error:
@@ -121,7 +121,7 @@ def _reset_peak() -> int:
 
 
 def _give_back_free_memory() -> None:
-    # what the allocator kept after the warm-up would hide as much of the peak. only glibc has this call
+    # memory that the allocator kept after the warm-up would hide a part of the peak; only glibc has this call
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

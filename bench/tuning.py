@@ -1,6 +1,6 @@
-"""Times a small declared space of tile and block sizes on a GPU; the winners go into the tables by hand.
+"""Times a small declared space of tile and block sizes on a GPU; a person puts the winners into the tables.
 
-Each setting is a row: what was set, its median, and how far its result lies from that of the setting in force.
+Each setting is a row: the setting, its median time, and the distance of its result from the current setting's.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from bench.cases import Case, Inputs, make_inputs
 from bench.timing import Timed, interleave
 from prism_kernels import linear_logprob
 from prism_kernels.ops.anchored_rows import ROW_KERNELS
-from prism_kernels.ops.linear_logprob import blocks
+from prism_kernels.ops.linear_logprob import eager
 
 # fold, lanes, warps: fields of RowTile
 ROW_TILES = list(itertools.product((1, 2, 4), (1024, 2048), (4, 8)))
@@ -33,7 +33,7 @@ Setting = tuple[str, Any, Any, Any]
 
 @contextmanager
 def _set(holder: Any, name: Any, value: Any) -> Iterator[None]:
-    """Sets an item of a dict, or an attribute, for a while."""
+    """Sets an item of a dict, or an attribute, inside a `with` block."""
     if isinstance(holder, dict):
         before, holder[name] = holder[name], value
     else:
@@ -59,7 +59,7 @@ def _try(report: Report, what: str, settings: list[Setting], run: Callable[[], T
                 durations = interleave({what: Timed(run)}, wanted.device.type, rounds=10, warmup=2, limit=2)[what]
                 row["median_s"] = statistics.median(durations)
         except Exception as error:
-            # too much shared memory, a compiler fault: the row says so and the others are still tried
+            # too much shared memory or a compiler fault: the row records it, and the others are still tried
             row["failed"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         report(row)
 
@@ -69,7 +69,7 @@ def _get(holder: Any, name: Any) -> Any:
 
 
 def tune(report: Report, case: Case, device: str = "cuda") -> None:
-    """Tries every setting on the shapes of one case and reports each row as soon as it is known."""
+    """Tries every setting on the shapes of one case and reports each row at once."""
     inputs = make_inputs(case, device)
     _tune_blocks(report, inputs)
     _tune_row_tiles(report, case, device)
@@ -88,15 +88,15 @@ def _tune_blocks(report: Report, inputs: Inputs) -> None:
 
         return run
 
-    rows = [(f"{n} rows", blocks, "forward_rows", lambda *_, n=n: n) for n in FORWARD_ROWS]
+    rows = [(f"{n} rows", eager, "forward_rows", lambda *_, n=n: n) for n in FORWARD_ROWS]
     _try(report, "rows of a forward block, forward+backward", rows, train(None))
-    scratch = [(f"{n} MiB", blocks, "CUDA_SCRATCH", n * 2**20) for n in BACKWARD_SCRATCH_MIB]
+    scratch = [(f"{n} MiB", eager, "CUDA_SCRATCH", n * 2**20) for n in BACKWARD_SCRATCH_MIB]
     _try(report, "scratch of the backward pass, cache_bytes=0", scratch, train(0))
     hidden.grad = weight.grad = None
 
 
 def _tune_row_tiles(report: Report, case: Case, device: str) -> None:
-    from prism_kernels.ops.anchored_rows import triton as row_kernels
+    from prism_kernels.ops.anchored_rows import kernels as row_kernels
 
     rows = min(2048, case.rows)
     z = torch.randn(rows, case.columns, device=device)
@@ -135,8 +135,8 @@ def fused_settings(table: dict[int, Any], key: int) -> list[Setting]:
 
 
 def _tune_fused(report: Report, inputs: Inputs) -> None:
-    from prism_kernels.ops.anchored_rows.triton import architecture
-    from prism_kernels.ops.linear_logprob import triton as fused
+    from prism_kernels.ops.anchored_rows.kernels import architecture
+    from prism_kernels.ops.linear_logprob import kernels as fused
 
     hidden, weight = inputs.leaves
 

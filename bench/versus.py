@@ -1,7 +1,7 @@
-"""Ours against others that compute the same from the same data: values against float64, then times, taking turns.
+"""Duels of our op with others that compute the same from the same data: values against float64, then times in turns.
 
-For the ops that have no matrix product to be measured against: each rival's time is a multiple of ours. On a GPU also
-the launches, the waits of the host, and the bytes a second beside those of a copy.
+These ops have no matrix product as a reference, so each rival's time is a multiple of ours. On a GPU a duel also counts
+launches and waits of the host, and compares the bytes a second with those of a copy.
 """
 
 import gc
@@ -26,7 +26,7 @@ from prism_kernels.testing import relative_error
 
 Values = Mapping[str, Tensor]
 Run = Callable[[], Values]
-# (one round, what runs before each, rounds)
+# (one round, the setup before each round, rounds)
 Turns = Callable[[Callable[[], None], Callable[[], None], int], None]
 
 ROUNDS = (5, 60)
@@ -35,20 +35,20 @@ MEMORY_LIMIT_S = 300
 
 @dataclass(frozen=True)
 class Rival:
-    """One way to compute it. `load` gets the data and returns the call; ImportError says what is missing."""
+    """One way to compute it. `load` gets the data and returns the call, or raises ImportError."""
 
     name: str
     load: Callable[[Any], Run]
-    # "" is installed always; otherwise the distribution whose version is reported
+    # the distribution whose version is reported; "" needs none
     package: str = ""
     ours: bool = False
-    # what the call takes of the work: a loop that takes minutes is run on part of it
+    # the share of the data that the call computes: a loop of minutes runs on a part
     share: float = 1.0
 
 
 @dataclass(frozen=True)
 class Bar:
-    """How many times slower than ours a rival must be, at least; or how much of its memory we may take, at most."""
+    """A bar: the least ratio of the rival's time to ours, or the greatest ratio of our memory to its memory."""
 
     rival: str
     slower: float | None = None
@@ -57,7 +57,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a figure of our row, the first one, must be, in a unit of which `unit` make one of the row's."""
+    """A goal for a figure of our row, the first one; the figure is multiplied by `unit`."""
 
     name: str
     key: str
@@ -68,17 +68,17 @@ class Goal:
 
 @dataclass(frozen=True)
 class Reference:
-    """The least that the work takes, timed in turns too: a copy that moves its bytes, or its matrix products alone."""
+    """The minimum of the work, timed in turns: a copy that moves its bytes, or its matrix products alone."""
 
     name: str
     load: Callable[[Any], Callable[[], object]]
-    # that a call of it moves, and that the op must move: each input read once, each output written once
+    # the bytes that a call of it moves, and those that the op must move: each input read, each output written once
     bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Duel:
-    """An op on one set of data. The first rival is the one that the others are measured against."""
+    """An op on one set of data. The others are measured against the first rival, which is ours."""
 
     op: str
     label: str
@@ -88,19 +88,19 @@ class Duel:
     tolerance: float
     bars: tuple[Bar, ...] = ()
     memory: bool = False
-    # seconds of a rival's rounds, ours included
+    # seconds of a rival's rounds, including ours
     limit_s: float = 6.0
     device: str = "cpu"
     reference: Reference | None = None
     goals: tuple[Goal, ...] = ()
-    # of rivals that do not fit into memory beside each other: one after the other, not in turns
+    # rivals that do not fit into memory together run one after the other, not in turns
     apart: bool = False
     rounds: tuple[int, int] = ROUNDS
 
 
 @dataclass
 class Samples:
-    """The seconds of a rival's rounds, and those of the first rival and of the reference between them."""
+    """The seconds of a rival's rounds, and of the first rival's and the reference's rounds between them."""
 
     rival: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
@@ -108,19 +108,19 @@ class Samples:
 
 
 class Ring:
-    """The data of a duel and its first rival, made once; a row for each rival."""
+    """The data of a duel and its first rival, made once, and a row for each rival."""
 
     def __init__(self, duel: Duel) -> None:
         self.duel, self.rows = duel, []
         self.data = duel.make()
         self.exact = duel.exact(self.data)
-        # what that took may be as large as the GPU
+        # the exact values may have taken the whole GPU
         gc.collect()
         self.first = None if duel.apart else duel.rivals[0].load(self.data)
         self.reference = None if duel.reference is None else duel.reference.load(self.data)
 
     def fight(self, rival: Rival, benchmark: Any, module: str) -> None:
-        """Adds the rival's row, with the rounds under pytest-benchmark; fails if a row of ours is not right."""
+        """Adds the rival's row, with rounds by pytest-benchmark; fails if the values of ours are wrong."""
         benchmark.group = f"{self.duel.op}, {self.duel.label}"
         row = self.row(rival, module, lambda run, before, rounds: benchmark.pedantic(run, setup=before, rounds=rounds))
         if "errors" not in row:
@@ -139,13 +139,13 @@ class Ring:
             traced = None if duel.device == "cpu" or duel.apart else trace(run)
             peak = self.peak(module, rival, run) if duel.memory else None
         except Exception as error:
-            # a peer may fail in any way: the row says how, and the others are still measured
+            # a peer may fail in any way: its row records the failure, and the others are still measured
             row["status"] = absent_status(error, rival.ours)
             if rival.ours and not isinstance(error, ImportError) and duel.device == "cpu":
                 raise
             return row
         samples = self.turns(run, turns or _one_after_the_other)
-        # NaN is not within
+        # NaN is never within the tolerance
         green = all(error <= duel.tolerance for error in errors.values())
         taken = statistics.median(samples.rival) / rival.share
         first = statistics.median(samples.first) if samples.first else self.first_s(taken)
@@ -168,7 +168,7 @@ class Ring:
         return row
 
     def turns(self, run: Run, turns: Turns) -> Samples:
-        """Times the rival's rounds, the first rival and the reference before each."""
+        """Times the rival's rounds, each after a round of the first rival and of the reference."""
         duel, samples = self.duel, Samples()
         first, reference = self.first, self.reference
 
@@ -186,7 +186,7 @@ class Ring:
         def one_round() -> None:
             samples.rival.append(timed(run))
 
-        # a warm-up, from which the number of rounds follows
+        # the warm-up decides the number of rounds
         before_round()
         one_round()
         spent = sum(series.pop() for series in (samples.rival, samples.first, samples.reference) if series)
@@ -195,29 +195,29 @@ class Ring:
         return samples
 
     def first_s(self, taken: float) -> float | None:
-        """Returns the time of the first rival of a duel that is fought apart, whose own row may be this one."""
+        """Returns the first rival's time in a duel without turns; the row may be the first rival's own."""
         return taken if len(self.rows) == 1 else self.rows[0].get("median_s")
 
     def figures(self, traced: Trace) -> dict[str, Any]:
-        """Returns what a GPU did in one call, and its bytes a second over those of the reference."""
-        found: dict[str, Any] = traced._asdict()
+        """Returns the GPU's trace of one call, and its bytes a second over those of the reference."""
+        measured: dict[str, Any] = traced._asdict()
         reference = self.duel.reference
         if reference is None or not reference.bytes or self.reference is None:
-            return found
+            return measured
         against = trace(self.reference)
         if against is None:
-            return found
+            return measured
         rate, best = (reference.bytes / t.device_s / 1e9 for t in (traced, against))
-        return found | {"gbytes_per_s": rate, "reference_gbytes_per_s": best, "bandwidth_share": rate / best}
+        return measured | {"gbytes_per_s": rate, "reference_gbytes_per_s": best, "bandwidth_share": rate / best}
 
     def peak(self, module: str, rival: Rival, run: Run) -> int:
-        """Returns the peak of extra memory of one call: on a GPU the allocator's, else in a process of its own."""
+        """Returns the peak extra memory of one call: the allocator's on a GPU, else measured in a separate process."""
         if self.duel.device == "cuda":
             return peak_extra(run, "cuda")
         return peak_in_child(module, self.duel, rival)
 
     def errors(self, values: Values) -> dict[str, float]:
-        """Returns the relative error of each value; one of a part of the data is compared with that part."""
+        """Returns the relative error of each value; a value of a part of the data is compared with that part."""
         assert values, "a rival must return what it computed"
         return {name: relative_error(value, self.exact[name][: value.numel()] if value.dim() else self.exact[name])
                 for name, value in values.items()}  # fmt: skip
@@ -230,7 +230,7 @@ def _one_after_the_other(run: Callable[[], None], before: Callable[[], None], ro
 
 
 def fight_all(duel: Duel, module: str) -> Iterator[dict[str, Any]]:
-    """Yields the content of the result file after each rival, without pytest: what hangs later loses nothing."""
+    """Yields the result file's content after each rival, so that a later hang loses nothing; without pytest."""
     ring = Ring(duel)
     for rival in duel.rivals:
         ring.row(rival, module)
@@ -240,7 +240,7 @@ def fight_all(duel: Duel, module: str) -> Iterator[dict[str, Any]]:
         yield document(duel, ring.rows)
 
 
-# what was measured in this session, by op
+# the rows measured in this session, by op
 RINGS: dict[str, Ring] = {}
 
 
@@ -265,22 +265,22 @@ def document(duel: Duel, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def bars(duel: Duel, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the bars and goals with what was measured (None: not measured)."""
+    """Returns the bars and goals with the measured values (None: not measured)."""
     known = {row["contender"]: row for row in rows}
     first = known.get(duel.rivals[0].name, {})
-    found = []
+    checks = []
     for goal in duel.goals:
         figure = first.get(goal.key)
-        found.append(results.bar(goal.name, goal.sign, goal.limit, None if figure is None else figure * goal.unit))
+        checks.append(results.bar(goal.name, goal.sign, goal.limit, None if figure is None else figure * goal.unit))
     for bar in duel.bars:
         row = known.get(bar.rival, {})
         if bar.slower is not None:
-            found.append(results.bar(f"times faster than {bar.rival}", ">=", bar.slower, row.get("slower")))
+            checks.append(results.bar(f"times faster than {bar.rival}", ">=", bar.slower, row.get("slower")))
         if bar.memory_share is not None:
             peaks = first.get("peak_extra_bytes"), row.get("peak_extra_bytes")
             share = peaks[0] / peaks[1] if all(peaks) else None
-            found.append(results.bar(f"peak extra memory over that of {bar.rival}", "<=", bar.memory_share, share))
-    return found
+            checks.append(results.bar(f"peak extra memory over that of {bar.rival}", "<=", bar.memory_share, share))
+    return checks
 
 
 def table(content: dict[str, Any]) -> str:
@@ -309,8 +309,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def peak_in_child(module: str, duel: Duel, rival: Rival) -> int:
-    """Returns the peak of extra memory of one call after a warm-up, in a process of its own, which has but one
-    resident set."""
+    """Returns the peak extra memory of one call after a warm-up, in a separate process: a process has one resident
+    set only."""
     done = subprocess.run(
         [sys.executable, "-m", "bench.versus", module, duel.op, rival.name],
         env=results.memory_environment() | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
@@ -325,8 +325,8 @@ def peak_in_child(module: str, duel: Duel, rival: Rival) -> int:
 
 
 def peak_extra(run: Run, device: str) -> int:
-    """Returns the peak of extra memory of one call after a warm-up, without what it returns."""
-    # held, since a call that drops the gradients of the one before would otherwise give that memory back meanwhile
+    """Returns the peak extra memory of one call after a warm-up, without the returned tensors."""
+    # kept, because a call that drops the gradients of the call before would otherwise free that memory meanwhile
     before = run()
     with PeakMemory(device) as peak:
         kept = run()

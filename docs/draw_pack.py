@@ -1,4 +1,4 @@
-"""Draws docs/pack.png: which token sees which in a pack of two groups. `python docs/draw_pack.py`."""
+"""Draws docs/pack.png: the attention mask of a pack of two groups. `python docs/draw_pack.py` runs it."""
 
 from pathlib import Path
 
@@ -16,14 +16,14 @@ from prism_kernels.ops.prefix_attention.reference import visible
 from prism_kernels.packing import Branch, Kind, PrefixGroup, PrefixPack, build_pack
 
 IMAGE = 9
-# of each kind, to be told apart by all eyes; the last is for what is not seen
+# a colour for each kind, which colour-blind readers can tell apart; the last is for unseen tokens
 COLOURS = ("#8c8c8c", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f4f4f4")
 NAMES = ("prompt", "image", "perception", "reasoning", "answer")
 STRIP = 1.3
 
 
 def example() -> tuple[PrefixPack, list[str]]:
-    """Returns a pack of two groups, and what its prefixes and branches are called, in order."""
+    """Returns a pack of two groups, and the names of its prefixes and branches, in order."""
     groups, names = [], []
     for question, (prompt, grids, captions, thoughts) in enumerate(
         (
@@ -48,7 +48,7 @@ def example() -> tuple[PrefixPack, list[str]]:
 
 
 def pieces(pack: PrefixPack) -> list[tuple[int, int]]:
-    """Returns where each prefix and branch begins and ends, in the pack's order."""
+    """Returns the first token and the end of each prefix and branch, in the pack's order."""
     prefix = torch.searchsorted(pack.cu_prefix[1:].long(), (pack.branch == -1).cumsum(0) - 1, right=True)
     piece = torch.where(pack.branch == -1, -1 - prefix, pack.branch)
     lengths = torch.unique_consecutive(piece, return_counts=True)[1]
@@ -57,14 +57,14 @@ def pieces(pack: PrefixPack) -> list[tuple[int, int]]:
 
 
 def draw(pack: PrefixPack, names: list[str], axes: Axes) -> None:
-    """Draws the mask, coloured by the kind of the token that is seen."""
+    """Draws the mask, coloured by the kind of the seen token."""
     total = len(pack.input_ids)
     seen = torch.where(visible(pack), pack.kind, len(NAMES))
     axes.imshow(seen, cmap=ListedColormap(COLOURS), vmin=0, vmax=len(NAMES))
     for line in range(total + 1):
         axes.plot([-0.5, total - 0.5], [line - 0.5] * 2, color="white", linewidth=0.6)
         axes.plot([line - 0.5] * 2, [-0.5, total - 0.5], color="white", linewidth=0.6)
-    # the token's own kind, along both sides
+    # the kind of each token, along both sides
     for token, kind in enumerate(pack.kind.tolist()):
         for corner in ((token - 0.5, -1 - STRIP), (-1 - STRIP, token - 0.5)):
             size = (1, STRIP) if corner[0] == token - 0.5 else (STRIP, 1)

@@ -12,16 +12,14 @@ from prism_kernels.version import __version__
 
 if TYPE_CHECKING:
     from prism_kernels.backend import backend_status, use_backend
+    from prism_kernels.metrics import PairMetrics, PolicyMetrics
     from prism_kernels.ops.group_advantage import group_advantage
     from prism_kernels.ops.linear_logprob import linear_logprob
     from prism_kernels.ops.linear_policy_loss import linear_policy_loss
     from prism_kernels.ops.moe_experts import moe_experts
-    from prism_kernels.ops.moe_route import moe_route
-    from prism_kernels.ops.moe_route.routing import Routing
+    from prism_kernels.ops.moe_route import Routing, moe_route
     from prism_kernels.ops.pair_loss import pair_loss
-    from prism_kernels.ops.pair_loss.metrics import PairMetrics
     from prism_kernels.ops.policy_loss import policy_loss
-    from prism_kernels.ops.policy_loss.metrics import PolicyMetrics
     from prism_kernels.ops.prefix_attention import prefix_attention
     from prism_kernels.ops.prism_advantage import prism_advantage
     from prism_kernels.ops.token_logprob import token_logprob
@@ -49,9 +47,9 @@ __all__ = [
 
 # the modules of the names above; without an entry here, ops.<name>
 _MODULES = {
-    "PairMetrics": "ops.pair_loss.metrics",
-    "PolicyMetrics": "ops.policy_loss.metrics",
-    "Routing": "ops.moe_route.routing",
+    "PairMetrics": "metrics",
+    "PolicyMetrics": "metrics",
+    "Routing": "ops.moe_route",
     "TokenLogProbs": "outputs",
     "backend_status": "backend",
     "use_backend": "backend",

@@ -1,5 +1,6 @@
-"""Which implementation runs: an argument, a context, an environment variable, else a measured table."""
+"""Chooses the implementation that runs: by an argument, a context, an environment variable, else a measured table."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ from prism_kernels.library import native_reason
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
-# per op and device type, the fastest first. on the cpu measured (bench/results); the order on cuda is a
-# prediction until it has been measured there
+# per op and device type, the fastest first. measured on the cpu (bench/results); on cuda a prediction until it is
+# measured there
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_logprob": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
     "token_logprob": {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")},
@@ -42,7 +43,7 @@ class Status(NamedTuple):
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every op inside the context on one backend; an op that cannot raises with the reason."""
+    """Runs every op inside the context on one backend; an op that cannot run there raises with the reason."""
     one_of("use_backend", "name", name, BACKENDS)
     token = _forced.set(name)
     try:
@@ -51,21 +52,21 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-# a context variable cannot be traced: torch.compile takes the backend that holds while it compiles
+# torch.compile cannot trace a context variable: the backend at the time of compilation is compiled in
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve(op: str, device: torch.device, requested: str | None = None) -> str:
-    """Returns the backend that `op` runs on for tensors of `device`.
+    """Returns the backend that `op` runs on for tensors of `device`. Public functions call it once and pass it on.
 
-    An explicit choice (the argument, `use_backend`, PRISM_KERNELS_BACKEND, in this order) that is impossible raises;
-    without one the first available entry of the table is taken.
+    The argument comes first, then `use_backend`, then PRISM_KERNELS_BACKEND: such a choice raises where it is
+    impossible. Without one it is the first available backend of the table.
     """
     wanted = requested or _forced.get() or os.environ.get("PRISM_KERNELS_BACKEND")
     if wanted:
         if wanted not in BACKENDS:
             one_of(op, "backend", wanted, BACKENDS)
-        why = unavailable(op, wanted, device.type)
-        if why is not None:
-            raise RuntimeError(f"{op}: backend {wanted!r} is not available for {device.type} tensors: {why}")
+        reason = unavailable(op, wanted, device.type)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend {wanted!r} is not available for {device.type} tensors: {reason}")
         return wanted
     for name in _PREFERENCE[op].get(device.type, _OTHER_DEVICES):
         if unavailable(op, name, device.type) is None:
@@ -74,7 +75,7 @@ def resolve(op: str, device: torch.device, requested: str | None = None) -> str:
 
 
 def unavailable(op: str, backend: str, device: str) -> str | None:
-    """Returns why a backend cannot run an op on a device type, and what would help; None if it can."""
+    """Returns why a backend cannot run an op on a device type, with the remedy; None if it can."""
     if op not in _PREFERENCE:
         fail("backend", f"op to be one of {', '.join(_PREFERENCE)}", repr(op))
     if backend == "torch":
@@ -82,12 +83,14 @@ def unavailable(op: str, backend: str, device: str) -> str | None:
     if backend not in _implementations(op):
         return f"{op} has no implementation for it; it has {', '.join(_implementations(op))}"
     if backend == "cpu":
-        return _native_reason("_C") if device == "cpu" else "it is for CPU tensors; move the tensors or take another"
+        if device != "cpu":
+            return "it takes CPU tensors only; move the tensors or choose another backend"
+        return _native_reason("_C")
     if backend == "cuda":
         if device != "cuda":
-            return "it is for CUDA tensors; move the tensors or take another"
+            return "it takes CUDA tensors only; move the tensors or choose another backend"
         return _native_reason("_C_cuda") or _no_gpu()
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed; `pip install triton` (Linux)"
     if device == "cuda":
         return _no_gpu()
@@ -102,9 +105,14 @@ def _implementations(op: str) -> list[str]:
 
 def _native_reason(extension: str) -> str | None:
     if extension not in native_reason:
-        # no op was imported yet, and with them the extensions
+        # the extensions are loaded with the ops
         importlib.import_module("prism_kernels.ops")
     return native_reason[extension]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _no_gpu() -> str | None:
@@ -112,10 +120,10 @@ def _no_gpu() -> str | None:
 
 
 def backend_status() -> list[Status]:
-    """Returns each op and backend with the reason why it is not available here (None: it is)."""
-    home = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "torch": "cpu"}
+    """Returns each op and backend, with the reason where it is not available on this machine."""
+    device = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu", "cpu": "cpu", "torch": "cpu"}
     return [
-        Status(op, backend, unavailable(op, backend, home[backend]))
+        Status(op, backend, unavailable(op, backend, device[backend]))
         for op, devices in _PREFERENCE.items()
         for backend in BACKENDS
         if any(backend in names for names in devices.values())

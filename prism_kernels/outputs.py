@@ -1,4 +1,4 @@
-"""What the log-probability ops return."""
+"""The result of the log-probability ops."""
 
 from typing import NamedTuple
 

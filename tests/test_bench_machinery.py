@@ -237,8 +237,8 @@ def test_a_duel_measures_memory_in_a_process_of_its_own():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_declared_tiles_fit_the_tables():
-    from prism_kernels.ops.anchored_rows import triton as row_kernels
-    from prism_kernels.ops.linear_logprob import triton as fused
+    from prism_kernels.ops.anchored_rows import kernels as row_kernels
+    from prism_kernels.ops.linear_logprob import kernels as fused
 
     for table in (row_kernels.FORWARD_TILES, row_kernels.BACKWARD_TILES):
         settings = tuning.row_settings(table, 90)

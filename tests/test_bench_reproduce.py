@@ -377,7 +377,7 @@ def test_a_failed_arm_stops_only_those_that_need_it(tmp_path, without_training):
     assert not scheduler.run_all(found, jobs, at_once=2, tell=told.append, figures=lambda job: "")
     (failed,) = (line for line in told if "failed: exit status 1" in line)
     assert "align_12" in failed and "made to fail" in failed
-    assert any("after" in line and "needs one that failed" in line for line in told)
+    assert any("after" in line and "needs an arm that failed" in line for line in told)
     assert found.finished(Job(0, found.arms["distill_12"]))
     # tried again by the same command
     without_training.clear()

@@ -1,10 +1,10 @@
-"""A training step of the discriminator: the published four-forward scheme, in plain transformers, and a packed group.
+"""A training step of the discriminator: the published four-forward scheme in plain transformers, and a packed group.
 
-The published step scores each response by itself, caption and reasoning apart; then, micro-batch by micro-batch, it
-runs student captions, student reasonings, teacher captions and teacher reasonings, each with its own copy of prompt and
-image, the teacher's once for every response. S responses of a group, T tokens.
+The published step scores caption and reasoning of each response separately. Then it runs, for each micro-batch, student
+captions, student reasoning, teacher captions and teacher reasoning, each with its own copy of prompt and image; the
+teacher's texts run once for every response. S responses of a group, T tokens.
 
-The model is tiny, or on a GPU as large as Qwen3-VL-2B with four experts a layer, in bf16, its weights random.
+The model is tiny; on a GPU it has the size of Qwen3-VL-2B with four experts a layer, in bf16. Its weights are random.
 """
 
 from collections.abc import Callable
@@ -25,16 +25,16 @@ from prism.models.tiny import TinyMoeSize, tiny_discriminator_base
 from prism.runtime.optimiser import GuardedOptimiser
 from prism_kernels.packing import Branch, Kind, PrefixGroup, pack_groups
 
-# of the published training step
+# the micro-batch of the published training step
 MICRO_BATCH = 4
-# the loss without what the published one lacks, so that both have the same gradient
+# without the terms that the published loss lacks, so both have the same gradient
 PLAIN_LOSS = DiscriminatorSettings(aux_coef=0.0, regularisation=0.0, soft_clip=None)
 SIZE = TinyMoeSize(
     hidden_size=256, intermediate_size=768, layers=4, expert_intermediate_size=512, vision_hidden_size=128, experts=4
 )
 
 
-# Qwen3-VL-2B, each of its MLPs four times
+# Qwen3-VL-2B with each MLP four times
 TRUE_TEXT = {
     "vocab_size": 151936,
     "hidden_size": 2048,
@@ -71,15 +71,15 @@ TRUE_IMAGE_TOKEN = 151655
 
 @dataclass(frozen=True)
 class Shape:
-    """Lengths in tokens of one group."""
+    """The lengths of one group in tokens."""
 
     responses: int = 16
     prompt: int = 256
-    # patches along each side of the square image; a quarter as many tokens
+    # patches along each side of the square image; the number of tokens is a quarter of the number of patches
     image_side: int = 16
     caption: int = 40
     reasoning: int = 160
-    # patches along the other side, if it is no square
+    # patches along the other side, if the image is not square
     image_width: int | None = None
 
     @property
@@ -95,12 +95,12 @@ class Shape:
         return self.patches // 4
 
 
-# the group of the plan: 600 tokens of image
+# the group of docs/discriminator.md, with 600 image tokens
 TRUE_SHAPE = Shape(prompt=1024, image_side=48, image_width=50, caption=150, reasoning=600)
 
 
 class Texts(NamedTuple):
-    """The token ids of a response's segments."""
+    """The token ids of the segments of one response."""
 
     caption: list[int]
     reasoning: list[int]
@@ -108,7 +108,7 @@ class Texts(NamedTuple):
 
 @dataclass
 class Group:
-    """One prompt with its image, the responses and the teacher's, and a model for them."""
+    """One prompt with its image, the responses, the teacher's response, and a model."""
 
     shape: Shape
     prompt: list[int]
@@ -121,7 +121,7 @@ class Group:
     value_weight: Tensor
 
     def sequences(self) -> dict[str, list[list[int]]]:
-        """Returns what the four forwards of all responses read, with the prompt before each."""
+        """Returns the sequences of the four forwards for all responses, each after its prompt."""
         s = self.shape.responses
         return {
             "student caption": [self.prompt + r.caption for r in self.responses],
@@ -145,7 +145,7 @@ def make_true_group(
     text: dict | None = None,
     vision: dict | None = None,
 ) -> Group:
-    """Returns a group of random texts and a model of true size, but for what is changed, made on the device in bf16."""
+    """Returns a group of random texts and a model of true size, with the given changes, made on the device in bf16."""
     config = Qwen3VLMoeConfig(
         text_config=TRUE_TEXT | (text or {}),
         vision_config=TRUE_VISION | (vision or {}),
@@ -158,7 +158,7 @@ def make_true_group(
 
 
 def group_for(backbone: torch.nn.Module, image: int, shape: Shape, seed: int) -> Group:
-    """Returns a group of random texts for a model, whose device and dtype it takes."""
+    """Returns a group of random texts on the device and in the dtype of a model."""
     generator = torch.Generator().manual_seed(seed)
 
     def text(length: int) -> list[int]:
@@ -166,7 +166,7 @@ def group_for(backbone: torch.nn.Module, image: int, shape: Shape, seed: int) ->
 
     before = (shape.prompt - shape.image_tokens) // 2
     prompt = text(before) + [image] * shape.image_tokens + text(shape.prompt - shape.image_tokens - before)
-    # lengths vary by a fifth around what the shape says
+    # lengths vary by a fifth around the shape's
     texts = []
     for place in range(shape.responses):
         factor = 0.8 + 0.4 * place / max(1, shape.responses - 1)
@@ -188,12 +188,12 @@ def group_for(backbone: torch.nn.Module, image: int, shape: Shape, seed: int) ->
 
 
 def part_of(group: Group, responses: int) -> Group:
-    """Returns the group with its first responses alone."""
+    """Returns the group with its first responses only."""
     return replace(group, shape=replace(group.shape, responses=responses), responses=group.responses[:responses])
 
 
 class StepOutput(NamedTuple):
-    """The scores of the responses before the step, and the gradients, by parameter, of the value head and a layer."""
+    """The responses' scores from before the step, and the gradients of some parameters, by name."""
 
     perception: Tensor
     reasoning: Tensor
@@ -201,7 +201,7 @@ class StepOutput(NamedTuple):
 
 
 class PublishedScheme:
-    """Four forwards a micro-batch, and a scoring pass before them."""
+    """A scoring pass, then four forwards for each micro-batch."""
 
     def __init__(self, group: Group, checkpointed: bool = False) -> None:
         self.group, self.backbone = group, group.backbone
@@ -212,7 +212,7 @@ class PublishedScheme:
         self.sequences = group.sequences()
 
     def step(self) -> StepOutput:
-        """Scores, then updates; returns what both gave."""
+        """Scores, then updates; returns the scores and the gradients."""
         scores = self.scoring_pass()
         self.optimiser.zero_grad(set_to_none=True)
         total = self.group.shape.responses
@@ -238,7 +238,7 @@ class PublishedScheme:
         return caption, reasoning
 
     def forward(self, sequences: list[list[int]]) -> Tensor:
-        """Returns the score of each sequence at its last token; shorter ones are padded on the right."""
+        """Returns the score of each sequence at its last token; shorter sequences are padded on the right."""
         longest = max(map(len, sequences))
         device = self.backbone.device
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in sequences], device=device)
@@ -269,7 +269,7 @@ class PackedScheme:
         self.prepared = prepared_group(group)
 
     def step(self) -> StepOutput:
-        """Scores and updates; returns what it gave."""
+        """Scores and updates; returns the scores and the gradients."""
         result = discriminator_step(self.model, self.prepared, self.optimiser, PLAIN_LOSS)
         if result.skipped is not None:
             raise RuntimeError(f"the step was skipped: {result.skipped}")
@@ -279,7 +279,7 @@ class PackedScheme:
 
 
 def prepared_group(group: Group) -> PreparedGroups:
-    """Returns the group as `prepare_groups` would make it from texts."""
+    """Returns the group in the form that `prepare_groups` makes from texts."""
     total = group.shape.responses + 1
     branches, slots = [], []
     for n, texts in enumerate([*group.responses, group.teacher]):
@@ -294,7 +294,7 @@ def prepared_group(group: Group) -> PreparedGroups:
 
 
 def optimiser_of(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Returns AdamW that changes nothing, so that every step is the same one; on a GPU in one launch without copies."""
+    """Returns an AdamW that changes nothing, so that all steps are equal; on a GPU in one launch without copies."""
     return torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=parameters[0].is_cuda)
 
 
@@ -303,7 +303,7 @@ def norm_to(limit: float, parameters: list[torch.nn.Parameter]) -> None:
 
 
 def gradients(backbone: torch.nn.Module, value: Tensor) -> dict[str, Tensor]:
-    """Returns the gradients that are compared: the value head's, the first layer's query's, the patch embedding's."""
+    """Returns the compared gradients: value head, query of the first layer, patch embedding."""
     watched = {
         "value head": value,
         "query": backbone.language_model.layers[0].self_attn.q_proj.weight,
@@ -313,7 +313,7 @@ def gradients(backbone: torch.nn.Module, value: Tensor) -> dict[str, Tensor]:
 
 
 def token_counts(group: Group) -> dict[str, int]:
-    """Returns how many tokens go through the language model in a step of each scheme."""
+    """Returns the numbers of tokens that the language model computes in a step of each scheme."""
     four = sum(len(ids) for rows in group.sequences().values() for ids in rows)
     scoring = sum(len(ids) for name, rows in group.sequences().items() if "student" in name for ids in rows)
     packed = len(group.prompt) + sum(len(ids) for texts in [*group.responses, group.teacher] for ids in texts)

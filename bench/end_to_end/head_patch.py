@@ -1,14 +1,14 @@
-"""Log-probabilities of a language model in another trainer, before and after our patch: time and peak memory.
+"""Time and peak memory of a language model's log-probabilities in another trainer, before and after our patch.
 
-`python -m bench.end_to_end.head_patch --trainer transformers`, or openrlhf; verl where it is installed (`make
-test-peers` makes it: .venv-peers). A step is forward and backward of the log-probabilities of one sequence, and in some
-cases of the entropies, through the functions that the trainer calls, on a random model of which the head is nearly all.
-Before the patch:
+Run `python -m bench.end_to_end.head_patch --trainer transformers`, or openrlhf, or verl in the environment
+.venv-peers (`make test-peers` makes it). A step is forward and backward of the log-probabilities of one sequence, in
+some cases also of the entropies, through the functions that the trainer calls. The model is random and consists almost
+entirely of the head. Without the patch these run:
 
-- transformers has no log-probabilities: log_softmax and gather of `model(...).logits`.
-- OpenRLHF: its Actor. Where the package is not installed `openrlhf_stand_in` takes its place.
-- verl: what its FSDP engine calls on the logits, in its order, the entropies through torch.compile as it does; and its
-  own model forward with the fused head of the backend torch. That of the backend triton needs a GPU.
+- transformers: log_softmax and gather on `model(...).logits`, because it has no log-probabilities.
+- OpenRLHF: its Actor. If the package is not installed, `openrlhf_stand_in` replaces it.
+- verl: the functions that its FSDP engine calls on the logits, in its order, with compiled entropies like verl's; and
+  verl's own model forward with the fused head of the backend torch. The fused head of the backend triton needs a GPU.
 """
 
 import sys
@@ -30,22 +30,22 @@ from bench.end_to_end.turns import Said, Turn
 LOGP, BOTH, FUSED = "log-probabilities", "log-probabilities and entropies", "FusedLinearForPPO"
 NAMES = {"transformers": "transformers", "openrlhf": "OpenRLHF", "verl": "verl"}
 CASES = {"transformers": (LOGP, BOTH), "openrlhf": (LOGP, BOTH), "verl": (LOGP, BOTH, FUSED)}
-# of these the unfused head's memory is to be halved
+# in these trainers the patch must halve the memory of the unfused head
 HALVED = ("transformers", "openrlhf")
 MEMORY_LIMIT = 0.5
-# both sides compute the same in fp32
+# tolerance: both sides compute the same in fp32
 TOLERANCE = 1e-4
-# steps of the processes that tell their memory, the first of which warms up
+# steps of the processes that measure memory; the first warms up
 MEMORY_STEPS = 2
-# rows of the large gradients that are compared
+# the compared rows of the large gradients
 WATCHED = 8
-# a case's log-probabilities, and its entropies if it has any
+# the log-probabilities of a case, and its entropies if it has any
 Call = Callable[[], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A language model, and a sequence."""
+    """The sizes of a language model and of a sequence."""
 
     trainer: str = field(default="transformers", metadata={"choices": tuple(CASES)})
     vocabulary: int = 151936
@@ -69,7 +69,7 @@ def make_model(sizes: Sizes) -> Any:
         use_cache=False,
     )
     model = Qwen3ForCausalLM(config).train()
-    # wider than at initialisation, so that the logits differ
+    # a larger head than at initialisation, so that the logits differ
     torch.nn.init.normal_(model.lm_head.weight, std=0.2)
     return model
 
@@ -93,13 +93,13 @@ def transformers_cases(model: Any, ids: Tensor, patched: bool) -> dict[str, Call
 
 
 def openrlhf_cases(model: Any, ids: Tensor, patched: bool) -> dict[str, Call]:
-    """Returns the cases of OpenRLHF's Actor, or of what stands in for it."""
+    """Returns the cases of OpenRLHF's Actor, or of its stand-in."""
     from prism_kernels.integrations import openrlhf, patching
 
     stand_in = openrlhf_stand_in.modules(compiled=True)
     sys.modules.update(stand_in)
     actor = import_module("openrlhf.models.actor").Actor(model)
-    # it could be read of the package alone
+    # only the package has this
     actor.packing_samples = False
     if patched:
         if stand_in:
@@ -122,7 +122,7 @@ def verl_cases(model: Any, ids: Tensor, patched: bool) -> dict[str, Call]:
         from prism_kernels.integrations import verl
 
         verl.patch()
-    # engines are made after the patch, and look these up then
+    # engines are made after the patch and look these functions up then
     log_probabilities = functional.logprobs_from_logits
     entropies = torch.compile(functional.entropy_from_logits, dynamic=True)
     following = ids[0].roll(-1)
@@ -152,7 +152,7 @@ def sides(sizes: Sizes) -> tuple[str, str]:
 
 
 def child(side: str, sizes: Sizes, steps: int, memory: bool) -> None:
-    """Takes a step of the case that each line names."""
+    """Runs a step of the case that each input line names."""
     turn = Turn(memory)
     model = make_model(sizes)
     generator = torch.Generator().manual_seed(1)
@@ -168,11 +168,11 @@ def child(side: str, sizes: Sizes, steps: int, memory: bool) -> None:
         model.zero_grad()
 
 
-def values(model: Any, ids: Tensor, found: list[Tensor]) -> dict[str, list[float]]:
-    """Returns what is compared of a step: its results, rows of the large gradients, and the norms of all."""
+def values(model: Any, ids: Tensor, outputs: list[Tensor]) -> dict[str, list[float]]:
+    """Returns the compared values of a step: results, rows of the large gradients, and the norms of all gradients."""
     some, layer = ids[0, :WATCHED], model.model.layers[0]
     compared = {
-        **dict(zip(("log-probabilities", "entropies"), found)),
+        **dict(zip(("log-probabilities", "entropies"), outputs)),
         "the gradient of the head": model.lm_head.weight.grad[some],
         "the gradient of the embeddings": model.model.embed_tokens.weight.grad[some],
         "the gradient of the first query": layer.self_attn.q_proj.weight.grad[:WATCHED],
@@ -183,12 +183,12 @@ def values(model: Any, ids: Tensor, found: list[Tensor]) -> dict[str, list[float
 
 
 def agree(case: str, taken: dict[str, list[Said]]) -> None:
-    """Refuses times of steps that did not compute the same."""
+    """Raises if the two sides did not compute the same."""
     for theirs, ours in zip(*taken.values()):
         for name, wanted in theirs["values"].items():
             expected, got = (torch.tensor(x, dtype=torch.float64) for x in (wanted, ours["values"][name]))
             apart = vector_norm(got - expected) / vector_norm(expected)
-            # what is not a number is not within it either
+            # NaN must fail too
             if not apart <= TOLERANCE:
                 raise RuntimeError(f"{case}: the two sides differ in {name} by {apart:.1e} of it")
 

@@ -1,7 +1,7 @@
-"""OpenRLHF 0.11's `models.{utils, actor, loss}` where the package is not installed: it needs DeepSpeed and flash-attn.
+"""A stand-in for OpenRLHF 0.11's `models.{utils, actor, loss}`; the package needs DeepSpeed and flash-attn.
 
-The same names, parameters and mathematics in our words, on a path without packed samples, ring attention and
-flash-attn's cross-entropy; and the same tensors of logits are made, since memory is compared with it.
+It has the same names, parameters and mathematics in our own code, without packed samples, ring attention and
+flash-attn's cross-entropy. It makes the same tensors of logits, because its memory is compared.
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 VERSION = "0.11.0"
 NAMES = ("openrlhf", "openrlhf.models", "openrlhf.models.utils", "openrlhf.models.loss", "openrlhf.models.actor")
-# rows of logits whose normalisers are taken at once
+# the number of rows of logits whose normalisers are computed together
 _ROWS = 1024
 
 
@@ -126,10 +126,10 @@ class PolicyLoss(nn.Module):
 
 
 def modules(compiled: bool = False) -> dict[str, ModuleType]:
-    """Returns what is to stand in `sys.modules`, by name; nothing where OpenRLHF is installed.
+    """Returns the modules for `sys.modules`, by name; none if OpenRLHF is installed.
 
     Args:
-        compiled: whether `compute_entropy` goes through torch.compile, as it does there: faster, but not at first.
+        compiled: whether `compute_entropy` is compiled, as in the package: faster, except for the first call.
     """
     if find_spec("openrlhf") is not None:
         return {}

@@ -1,8 +1,8 @@
-"""Rollouts a second of the engine and of transformers' `generate`, on the tiny policy with one image a prompt.
+"""Speed of the engine and of transformers' `generate`, on the tiny policy with one image a prompt.
 
 `python -m bench.end_to_end.rollout` prints a line for each, after a check that greedy responses are equal. Every
-response has the full length, so that all do the same work; `generate` returns tokens alone, the engine their
-log-probabilities too.
+response has the full length, so that both do the same work. `generate` returns only tokens, the engine also their
+log-probabilities.
 """
 
 import argparse
@@ -28,19 +28,19 @@ class Shape:
     prompts: int = 8
     n: int = 4
     new_tokens: int = 64
-    # tokens of text of the shortest prompt; each further one has three more
+    # text tokens of the shortest prompt; each further prompt has three more
     text: int = 40
     # patches along each side of the image
     image_side: int = 8
 
 
 class Duel:
-    """The same work for both."""
+    """The sizes of the work, the same for both."""
 
     def __init__(self, shape: Shape, device: str, path: str | None) -> None:
         self.shape, self.device = shape, device
         model, self.tokenizer = tiny_policy()
-        # wider than at initialisation, so that greedy choices are no near-ties
+        # larger weights than at initialisation, so that greedy choices are not near-ties
         torch.nn.init.normal_(model.lm_head.weight, std=0.3)
         self.model = model.to(device)
         batch_images(self.model.model.visual)
@@ -57,7 +57,7 @@ class Duel:
     def stock(self, sampling: Sampling | None = None) -> list[list[int]]:
         """Returns `generate`'s responses."""
         sampling = sampling or self.sampling
-        chance = {"do_sample": False} if sampling.greedy else {"do_sample": True, "top_k": 0, "top_p": 1.0}
+        chance = {"do_sample": False} if sampling.temperature == 0 else {"do_sample": True, "top_k": 0, "top_p": 1.0}
         tokens = self.model.generate(
             **self.inputs,
             **chance,
@@ -85,7 +85,7 @@ def make_prompts(shape: Shape, image_token: int) -> list[EncodedPrompt]:
 
 
 def padded(prompts: list[EncodedPrompt], image_token: int, device: str) -> dict[str, Tensor]:
-    """Returns what `generate` takes: prompts padded on the left."""
+    """Returns the inputs of `generate`: prompts padded on the left."""
     longest = max(len(prompt.input_ids) for prompt in prompts)
     ids = torch.tensor([[0] * (longest - len(p.input_ids)) + p.input_ids for p in prompts])
     lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])

@@ -1,9 +1,9 @@
-"""A step of TRL's GRPOTrainer with and without our head: time and peak memory, each side in processes of its own.
+"""Time and peak memory of a step of TRL's GRPOTrainer with and without our head, in separate processes.
 
-`python -m bench.end_to_end.trl_patch`, in the environment of TRL (`make test-peers` makes it: .venv-trl). A step is
-forward, loss, backward, clipping and AdamW on completions that are there already, since sampling is not touched by the
-patch; with --sample each step samples its completions too. Two trainers take steps in turns; two others, one after the
-other, tell the peak of their resident set.
+Run `python -m bench.end_to_end.trl_patch` in the environment of TRL, .venv-trl (`make test-peers` makes it). A step is
+forward, loss, backward, clipping and AdamW on existing completions, because the patch does not touch sampling; with
+--sample each step also samples its completions. Two trainers take steps in turns; two others, one after the other,
+measure the peak of their resident set.
 """
 
 import tempfile
@@ -21,16 +21,16 @@ from prism.config import TinySize
 from prism.models.tiny import tiny_image_processor, tiny_policy
 
 PUBLISHED, PATCHED = "TRL", "TRL with our patch"
-# both sides compute the same in fp32
+# tolerance: both sides compute the same in fp32
 TOLERANCE = 1e-4
 STEP_LIMIT, MEMORY_LIMIT = 0.8, 1.0
-# steps of the processes that tell their memory: the moments of AdamW are there from the second on
+# steps of the processes that measure memory: AdamW's moments exist from the second step on
 MEMORY_STEPS = 2
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A vision-language model of which the head is nearly all, and the completions of one prompt with an image."""
+    """The sizes of a vision-language model, nearly all of it head, and of the completions of one prompt."""
 
     vocabulary: int = 151936
     width: int = 256
@@ -47,7 +47,7 @@ def make_trainer(sizes: Sizes, turn: Turn, steps: int, folder: str) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
     class Trainer(GRPOTrainer):
-        """Whose completions are random tokens, unless they are to be sampled."""
+        """A trainer with random tokens as completions, unless it samples them."""
 
         def _generate_single_turn(self, prompt_ids: Any, *rest: Any) -> Any:
             if sizes.sample:
@@ -67,7 +67,7 @@ def make_trainer(sizes: Sizes, turn: Turn, steps: int, folder: str) -> Any:
         max_completion_length=sizes.tokens,
         num_iterations=1 if sizes.sample else steps,
         max_steps=steps,
-        # so low that no ratio comes near the clip range, where one rounding decides whether a token counts
+        # so low that no ratio comes near the clip range, where a rounding would decide whether a token counts
         learning_rate=1e-5,
         logging_steps=1,
         report_to=[],
@@ -95,7 +95,7 @@ def make_trainer(sizes: Sizes, turn: Turn, steps: int, folder: str) -> Any:
 
 
 def child(side: str, sizes: Sizes, steps: int, memory: bool) -> None:
-    """Trains, a step for each line that comes."""
+    """Trains one step for each input line."""
     from prism_kernels.integrations import trl
 
     turn = Turn(memory)
@@ -106,7 +106,7 @@ def child(side: str, sizes: Sizes, steps: int, memory: bool) -> None:
 def measure(sizes: Sizes, rounds: int) -> dict[str, Any]:
     """Returns the content of the result file."""
     match = turns.Match(__spec__.name, (PUBLISHED, PATCHED), sizes)
-    # the first step warms up, and makes the completions
+    # the first step warms up and makes the completions
     with match.both(rounds + 1) as sides:
         taken = turns.take_turns(sides, rounds + 1)
     agree(taken)
@@ -126,7 +126,7 @@ def op(sizes: Sizes) -> str:
 
 
 def agree(taken: dict[str, list[Said]]) -> None:
-    """Refuses times of steps that did not compute the same."""
+    """Raises if the two sides did not compute the same."""
     for theirs, ours in zip(taken[PUBLISHED], taken[PATCHED]):
         for key in ("loss", "grad_norm"):
             if abs(theirs[key] - ours[key]) > TOLERANCE * max(abs(theirs[key]), TOLERANCE):

@@ -1,11 +1,10 @@
-"""A whole RLVR step beside one of TRL's GRPOTrainer: sampling, rewards, loss, backward, AdamW; time and peak memory.
+"""Time and peak memory of a whole RLVR step, ours and TRL's: sampling, rewards, loss, backward, AdamW.
 
-`python -m bench.end_to_end.trl_step`, in the environment of TRL (`make test-peers` makes it: .venv-trl). Both sides
-begin with the same random weights of the embedded default's policy and take the same prompts and images of its world,
-step by step, with the same rewards, as their users would call them: `GRPOTrainer.train` on the model as transformers
-has it, and `generate`, `reward`, `policy_update`. Every completion has the full length, since neither side may sample
-what would end it. Two processes take steps in turns; two others, one after the other, tell the peak of their resident
-set.
+Run `python -m bench.end_to_end.trl_step` in the environment of TRL, .venv-trl (`make test-peers` makes it). Both sides
+begin with the same random weights of the tiny policy and read the same prompts and images of the embedded world, step
+by step, with the same rewards. They run as users call them: `GRPOTrainer.train` on transformers' model, and `generate`,
+`reward`, `policy_update`. Every completion has the full length, because neither side may sample a token that ends it.
+Two processes take steps in turns; two others, one after the other, measure the peak of their resident set.
 """
 
 import statistics
@@ -37,36 +36,36 @@ from prism_kernels import group_advantage
 
 PUBLISHED, OURS = "TRL", "ours"
 FASTER, MEMORY_LIMIT = 2.5, 1.0
-# of the first step's entropies: both sides sample the same policy on the same prompts
+# tolerance of the first step's entropies: both sides sample the same policy on the same prompts
 ENTROPY_TOLERANCE = 0.1
-# steps of the processes that tell their memory: the moments of AdamW are there from the second on
+# steps of the processes that measure memory: AdamW's moments exist from the second step on
 MEMORY_STEPS = 3
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The completions of a step, and how fast the policy learns from them."""
+    """The sizes of a step, and the policy's learning rate."""
 
     prompts: int = 4
     group: int = 8
     tokens: int = 64
     lr: float = 5e-5
-    # times the images are wider and higher than the world's, which take 9 tokens
+    # factor of the images' width and height over the world's images, which take 9 tokens
     enlarge: int = 1
 
 
 def problems(shape: Shape, steps: int) -> list[Problem]:
-    """Returns the problems of all steps, each step's after those of the one before."""
+    """Returns the problems of all steps, in the order of the steps."""
     count = shape.prompts * steps
-    found = ShapesProblems(ShapesWorld(0, Carelessness()), "rl", count).take(range(count))
-    wider = [tuple(image.resize([shape.enlarge * side for side in image.size], 0) for image in p.images) for p in found]
-    return [replace(problem, images=images) for problem, images in zip(found, wider)]
+    drawn = ShapesProblems(ShapesWorld(0, Carelessness()), "rl", count).take(range(count))
+    wider = [tuple(image.resize([shape.enlarge * side for side in image.size], 0) for image in p.images) for p in drawn]
+    return [replace(problem, images=images) for problem, images in zip(drawn, wider)]
 
 
 def start() -> tuple[Qwen3VLForConditionalGeneration, Qwen2Tokenizer]:
-    """Returns the random policy that both sides begin with, and its tokenizer."""
+    """Returns both sides' initial random policy, and its tokenizer."""
     model, tokenizer = tiny_policy()
-    # wider than at initialisation, so that the logits differ
+    # a larger head than at initialisation, so that the logits differ
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         torch.nn.init.normal_(model.lm_head.weight, std=0.3)
@@ -74,19 +73,19 @@ def start() -> tuple[Qwen3VLForConditionalGeneration, Qwen2Tokenizer]:
 
 
 def variety(texts: Sequence[str]) -> list[float]:
-    """Returns a small reward for distinct characters: nothing is answered at random, and a group must differ."""
+    """Returns small rewards for distinct characters: random responses are all wrong, but rewards must differ."""
     return [0.01 * len(set(text)) for text in texts]
 
 
 class FullLength(Engine):
-    """Whose responses never stop: tokens that would end them are banned like the other special ones."""
+    """An engine whose responses never stop: tokens that end them are banned, like the other special tokens."""
 
     def generate(self, prompts: Sequence[EncodedPrompt], sampling: Sampling, **options: Any) -> list[Rollout]:
         return super().generate(prompts, sampling, **{**options, "stop_token_ids": ()})
 
 
 def settings(shape: Shape, steps: int) -> Config:
-    """Returns the embedded default with the sizes of the step, TRL's weight decay, and no KL term (its beta is 0)."""
+    """Returns the default settings with the sizes of the step, TRL's weight decay, and no KL term (TRL's beta is 0)."""
     sizes = {"prompts": shape.prompts, "group": shape.group, "max_new_tokens": shape.tokens}
     optimiser = {"lr": shape.lr, "steps": steps, "weight_decay": 0.0}
     given = {f"rollout.rlvr.{key}": value for key, value in sizes.items()}
@@ -136,12 +135,12 @@ def our_steps(shape: Shape, steps: int) -> Iterator[Callable[[], Said]]:
 
 
 def make_processor(image_processor: Any, tokenizer: Any) -> Any:
-    """Returns the Qwen3-VL processor that TRL wants."""
+    """Returns the Qwen3-VL processor that TRL needs."""
     from transformers import ProcessorMixin
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
     class Processor(Qwen3VLProcessor):
-        """For images alone: the part for videos needs torchvision."""
+        """A processor for images only; the part for videos needs torchvision."""
 
         def __init__(self, image_processor: Any, tokenizer: Any) -> None:
             self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
@@ -156,23 +155,23 @@ def make_trainer(shape: Shape, steps: int, folder: str, **options: Any) -> Any:
     """Returns TRL's trainer with the same policy, prompts, rewards and settings.
 
     Args:
-        shape: of the step.
-        steps: how many.
-        folder: for what the trainer writes.
-        options: of the trainer, beside its own.
+        shape: the sizes of the step.
+        steps: the number of steps.
+        folder: the trainer's output folder.
+        options: further options of the trainer.
     """
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     model, tokenizer = start()
-    # as TRL itself loads it: it takes the processor's image places as they are padded there
+    # loaded as by TRL, which uses the processor's padded image tokens
     tokenizer.padding_side = "left"
     args = GRPOConfig(
         output_dir=folder,
         per_device_train_batch_size=shape.prompts * shape.group,
         num_generations=shape.group,
         max_completion_length=shape.tokens,
-        # all that ends a completion, as well as vision tokens
+        # tokens that end a completion, and vision tokens
         generation_kwargs={"suppress_tokens": sorted(Engine(model, tokenizer).banned_token_ids(()))},
         temperature=1.0,
         beta=0.0,
@@ -189,7 +188,7 @@ def make_trainer(shape: Shape, steps: int, folder: str, **options: Any) -> Any:
         report_to=[],
         use_cpu=True,
         bf16=False,
-        # which would save memory for time, and ours does not
+        # checkpointing would trade time for memory; ours does not use it either
         gradient_checkpointing=False,
         save_strategy="no",
         disable_tqdm=True,
@@ -213,7 +212,7 @@ def make_trainer(shape: Shape, steps: int, folder: str, **options: Any) -> Any:
 
 
 def child(side: str, shape: Shape, steps: int, memory: bool) -> None:
-    """Trains, a step for each line that comes."""
+    """Trains one step for each input line."""
     turn = Turn(memory)
     if side == OURS:
         for step in our_steps(shape, steps):
@@ -227,7 +226,7 @@ def child(side: str, shape: Shape, steps: int, memory: bool) -> None:
 
 
 def callback(turn: Turn, read: Callable[[dict[str, float]], Said]) -> Any:
-    """Returns what makes TRL's trainer take turns; `read` makes of what it logs of a step what is said of it."""
+    """Returns a callback that makes TRL's trainer take turns; `read` turns the log of a step into its report."""
     from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
@@ -238,7 +237,7 @@ def callback(turn: Turn, read: Callable[[dict[str, float]], Said]) -> Any:
             turn.end()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-            # the last log is of the whole training
+            # the last log covers the whole training
             if "grad_norm" in logs:
                 turn.say(read(logs))
 
@@ -246,7 +245,7 @@ def callback(turn: Turn, read: Callable[[dict[str, float]], Said]) -> Any:
 
 
 class Reader:
-    """Reads what TRL logs of a step as ours says it; its count of tokens goes on from step to step."""
+    """Returns TRL's log of a step under our names; TRL's count of tokens is cumulative."""
 
     def __init__(self) -> None:
         self.tokens = 0.0
@@ -258,9 +257,9 @@ class Reader:
 
 
 def agree(shape: Shape, taken: dict[str, list[Said]]) -> None:
-    """Refuses times of steps that did not do the same work."""
-    for name, found in taken.items():
-        for said in found:
+    """Raises if the two sides did not do the same work."""
+    for name, reports in taken.items():
+        for said in reports:
             if said["shortest"] != shape.tokens:
                 raise RuntimeError(f"{name}: expected completions of {shape.tokens} tokens, got {said['shortest']:g}")
             if not said["grad_norm"] > 0:

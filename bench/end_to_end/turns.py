@@ -1,8 +1,8 @@
-"""Steps of two sides, each in a process of its own, taken in turns: time, what they computed, and peak memory.
+"""Runs steps of two sides in turns, each in a separate process: time, computed values, and peak memory.
 
-What is measured is a module with a function `child(side, sizes, steps, memory)`, which takes that many steps of a side,
-a `Turn` around each, and hands it to `main` with a function that makes the result file's content. Two processes take
-steps in turns, and two others, one after the other, tell the peak of their resident set.
+A benchmark is a module with a function `child(side, sizes, steps, memory)`, which runs that many steps of a side, each
+inside a `Turn`. The module passes it to `main`, with a function that makes the result file's content. Two processes
+take steps in turns, and two others, one after the other, measure the peak of their resident set.
 """
 
 import argparse
@@ -23,27 +23,27 @@ import torch
 from bench import results
 from bench.timing import PeakMemory
 
-# what a step says of itself, beside its time: the same names on both sides
+# the values that a step reports beside its time, under the same names on both sides
 Said = dict[str, Any]
-# of which the parent tells the child, by name, where there are several
+# the name of a step, which the parent sends to the child
 STEP = "step"
 
 
 class Turn:
-    """What a child process says of its steps, each of which it takes when told.
+    """The child process's side of the pipe: it runs a step on each request and reports it.
 
     Args:
-        memory: whether the peak of the resident set is wanted.
+        memory: whether to report the peak of the resident set.
     """
 
     def __init__(self, memory: bool) -> None:
         self.memory = memory
-        # what libraries print must not be taken for an answer
+        # libraries may print to stdout; that must not look like an answer
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
     def begin(self) -> str:
-        """Waits until the parent wants a step, and returns the name of it."""
+        """Waits for the parent's request, and returns the name of the step."""
         wanted = sys.stdin.readline()
         if not wanted:
             raise SystemExit("the parent is gone")
@@ -67,7 +67,7 @@ class Turn:
 
 
 class Side:
-    """A child process with one side, which takes a step when told."""
+    """A child process with one side, which runs a step on request."""
 
     def __init__(self, module: str, spec: dict[str, Any], environment: Mapping[str, str]) -> None:
         self.process = subprocess.Popen(
@@ -79,7 +79,7 @@ class Side:
         )
 
     def step(self, wanted: str = STEP) -> Said:
-        """Returns what a step took, and what it says of itself."""
+        """Runs a step and returns its report."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(f"{wanted}\n")
         self.process.stdin.flush()
@@ -101,9 +101,9 @@ class Match:
     """Two sides of the same work.
 
     Args:
-        module: where `child` and `main` are.
-        sides: the published one first.
-        sizes: a dataclass, of what `child` gets.
+        module: the module with `child` and `main`.
+        sides: the names of the sides, the published one first.
+        sizes: a dataclass, the argument of `child`.
     """
 
     module: str
@@ -111,27 +111,27 @@ class Match:
     sizes: Any
 
     def start(self, side: str, steps: int, memory: bool = False) -> Side:
-        """Returns a process that is to take that many steps."""
+        """Returns a process for that many steps."""
         spec = {"side": side, "sizes": asdict(self.sizes), "steps": steps, "memory": memory}
         return Side(self.module, spec, results.memory_environment() if memory else os.environ)
 
     @contextmanager
     def both(self, steps: int) -> Iterator[dict[str, Side]]:
-        """Yields a process of each side."""
+        """Yields a process for each side."""
         with ExitStack() as stack:
             yield {side: stack.enter_context(self.start(side, steps)) for side in self.sides}
 
     def peaks(self, steps: int, wanted: Sequence[str] = (STEP,)) -> dict[str, dict[str, Said]]:
-        """Returns, by side and name of the step, the last of that many steps, with its memory."""
-        found = {}
+        """Returns the report of the last of that many steps, with its memory, by side and name of the step."""
+        reports = {}
         for name in self.sides:
             with self.start(name, steps * len(wanted), memory=True) as side:
-                found[name] = {one: [side.step(one) for _ in range(steps)][-1] for one in wanted}
-        return found
+                reports[name] = {one: [side.step(one) for _ in range(steps)][-1] for one in wanted}
+        return reports
 
 
 def take_turns(sides: Mapping[str, Side], steps: int, wanted: str = STEP) -> dict[str, list[Said]]:
-    """Returns the steps of all sides, each side beginning every other one."""
+    """Returns the reports of all sides; the side that begins alternates."""
     taken: dict[str, list[Said]] = {name: [] for name in sides}
     for count in range(steps):
         order = list(sides.items())
@@ -143,10 +143,10 @@ def take_turns(sides: Mapping[str, Side], steps: int, wanted: str = STEP) -> dic
 def rows(
     taken: Mapping[str, list[Said]], peaks: Mapping[str, dict[str, Said]], wanted: str = STEP
 ) -> list[dict[str, Any]]:
-    """Returns a row of the result file for each side; the first step has warmed it up."""
+    """Returns a row of the result file for each side, without the first step, which warms up."""
     made = []
-    for name, found in taken.items():
-        samples = [said["seconds"] for said in found[1:]]
+    for name, reports in taken.items():
+        samples = [said["seconds"] for said in reports[1:]]
         memory = {key: peaks[name][wanted][key] for key in ("peak_bytes", "peak_extra_bytes")}
         case = {} if wanted == STEP else {"case": wanted}
         made.append({**case, "contender": name, "median_s": statistics.median(samples), "samples_s": samples, **memory})
@@ -154,7 +154,7 @@ def rows(
 
 
 def over(made: Sequence[dict[str, Any]], key: str) -> float:
-    """Returns a figure of ours over the published side's."""
+    """Returns the ratio of our figure to the published side's."""
     theirs, ours = made
     return ours[key] / theirs[key]
 
@@ -182,22 +182,22 @@ def main(
     title: str,
     rounds: int,
 ) -> None:
-    """Measures what the command line says, and writes the JSON; or is the child process that does the work.
+    """Runs the measurement of the command line and writes the JSON; in a child process, runs the steps.
 
     Args:
-        doc: what `--help` says.
-        sizes: the dataclass of which each field is an option; its metadata may name the choices.
-        child: takes the steps.
-        measure: of sizes and rounds, returns the content of the result file.
-        title: of the table.
-        rounds: measured steps, unless told otherwise.
+        doc: the text of `--help`.
+        sizes: a dataclass whose fields become options; a field's metadata may name the choices.
+        child: runs the steps.
+        measure: returns the result file's content from sizes and rounds.
+        title: the title of the table.
+        rounds: the default number of measured steps.
     """
     parser = argparse.ArgumentParser(description=doc)
     for field in fields(sizes):
         value: dict[str, Any] = {"type": type(field.default), "default": field.default, **field.metadata}
         parser.add_argument(f"--{field.name}", **({"action": "store_true"} if field.default is False else value))
     parser.add_argument("--rounds", type=int, default=rounds, help="3 for a quick look")
-    parser.add_argument("--out", help="folder of the JSON instead of bench/results/<machine>")
+    parser.add_argument("--out", help="folder for the JSON, instead of bench/results/<machine>")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     given = vars(parser.parse_args())
     spec, rounds, out = given.pop("child"), given.pop("rounds"), given.pop("out")

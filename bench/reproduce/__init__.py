@@ -1,1 +1,1 @@
-"""The experiment on the embedded world: what alignment adds, and when distillation does as well."""
+"""The experiment on the embedded world: the effect of alignment, compared with distillation and longer RLVR."""

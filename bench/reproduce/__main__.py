@@ -1,4 +1,4 @@
-"""`make reproduce`: runs the arms, and writes their figures, pictures and the page. The same command goes on."""
+"""`make reproduce`: runs the arms and writes their figures, pictures and the page. Rerun to resume."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ ALGORITHMS = get_args(RlvrAlgorithm.model_fields["name"].annotation)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 where an arm failed, 2 for what cannot be run, 130 after Ctrl-C."""
+    """Returns the exit status: 1 if an arm failed, 2 for wrong settings or folders, 130 after Ctrl-C."""
     parsed, flags = _parser().parse_known_args(arguments)
     try:
         experiment = Experiment(parsed.config, parse_overrides(flags), parsed.algorithm, parsed.out, parsed.replace)
@@ -38,28 +38,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nended; the same command goes on", file=sys.stderr)
+        print("\ninterrupted; rerun the same command to resume", file=sys.stderr)
         return 130
     return 0 if complete else 1
 
 
 def write(experiment: Experiment, seeds: Sequence[int], at_once: int, folder: Path) -> None:
-    """Writes what is finished: the results file, its pictures, and the page where the folder is the repository's.
+    """Writes the results file of the finished arms, its pictures and, in the repository's own folder, the page.
 
     Args:
         experiment: the experiment.
-        seeds: that count.
-        at_once: how many arms ran side by side.
-        folder: of the results.
+        seeds: the seeds that count.
+        at_once: the number of arms that ran at a time.
+        folder: the folder of the results.
     """
-    # here, so that bad flags answer at once
+    # imported here, so that bad flags are reported at once
     from bench.reproduce.plots import draw_all
     from bench.results import header
     from bench.results import write as write_json
 
     measured = collect(experiment, seeds, print)
     if not measured["arms"]:
-        raise JobError(f"{experiment.out}: expected a finished arm, there is none")
+        raise JobError(f"{experiment.out}: expected a finished arm, got none")
     content = {**header("reproduce", "cpu"), "at_once": at_once, **summarise(measured)}
     path = folder / f"{experiment.algorithm}.json"
     write_json(path, content)
@@ -72,19 +72,27 @@ def write(experiment: Experiment, seeds: Sequence[int], at_once: int, folder: Pa
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m bench.reproduce", description=__doc__, allow_abbrev=False, epilog="--section.key VALUE sets others"
+        "python -m bench.reproduce",
+        description=__doc__,
+        allow_abbrev=False,
+        epilog="--section.key VALUE changes any other setting",
     )
     parser.add_argument("--config", type=Path, default=Path("configs/tiny.toml"), help="the base settings")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs and of the world")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of runs and world")
     parser.add_argument(
-        "--arms", nargs="+", metavar="ARM", help="with all that they need; without it, all but the ablations"
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="arms to run, with the arms that they need; default: all but the ablations",
     )
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="grpo", help="of RLVR")
-    parser.add_argument("--out", type=Path, default=Path("out/reproduce"), help="where the arms run")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where the figures go")
-    parser.add_argument("--jobs", type=int, default=2, help="arms at once; of several, each has one thread")
-    parser.add_argument("--replace", action="store_true", help="removes arms that were made with other settings")
-    parser.add_argument("--collect", action="store_true", help="runs nothing: the figures of what is finished")
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="grpo", help="algorithm of RLVR")
+    parser.add_argument("--out", type=Path, default=Path("out/reproduce"), help="folder of the arms")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the figures")
+    parser.add_argument("--jobs", type=int, default=2, help="arms at a time; if several, each has one thread")
+    parser.add_argument(
+        "--replace", action="store_true", help="remove and rerun arms that were made with other settings"
+    )
+    parser.add_argument("--collect", action="store_true", help="run nothing; write the figures of the finished arms")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The experiment's arms: what each goes on from, its stages, and the settings in which it differs from the base."""
+"""The experiment's arms: the parent, the stages and the changed settings of each."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 from prism.config import Config
 
-# of demonstrations, at which alignment and distillation are compared
+# the numbers of demonstrations at which alignment and distillation are compared
 SIZES = (12, 40, 400)
 MAIN, CURVE, ABLATION = "main", "curve", "ablation"
 
@@ -16,14 +16,14 @@ class Arm:
     """One run of `prism`.
 
     Args:
-        name: on the command line and in the results.
-        title: in tables.
-        part: of the experiment: MAIN, CURVE or ABLATION.
-        stages: that it runs.
+        name: its name on the command line and in the results.
+        title: its title in tables.
+        part: its part of the experiment: MAIN, CURVE or ABLATION.
+        stages: the stages that it runs.
         parent: the arm whose policy it begins with; None: the base.
-        changes: settings by dotted key.
-        spends: arms whose seconds it spends in RLVR, instead of a number of steps that is set.
-        pace: the arm that says how long a step of RLVR takes.
+        changes: changed settings by dotted key.
+        spends: arms whose seconds it spends in RLVR, instead of a set number of steps.
+        pace: the arm whose steps of RLVR tell the seconds of a step.
     """
 
     name: str
@@ -37,24 +37,24 @@ class Arm:
 
     @property
     def after(self) -> tuple[str, ...]:
-        """The arms that must be finished before."""
+        """The arms that must be finished first."""
         return tuple(name for name in (self.parent, self.pace, *self.spends) if name is not None)
 
     @property
     def reinforces(self) -> bool:
-        """Whether the algorithm of RLVR matters to it."""
+        """Whether it runs RLVR, so that the algorithm matters."""
         return "rlvr" in self.stages
 
 
 def arms(config: Config, algorithm: str) -> dict[str, Arm]:
-    """Returns all arms by name, each behind those that it needs.
+    """Returns all arms by name, each after the arms that it needs.
 
     Args:
         config: the base settings.
-        algorithm: of RLVR.
+        algorithm: the algorithm of RLVR.
     """
     rlvr = {"algorithm.rlvr.name": algorithm}
-    found = [
+    all_arms = [
         Arm("sft", "SFT", MAIN, ("sft",)),
         Arm("rlvr", "SFT → RLVR", MAIN, ("rlvr",), "sft", rlvr),
         Arm("align", "SFT → alignment", MAIN, ("warmup", "align"), "sft"),
@@ -65,18 +65,18 @@ def arms(config: Config, algorithm: str) -> dict[str, Arm]:
         *_curve(config),
         *_ablations(config, rlvr),
     ]
-    return {arm.name: arm for arm in found}
+    return {arm.name: arm for arm in all_arms}
 
 
 def curve(config: Config) -> dict[int, tuple[str, str]]:
-    """Returns by number of demonstrations the arms that align and distil on them."""
+    """Returns the two arms that align and distil, by number of demonstrations."""
     clean = config.data.shapes.sft_curated == 0
     same = config.data.shapes.alignment
     return {n: ("align", "distill") if clean and n == same else (f"align_{n}", f"distill_{n}") for n in SIZES}
 
 
 def _curve(config: Config) -> Iterable[Arm]:
-    # where SFT saw no demonstrations anyway, these go on from the same one
+    # if SFT has no demonstrations anyway, these arms begin with it
     parent = "sft"
     if config.data.shapes.sft_curated:
         parent = "clean_sft"
@@ -95,7 +95,7 @@ def _ablations(config: Config, rlvr: Mapping[str, Any]) -> Iterable[Arm]:
         ("dense", "dense discriminator", {"discriminator.dense": True}),
         ("text_only", "discriminator without images", {"discriminator.images": False}),
         ("no_warmup", "no warm-up of the discriminator", {}),
-        # the mixture means something where channels do not credit their own tokens
+        # the mixture matters only if channels do not credit their own tokens
         ("alpha_0", "α = 0, reasoning alone", {"algorithm.align.alpha": 0.0, "algorithm.align.token_credit": False}),
         ("alpha_1", "α = 1, perception alone", {"algorithm.align.alpha": 1.0, "algorithm.align.token_credit": False}),
         (
@@ -110,12 +110,12 @@ def _ablations(config: Config, rlvr: Mapping[str, Any]) -> Iterable[Arm]:
 
 
 def chosen(known: Mapping[str, Arm], names: Iterable[str] | None) -> dict[str, Arm]:
-    """Returns arms by name with all that they need; None: those of the main part and of the curve."""
+    """Returns arms by name with the arms that they need; None: the arms of the main part and of the curve."""
     wanted = {arm.name for arm in known.values() if arm.part != ABLATION} if names is None else set(names)
     for name in sorted(wanted):
         if name not in known:
             raise SystemExit(f"arms: expected some of {', '.join(known)}, got {name!r}")
-    # each is behind those that it needs
+    # each arm comes after the arms that it needs
     for arm in reversed(list(known.values())):
         if arm.name in wanted:
             wanted.update(arm.after)
@@ -123,11 +123,11 @@ def chosen(known: Mapping[str, Arm], names: Iterable[str] | None) -> dict[str, A
 
 
 def long_steps(spent: float, seconds: float, steps: int) -> int:
-    """Returns how many steps of RLVR take a time.
+    """Returns the number of steps of RLVR that fit into a time.
 
     Args:
-        spent: the time.
-        seconds: that another run took.
-        steps: for so many steps.
+        spent: the time in seconds.
+        seconds: the seconds of another run.
+        steps: the steps of that run.
     """
     return max(1, round(spent * steps / seconds))

@@ -1,4 +1,4 @@
-"""What the arms' folders say: figures by arm and seed, means with standard errors, and what is compared."""
+"""Reads the arms' folders: figures by arm and seed, means with standard errors, and comparisons."""
 
 import json
 import math
@@ -9,21 +9,21 @@ from typing import Any
 from bench.reproduce.arms import curve
 from bench.reproduce.jobs import FINISHED, Experiment, Job, JobError, dotted, time_of
 
-# how a response is drawn
+# the ways to draw a response
 DRAWS = {"greedy": "greedy", "sampled": "at temperature 1"}
-# perception first: whether it needed repair is what the experiment is about
+# perception comes first, because the experiment is about its repair
 SHARES = {"perception_error": "perception error", "reasoning_error": "reasoning error", "accuracy": "accuracy"}
-# where more is better
+# 1: more is better
 BETTER = {"perception_error": -1, "reasoning_error": -1, "accuracy": 1}
 
 Figures = dict[str, Any]
 
 
 def seed_figures(experiment: Experiment, job: Job) -> Figures:
-    """Returns what a finished arm shows on the test split, and what it took."""
+    """Returns a finished arm's figures on the test split, and its seconds and steps."""
     folder = experiment.folder(job)
-    found = json.loads((folder / FINISHED).read_text())
-    last = found[job.arm.stages[-1]]
+    evaluations = json.loads((folder / FINISHED).read_text())
+    last = evaluations[job.arm.stages[-1]]
     if "test" not in last or "sampled" not in last["test"]:
         raise JobError(f"{folder / FINISHED}: expected figures on test, greedy and sampled, got {', '.join(last)}")
     seconds, steps = time_of(folder)
@@ -31,22 +31,24 @@ def seed_figures(experiment: Experiment, job: Job) -> Figures:
         "samples": last["test"]["samples"],
         "greedy": _numbers(last["test"]),
         "sampled": _numbers(last["test"]["sampled"]),
-        "validation": {after: {**_numbers(one), "sampled": _numbers(one["sampled"])} for after, one in found.items()},
-        "discriminator": {after: one["discriminator"] for after, one in found.items() if "discriminator" in one},
+        "validation": {
+            after: {**_numbers(one), "sampled": _numbers(one["sampled"])} for after, one in evaluations.items()
+        },
+        "discriminator": {after: one["discriminator"] for after, one in evaluations.items() if "discriminator" in one},
         "seconds": seconds,
         "steps": steps,
     }
 
 
 def collect(experiment: Experiment, seeds: Sequence[int], tell: Callable[[str], None]) -> Figures:
-    """Returns the part of a results file that is measured: settings, and of each finished arm each seed's figures.
+    """Returns the measured part of a results file: settings, and each seed's figures of each finished arm.
 
     Args:
         experiment: the experiment.
-        seeds: that count.
-        tell: gets a line for each finished arm that is left out, as it was made with other settings.
+        seeds: the seeds that count.
+        tell: gets a line for each finished arm that is left out because it was made with other settings.
     """
-    found: Figures = {}
+    measured_arms: Figures = {}
     for arm in experiment.arms.values():
         by_seed = {}
         for seed in seeds:
@@ -60,19 +62,19 @@ def collect(experiment: Experiment, seeds: Sequence[int], tell: Callable[[str], 
             else:
                 by_seed[str(seed)] = seed_figures(experiment, job)
         if by_seed:
-            own = {"title": arm.title, "part": arm.part, "parent": arm.parent, "stages": list(arm.stages)}
-            found[arm.name] = {**own, "changes": dict(arm.changes), "seeds": by_seed}
+            description = {"title": arm.title, "part": arm.part, "parent": arm.parent, "stages": list(arm.stages)}
+            measured_arms[arm.name] = {**description, "changes": dict(arm.changes), "seeds": by_seed}
     settings = dotted(experiment.base.model_dump(mode="json"))
     return {
         "algorithm": experiment.algorithm,
         "settings": {key: value for key, value in settings.items() if key != "run.folder"},
         "curve_arms": {str(n): list(names) for n, names in curve(experiment.base).items()},
-        "arms": found,
+        "arms": measured_arms,
     }
 
 
 def summarise(measured: Figures) -> Figures:
-    """Returns a results file: what was measured, with its means and comparisons."""
+    """Returns a results file: the measured part with its means and comparisons."""
     arms = {
         name: {**arm, "mean": means(arm["seeds"].values()), "seconds_after_sft": _after_sft(measured["arms"], name)}
         for name, arm in measured["arms"].items()
@@ -101,17 +103,17 @@ def summarise(measured: Figures) -> Figures:
 
 
 def means(seeds: Iterable[Figures]) -> Figures:
-    """Returns mean and standard error over seeds of all figures that each seed has."""
+    """Returns mean and standard error over seeds of the figures that every seed has."""
     rows = list(seeds)
-    found: Figures = {}
+    by_draw: Figures = {}
     for draw in DRAWS:
         keys = [key for key in rows[0][draw] if all(key in row[draw] for row in rows)]
-        found[draw] = {key: mean_and_error([row[draw][key] for row in rows]) for key in keys if key != "samples"}
-    return found
+        by_draw[draw] = {key: mean_and_error([row[draw][key] for row in rows]) for key in keys if key != "samples"}
+    return by_draw
 
 
 def _after_sft(arms: Mapping[str, Figures], name: str) -> list[float | None]:
-    """Returns mean and standard error of the seconds in the steps of an arm and of those before it, behind SFT."""
+    """Returns mean and standard error of the seconds in the steps of an arm and its parents after SFT."""
     chain = []
     while name in arms and "sft" not in arms[name]["stages"]:
         chain.append(arms[name]["seeds"])
@@ -122,7 +124,7 @@ def _after_sft(arms: Mapping[str, Figures], name: str) -> list[float | None]:
 
 
 def mean_and_error(values: Sequence[float]) -> list[float | None]:
-    """Returns the mean and its standard error, which one value has not."""
+    """Returns the mean and its standard error; None for the error of one value."""
     middle, count = sum(values) / len(values), len(values)
     if count < 2:
         return [middle, None]
@@ -131,42 +133,49 @@ def mean_and_error(values: Sequence[float]) -> list[float | None]:
 
 
 def halved(arms: Mapping[str, Figures]) -> dict[str, dict[str, Figures]]:
-    """Returns by draw and seed the perception error of SFT and after alignment, and whether it is at most half."""
+    """Returns, by draw and seed, perception error after SFT and after alignment, and whether it was at least halved."""
     if not {"sft", "align"} <= arms.keys():
         return {}
-    found: dict[str, dict[str, Figures]] = {}
+    by_draw: dict[str, dict[str, Figures]] = {}
     for draw in DRAWS:
-        found[draw] = {}
+        by_draw[draw] = {}
         for seed, one in arms["align"]["seeds"].items():
             if seed in arms["sft"]["seeds"]:
                 before = arms["sft"]["seeds"][seed][draw]["perception_error"]
                 after = one[draw]["perception_error"]
-                found[draw][seed] = {"sft": before, "align": after, "halved": after <= before / 2}
-    return found
+                by_draw[draw][seed] = {"sft": before, "align": after, "halved": after <= before / 2}
+    return by_draw
 
 
 def compare(arms: Mapping[str, Figures], one: str, other: str, draw: str, share: str) -> Figures:
-    """Returns how far an arm is from another one: each seed's own difference, as they share SFT and test problems."""
+    """Returns the difference of two arms for each seed, because arms of one seed share SFT and test problems."""
     pair = arms[one]["seeds"], arms[other]["seeds"]
     seeds = [seed for seed in pair[0] if seed in pair[1]]
-    apart = [pair[0][seed][draw][share] - pair[1][seed][draw][share] for seed in seeds]
-    found: Figures = {"arm": one, "than": other, "draw": draw, "share": share, "seeds": seeds, "differences": apart}
-    if apart:
-        found["mean"], found["standard_error"] = mean_and_error(apart)
-    return found
+    per_seed = [pair[0][seed][draw][share] - pair[1][seed][draw][share] for seed in seeds]
+    comparison: Figures = {
+        "arm": one,
+        "than": other,
+        "draw": draw,
+        "share": share,
+        "seeds": seeds,
+        "differences": per_seed,
+    }
+    if per_seed:
+        comparison["mean"], comparison["standard_error"] = mean_and_error(per_seed)
+    return comparison
 
 
 def crossing(arms: Mapping[str, Figures], curve_arms: Mapping[str, Sequence[str]], draw: str, share: str) -> Figures:
-    """Returns alignment less distillation by number of demonstrations, and at which numbers their lines cross.
+    """Returns alignment minus distillation by number of demonstrations, and the numbers at which their lines cross.
 
-    Between two numbers the means are taken as straight lines over the logarithm, as they are drawn.
+    Between two numbers the means are straight lines over the logarithm, as in the picture.
     """
     points = []
     for n, (align, distill) in sorted(curve_arms.items(), key=lambda item: int(item[0])):
         if align in arms and distill in arms:
-            found = compare(arms, align, distill, draw, share)
-            if found["seeds"]:
-                points.append({"demonstrations": int(n), **found})
+            difference = compare(arms, align, distill, draw, share)
+            if difference["seeds"]:
+                points.append({"demonstrations": int(n), **difference})
     return {
         "draw": draw,
         "share": share,
@@ -176,38 +185,38 @@ def crossing(arms: Mapping[str, Figures], curve_arms: Mapping[str, Sequence[str]
 
 
 def crossings(points: Sequence[tuple[float, float]]) -> list[float]:
-    """Returns where a line through points, straight over the logarithm of x, changes its sign.
+    """Returns the zeros of a line through points that is straight over the logarithm of x and changes its sign.
 
     Args:
-        points: (x, y) in order, x > 0.
+        points: (x, y), sorted, x > 0.
     """
-    found = []
+    changes = []
     signed = [(x, y) for x, y in points if y != 0]
     for (x, y), (next_x, next_y) in pairwise(signed):
         if (y > 0) == (next_y > 0):
             continue
         zeros = [at for at, value in points if value == 0 and x < at < next_x]
-        # where it lies on zero for a while, the first such point
-        found.append(float(zeros[0]) if zeros else x * (next_x / x) ** (y / (y - next_y)))
-    return found
+        # if several points are zero, the first one
+        changes.append(float(zeros[0]) if zeros else x * (next_x / x) ** (y / (y - next_y)))
+    return changes
 
 
-def ahead(found: Figures) -> int:
-    """Returns 1 where an arm is ahead of the other one by more than two standard errors, -1 behind, 0: not told."""
-    error = found.get("standard_error")
-    if error is None or abs(found["mean"]) <= 2 * error:
+def ahead(difference: Figures) -> int:
+    """Returns 1 if an arm is better than the other by more than two standard errors, -1 if worse, else 0."""
+    error = difference.get("standard_error")
+    if error is None or abs(difference["mean"]) <= 2 * error:
         return 0
-    return BETTER[found["share"]] * (1 if found["mean"] > 0 else -1)
+    return BETTER[difference["share"]] * (1 if difference["mean"] > 0 else -1)
 
 
-def line(found: Figures) -> str:
-    """Returns a seed's figures as a progress line shows them."""
+def line(figures: Figures) -> str:
+    """Returns a seed's figures for the progress line."""
     parts = []
-    for draw, told in DRAWS.items():
-        shares = [f"{SHARES[key]} {found[draw][key]:.3f}" for key in ("perception_error", "accuracy")]
-        parts.append(f"{told}: {', '.join(shares)}")
-    return f"{'; '.join(parts)} ({found['samples']} of test)"
+    for draw, when in DRAWS.items():
+        shares = [f"{SHARES[key]} {figures[draw][key]:.3f}" for key in ("perception_error", "accuracy")]
+        parts.append(f"{when}: {', '.join(shares)}")
+    return f"{'; '.join(parts)} ({figures['samples']} of test)"
 
 
-def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in found.items() if isinstance(value, (int, float))}
+def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in figures.items() if isinstance(value, (int, float))}

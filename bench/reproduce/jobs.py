@@ -1,4 +1,4 @@
-"""What is to be run: each arm of each seed with its settings, in a folder of its own; what is finished stays."""
+"""The jobs of the experiment: each arm of each seed with its settings, in its own folder; finished folders stay."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ from prism.config import STAGES, Config, load_config, to_toml
 from prism.runtime.log import read_metrics
 
 SETTINGS, MADE_WITH, FINISHED = "settings.toml", "made_with.json", "evaluations.json"
-# what changes no weight and no figure; the models are told by their weights
+# settings that change no weight and no figure; models are identified by their weights
 _IRRELEVANT = ("run.folder", "model.policy", "model.discriminator", "log.")
-# settings that matter to some stages alone
+# settings that matter to some stages only
 _OF_STAGES = {
     **{f"optimiser.{stage}.": {stage} for stage in STAGES},
     "optimiser.discriminator.": {"align"},
@@ -45,12 +45,12 @@ class Job:
 
 
 class Experiment:
-    """Where the arms are, and with which settings.
+    """The folders and settings of the arms.
 
     Args:
         config: the file of the base settings.
-        overrides: of the base settings, by dotted key.
-        algorithm: of RLVR.
+        overrides: changes of the base settings, by dotted key.
+        algorithm: the algorithm of RLVR.
         out: the folder that gets a folder for each seed.
         replace: whether an arm that was made with other settings or weights is removed and run again.
     """
@@ -60,7 +60,7 @@ class Experiment:
     ) -> None:
         self.algorithm, self.out, self.replace = algorithm, out.resolve(), replace
         self.base = load_config(config, overrides)
-        # read once: the file may be edited while arms run
+        # read once, because the file may be edited while arms run
         self.tables = {**dotted(tomllib.loads(Path(config).read_text())), **overrides}
         if self.base.data.source != "shapes":
             raise JobError(
@@ -69,20 +69,20 @@ class Experiment:
         self.arms = arms(self.base, algorithm)
 
     def folder(self, job: Job) -> Path:
-        """Returns where an arm runs: one without RLVR serves all algorithms."""
+        """Returns the folder of an arm; an arm without RLVR serves all algorithms."""
         own = f"{job.arm.name}-{self.algorithm}" if job.arm.reinforces else job.arm.name
         return self.out / f"seed-{job.seed}" / own
 
     def base_folder(self, seed: int) -> Path:
-        """Returns where the policy before the first stage is."""
+        """Returns the folder of the policy before the first stage."""
         return self.out / f"seed-{seed}" / "base"
 
     def settings(self, job: Job, planned: bool = False) -> Config:
-        """Returns an arm's settings, checked.
+        """Returns the validated settings of an arm.
 
         Args:
             job: the arm.
-            planned: before the arms that it needs are finished, without what follows from them.
+            planned: whether the arms that it needs may be unfinished; settings that follow from them are left out.
         """
         seed, arm = job.seed, job.arm
         given: dict[str, Any] = {
@@ -91,7 +91,7 @@ class Experiment:
             "run.folder": str(self.folder(job)),
             "run.seed": seed,
             "run.stages": list(arm.stages),
-            # problems and demonstrations are drawn anew too: they are a part of what differs between two tries
+            # problems and demonstrations are drawn anew too, because they are part of the variation between two tries
             "data.shapes.seed": self.base.data.shapes.seed + seed,
             "evaluation.temperature": 0.0,
             "evaluation.sampled": True,
@@ -111,7 +111,7 @@ class Experiment:
         return (self.folder(job) / FINISHED).exists()
 
     def made_with(self, job: Job, settings: Config) -> dict[str, Any]:
-        """Returns all that an arm's figures follow from: its settings, and the weights that it begins with."""
+        """Returns everything that determines an arm's figures: its settings and its initial weights."""
         policy = self.base_folder(job.seed) if job.arm.parent is None else self._of(job, job.arm.parent) / "policy"
         begins = {"policy": policy, "base": self.base_folder(job.seed)}
         flat = {
@@ -123,34 +123,36 @@ class Experiment:
         return {"settings": flat, "weights": {name: _checksum(path) for name, path in begins.items()}}
 
     def check(self, job: Job) -> None:
-        """Raises `JobError` where an arm's folder was made with something else than it would be made with now."""
+        """Raises `JobError` if an arm's folder was made with other settings or weights than today's."""
         path = self.folder(job) / MADE_WITH
         if not path.exists():
             if self.finished(job):
-                raise JobError(f"{self.folder(job)}: expected {MADE_WITH} beside {FINISHED}, there is none; remove it")
+                raise JobError(
+                    f"{self.folder(job)}: expected {MADE_WITH} beside {FINISHED}, got none; remove the folder"
+                )
             return
         for name in job.arm.after:
             before = Job(job.seed, self.arms[name])
             if not self.finished(before):
-                raise JobError(f"{self.folder(job)}: expected the arm {name} to be finished, which it follows from")
+                raise JobError(f"{self.folder(job)}: expected the arm {name}, which it needs, to be finished")
             self.check(before)
         was, now = json.loads(path.read_text()), json.loads(json.dumps(self.made_with(job, self.settings(job))))
         defaults = dotted(Config().model_dump(mode="json"))
-        told = [
+        differences = [
             f"{key} {_short(was[part].get(key))}, now {_short(now[part].get(key))}"
             for part in ("settings", "weights")
             for key in {**was[part], **now[part]}
-            # a setting that a later version has leaves everything as it was at its default
+            # a setting of a later version changes nothing at its default
             if was[part].get(key, defaults.get(key)) != now[part].get(key)
         ]
-        if told:
+        if differences:
             raise JobError(
                 f"{self.folder(job)}: expected a run with these settings and weights, got one with others "
-                f"({'; '.join(told[:5])}); --replace runs it again, --out names another folder"
+                f"({'; '.join(differences[:5])}); --replace runs it again, --out names another folder"
             )
 
     def settle(self, job: Job) -> None:
-        """Checks an arm's folder; removes it where it is another one's and may be replaced."""
+        """Checks an arm's folder; removes a folder with other settings if it may be replaced."""
         try:
             self.check(job)
         except JobError:
@@ -159,7 +161,7 @@ class Experiment:
             shutil.rmtree(self.folder(job))
 
     def prepare(self, job: Job) -> Path:
-        """Checks an arm's folder, writes its settings there and returns their file."""
+        """Checks an arm's folder, writes the settings into it and returns their file."""
         self.settle(job)
         settings = self.settings(job)
         folder = self.folder(job)
@@ -169,8 +171,8 @@ class Experiment:
         return folder / SETTINGS
 
     def write_base(self, seed: int) -> None:
-        """Writes the policy before the first stage as a folder: what every discriminator is upcycled from."""
-        # here, so that bad flags answer at once
+        """Writes the policy before the first stage, from which every discriminator is upcycled, as a folder."""
+        # imported here, so that bad flags are reported at once
         from transformers.utils.logging import disable_progress_bar
 
         from prism.models.building import build_policy
@@ -185,14 +187,14 @@ class Experiment:
         return self.folder(Job(job.seed, self.arms[name]))
 
     def _affordable(self, job: Job, pace: str) -> int:
-        """Returns how many steps of RLVR the arms' seconds that it may spend are worth."""
+        """Returns the number of steps of RLVR that fit into the seconds of the arms in `spends`."""
         spent = sum(sum(time_of(self._of(job, name))[0].values()) for name in job.arm.spends)
         seconds, steps = time_of(self._of(job, pace))
         return long_steps(spent, seconds["rlvr"], steps["rlvr"])
 
 
 def time_of(folder: Path) -> tuple[dict[str, float], dict[str, int]]:
-    """Returns of each stage of a run the seconds in its steps, and how many these were."""
+    """Returns the seconds in the steps, and the number of steps, for each stage of a run."""
     seconds: dict[str, float] = {}
     steps: dict[str, int] = {}
     for record in read_metrics(folder / "metrics.jsonl"):
@@ -203,14 +205,14 @@ def time_of(folder: Path) -> tuple[dict[str, float], dict[str, int]]:
 
 
 def dotted(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values of tables by dotted key."""
-    found: dict[str, Any] = {}
+    """Returns the values of nested tables by dotted key."""
+    values: dict[str, Any] = {}
     for name, value in tables.items():
         if isinstance(value, Mapping) and value:
-            found |= {f"{name}.{key}": inner for key, inner in dotted(value).items()}
+            values |= {f"{name}.{key}": inner for key, inner in dotted(value).items()}
         else:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def _checksum(folder: Path) -> str:

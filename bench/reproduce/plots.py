@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from bench.reproduce.arms import MAIN
 from bench.reproduce.figures import DRAWS, SHARES, Figures
 
-# Okabe and Ito's palette: told apart by colour-blind readers, and in grey; with shapes and dashes of their own
+# Okabe and Ito's palette: colour-blind readers and grey prints keep the colours apart; shapes and dashes differ too
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 FONT = 11
 SHOWN = ("perception_error", "accuracy")
@@ -21,16 +21,16 @@ _SETTINGS = {
     "font.size": FONT,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    # the same bytes for the same figures
+    # equal figures give equal bytes
     "svg.hashsalt": "reproduce",
 }
 
 
 def draw_all(content: Figures, stem: Path) -> list[Path]:
-    """Writes what can be drawn beside a results file, and returns the pictures: `<stem>_arms.svg`, `<stem>_curve.svg`.
+    """Draws the pictures beside a results file, and returns their paths: `<stem>_arms.svg`, `<stem>_curve.svg`.
 
     Args:
-        content: of the results file.
+        content: the results file.
         stem: its path without the suffix.
     """
     made = []
@@ -49,14 +49,14 @@ def _arms(content: Figures, path: Path) -> Path:
     )
     for axes, share in zip(panels[0], SHOWN):
         for draw, shift, colour, marker in zip(DRAWS, (-0.15, 0.15), (BLUE, ORANGE), ("o", "s")):
-            for place, arm in enumerate(shown):
+            for row, arm in enumerate(shown):
                 middle, error = arm["mean"][draw][share]
-                own = [one[draw][share] for one in arm["seeds"].values()]
-                # behind the mean: each seed
-                axes.plot(own, [place + shift] * len(own), marker, color=colour, alpha=0.35, markersize=4)
-                label = DRAWS[draw] if place == 0 else None
+                by_seed = [one[draw][share] for one in arm["seeds"].values()]
+                # the seeds, drawn under the mean
+                axes.plot(by_seed, [row + shift] * len(by_seed), marker, color=colour, alpha=0.35, markersize=4)
+                label = DRAWS[draw] if row == 0 else None
                 axes.errorbar(
-                    middle, place + shift, xerr=error, fmt=marker, color=colour, capsize=3, markersize=7, label=label
+                    middle, row + shift, xerr=error, fmt=marker, color=colour, capsize=3, markersize=7, label=label
                 )
         axes.set_title(_title(share), fontsize=FONT, fontweight="bold")
         axes.grid(axis="x", color="#dddddd", linewidth=0.8)
@@ -74,8 +74,8 @@ def _curve(content: Figures, path: Path) -> Path:
     figure, panels = plt.subplots(len(DRAWS), len(SHOWN), figsize=(11, 7), sharex=True, layout="constrained")
     for row, draw in zip(panels, DRAWS):
         for axes, share in zip(row, SHOWN):
-            (found,) = [one for one in content["curve"] if (one["draw"], one["share"]) == (draw, share)]
-            _lines(axes, content["arms"], found)
+            (curve,) = [one for one in content["curve"] if (one["draw"], one["share"]) == (draw, share)]
+            _lines(axes, content["arms"], curve)
             axes.set_title(f"{_title(share)}, {DRAWS[draw]}", fontsize=FONT, fontweight="bold")
     for axes in panels[-1]:
         axes.set_xlabel("curated demonstrations")
@@ -84,31 +84,31 @@ def _curve(content: Figures, path: Path) -> Path:
     return _saved(figure, path, "Alignment against distillation on the same demonstrations, without RLVR")
 
 
-def _lines(axes: Axes, arms: Mapping[str, Figures], found: Figures) -> None:
-    draw, share = found["draw"], found["share"]
-    numbers = [one["demonstrations"] for one in found["points"]]
+def _lines(axes: Axes, arms: Mapping[str, Figures], curve: Figures) -> None:
+    draw, share = curve["draw"], curve["share"]
+    numbers = [one["demonstrations"] for one in curve["points"]]
     for side, colour, style, what in (("arm", BLUE, "o-", "alignment"), ("than", ORANGE, "s--", "distillation")):
-        own = [arms[one[side]] for one in found["points"]]
-        shares = [arm["mean"][draw][share] for arm in own]
-        # beside each other, where error bars would hide each other
+        side_arms = [arms[one[side]] for one in curve["points"]]
+        shares = [arm["mean"][draw][share] for arm in side_arms]
+        # side by side, so that error bars do not hide each other
         places = [n * (0.97 if side == "arm" else 1.03) for n in numbers]
         errors: Any = [error or 0.0 for _, error in shares]
         axes.errorbar(
             places, [middle for middle, _ in shares], yerr=errors, fmt=style, color=colour, capsize=3, label=what
         )
-        for place, arm in zip(places, own):
+        for x, arm in zip(places, side_arms):
             seeds = [one[draw][share] for one in arm["seeds"].values()]
-            axes.plot([place] * len(seeds), seeds, style[0], color=colour, alpha=0.35, markersize=4)
-    if found["points"] and (before := arms.get(_parent(arms, found["points"]))):
+            axes.plot([x] * len(seeds), seeds, style[0], color=colour, alpha=0.35, markersize=4)
+    if curve["points"] and (before := arms.get(_parent(arms, curve["points"]))):
         axes.axhline(before["mean"][draw][share][0], color=GREY, linewidth=1, linestyle=":", label="SFT before both")
-    # room for what is written at the top
+    # room for the text at the top
     axes.margins(y=0.16)
-    for at in found["crossings"]:
+    for at in curve["crossings"]:
         axes.axvline(at, color="#000000", linewidth=1, linestyle="-.")
         axes.annotate(
             f" crossing at {at:.0f}", (at, 1), xycoords=("data", "axes fraction"), va="top", fontsize=FONT - 1
         )
-    if not found["crossings"]:
+    if not curve["crossings"]:
         axes.annotate("no crossing", (0.5, 1), xycoords="axes fraction", ha="center", va="top", fontsize=FONT - 1)
     axes.set_xscale("log")
     axes.set_xticks(numbers, [str(n) for n in numbers])

@@ -1,4 +1,4 @@
-"""Runs arms side by side, each in a process of its own, and goes on where an earlier command was ended."""
+"""Runs arms in parallel, each in its own process, and resumes an interrupted command."""
 
 import fcntl
 import os
@@ -15,19 +15,19 @@ from bench.reproduce.jobs import Experiment, Job, JobError
 from prism.config import ConfigError
 
 CONSOLE = "console.log"
-# lines of a failed arm's console that are shown
+# the number of console lines of a failed arm that are shown
 _SHOWN = 12
 Tell = Callable[[str], None]
 
 
 class Running:
-    """A process of an arm.
+    """The process of an arm.
 
     Args:
         job: the arm.
         settings: its file of settings.
-        alone: whether it has the machine for itself, and may use all of its cores.
-        lock: a file that is held open for as long as it runs.
+        alone: whether it has the machine to itself, and may use all cores.
+        lock: a file that stays open while it runs.
     """
 
     def __init__(self, job: Job, settings: Path, alone: bool, lock: int) -> None:
@@ -41,17 +41,17 @@ class Running:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **threads},
                 pass_fds=(lock,),
-                # a Ctrl-C reaches it once, from here
+                # a new session: a Ctrl-C reaches it once, through this process
                 process_group=0,
             )
 
     @property
     def seconds(self) -> float:
-        """Since it was started."""
+        """The seconds since its start."""
         return time.monotonic() - self.begun
 
     def problem(self) -> str | None:
-        """Returns why a process that has ended did not do what it should; None: it did."""
+        """Returns why an ended process failed; None: it succeeded."""
         if self.process.returncode == 0:
             return None
         lines = (self.folder / CONSOLE).read_text(errors="replace").splitlines()
@@ -61,28 +61,28 @@ class Running:
 def run_all(
     experiment: Experiment, jobs: Sequence[Job], *, at_once: int, tell: Tell, figures: Callable[[Job], str]
 ) -> bool:
-    """Runs the jobs that are not finished; returns whether all are now. Raises KeyboardInterrupt when told to end.
+    """Runs the unfinished jobs; returns whether all are finished. Raises KeyboardInterrupt on Ctrl-C.
 
     Args:
         experiment: the experiment.
-        jobs: each behind those that it needs.
-        at_once: how many processes.
+        jobs: the jobs, each after those that it needs.
+        at_once: the number of processes at a time.
         tell: gets a line for each job.
-        figures: returns those of a finished job, for its line.
+        figures: returns the figures of a finished job, for its line.
     """
     total, done, failed = len(jobs), set[Job](), set[Job]()
     width = max(len(job.arm.name) for job in jobs)
     running: list[Running] = []
 
-    def end(job: Job, told: str, kind: set[Job]) -> None:
+    def end(job: Job, outcome: str, kind: set[Job]) -> None:
         kind.add(job)
-        tell(f"{len(done | failed):>{len(str(total))}}/{total}  seed {job.seed}  {job.arm.name:<{width}}  {told}")
+        tell(f"{len(done | failed):>{len(str(total))}}/{total}  seed {job.seed}  {job.arm.name:<{width}}  {outcome}")
 
     with _held(experiment.out, tell) as lock, _terminated():
         for seed in dict.fromkeys(job.seed for job in jobs):
             experiment.write_base(seed)
         for job in jobs:
-            # those behind an unfinished arm will be looked at when it is their turn
+            # jobs that need an unfinished arm are checked when their turn comes
             if experiment.finished(job) and all(one in done for one in _needs(experiment, job)):
                 experiment.settle(job)
                 if experiment.finished(job):
@@ -94,7 +94,7 @@ def run_all(
                         continue
                     needs = set(_needs(experiment, job))
                     if needs & failed:
-                        end(job, "not run, it needs one that failed", failed)
+                        end(job, "not run, because it needs an arm that failed", failed)
                     elif needs <= done and len(running) < at_once:
                         try:
                             settings = experiment.prepare(job)
@@ -123,7 +123,7 @@ def _needs(experiment: Experiment, job: Job) -> list[Job]:
 
 
 def _end(running: list[Running]) -> None:
-    """Lets what runs end behind a checkpoint, and on a second Ctrl-C at once."""
+    """Lets running arms end after a checkpoint; a second Ctrl-C ends them at once."""
     for one in running:
         one.process.send_signal(signal.SIGINT)
     try:
@@ -137,9 +137,9 @@ def _end(running: list[Running]) -> None:
 
 @contextmanager
 def _held(out: Path, tell: Tell) -> Iterator[int]:
-    """Holds a folder: two processes in an arm's folder would damage it.
+    """Locks a folder, because two processes in an arm's folder would damage it.
 
-    The arms hold it too, so that those which a killed command left running are waited for.
+    The arms hold the lock too, so that a new command waits for arms that a killed command left running.
     """
     out.mkdir(parents=True, exist_ok=True)
     lock = os.open(out / ".lock", os.O_CREAT | os.O_RDWR)
@@ -156,7 +156,7 @@ def _held(out: Path, tell: Tell) -> Iterator[int]:
 
 @contextmanager
 def _terminated() -> Iterator[None]:
-    """Takes a request to end like Ctrl-C."""
+    """Treats a request to terminate like Ctrl-C."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -278,11 +278,6 @@ class Sampling(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[Positive | None, NONE] = None
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the most probable token is taken each time."""
-        return self.temperature == 0
-
 
 class StageRollouts(Sampling):
     """The rollouts of a training step. They are compared with each other, so they cannot be greedy.

@@ -35,7 +35,7 @@ class Problem:
     # the result of `encoded`, once it is known
     encoding: EncodedPrompt | None = None
     # the beginning of the assistant's turn, which the response continues
-    said: str | None = None
+    prefix: str | None = None
     # the sample of the embedded world, whose errors can be counted exactly
     shape: "ShapesSample | None" = None
     # the row's, for custom rewards
@@ -46,7 +46,7 @@ class Problem:
         if self.encoding is not None:
             return self.encoding
         prompt = encoder.encode(self.prompt, self.images, name=self.name)
-        return prompt if self.said is None else encoder.behind(prompt, self.said)
+        return prompt if self.prefix is None else encoder.answered(prompt, self.prefix)
 
 
 def step_random(seed: int, stage: str, step: int) -> np.random.Generator:

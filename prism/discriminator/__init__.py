@@ -1,1 +1,1 @@
-"""The discriminator: a vision-language backbone, dense or Mixture-of-Experts, with one value head, on packed groups."""
+"""The discriminator: a dense or Mixture-of-Experts vision-language backbone with a value head, on packed groups."""

@@ -1,7 +1,7 @@
-"""Shortcut controls: what a discriminator still knows when it is shown less than it should need.
+"""Shortcut controls: how well a discriminator tells pairs apart from less than it should need.
 
-A discriminator that wins pairs by what no policy can change, such as the identity of the last token, gives no signal.
-Each control scores the same pairs on a reduced view; what is left above one half is what the view alone gives away.
+A discriminator that wins pairs by a property that no policy can change, such as the identity of the last token, gives
+no signal. Each control scores the same pairs on a reduced view: an accuracy above one half measures the shortcut.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ View = Callable[[Segment], Segment]
 
 
 def last_token_alone(segment: Segment) -> Segment:
-    """Returns a segment's last token: the same for all, so that every pair is a tie."""
+    """Returns a segment's last token, which all segments share: every pair is a tie."""
     return Segment(segment.token_ids[-1:], segment.kind[-1:])
 
 
@@ -45,20 +45,21 @@ VIEWS: dict[str, View] = {
 
 
 def swap_images(samples: Sequence[Sample]) -> list[Sample]:
-    """Returns the samples that have images, each with those of the next that has as many; one without such is left out.
+    """Returns the samples with images, each with the images of another sample that has as many.
 
-    Perception judged on the wrong image should be at chance; what is left is judged by the text alone.
+    A sample without such a partner is left out. Perception should be at chance on the wrong images; an accuracy above
+    that comes from the text alone.
     """
     by_count: dict[int, list[Sample]] = {}
     for sample in samples:
-        # an encoded prompt holds its images already
+        # an encoded prompt already holds its images
         if sample.images and not isinstance(sample.prompt, EncodedPrompt):
             by_count.setdefault(len(sample.images), []).append(sample)
     swapped = []
-    for alike in by_count.values():
-        if len(alike) > 1:
-            others = [*alike[1:], alike[0]]
-            swapped += [replace(sample, images=other.images) for sample, other in zip(alike, others)]
+    for group in by_count.values():
+        if len(group) > 1:
+            partners = [*group[1:], group[0]]
+            swapped += [replace(sample, images=partner.images) for sample, partner in zip(group, partners)]
     return swapped
 
 
@@ -73,16 +74,16 @@ def shortcut_controls(
     style_equal: Sequence[Sample] = (),
     right: Mapping[str, Tensor] | None = None,
 ) -> dict[str, dict[str, ChannelReport]]:
-    """Returns the report of each channel for the pairs as they are, and under each control.
+    """Returns the report of each channel for the unchanged pairs (`as it is`), and under each control.
 
     Args:
         model: the discriminator.
-        samples: each with a teacher.
+        samples: samples with teachers.
         encoder: see `score_groups`.
         limits: see `score_groups`.
-        views: what is shown of each segment, by name.
-        style_equal: pairs whose texts differ in content alone, if there are such: here it should stay above chance.
-        right: of the samples' responses, see `channel_report`; for the pairs as they are.
+        views: functions that reduce each segment, by name.
+        style_equal: pairs whose texts differ only in content; the accuracy on them should stay above chance.
+        right: rightness of the samples' responses, see `channel_report`; for the unchanged pairs only.
     """
     if not any(sample.teacher is not None for sample in samples):
         check.fail(NAME, "samples with a teacher to compare with", "none")
@@ -93,10 +94,10 @@ def shortcut_controls(
         prepared = prepare_groups(chosen, encoder, limits, images=model.images, view=view)
         return channel_report(score_prepared(model, prepared), right)
 
-    found = {"as it is": report(samples, right=right)}
-    found |= {name: report(samples, view) for name, view in views.items()}
+    reports = {"as it is": report(samples, right=right)}
+    reports |= {name: report(samples, view) for name, view in views.items()}
     if model.images and (swapped := swap_images(samples)):
-        found["swapped images"] = report(swapped)
+        reports["swapped images"] = report(swapped)
     if style_equal:
-        found["equal style"] = report(style_equal)
-    return found
+        reports["equal style"] = report(style_equal)
+    return reports

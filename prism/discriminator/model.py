@@ -18,15 +18,14 @@ NAME = "Discriminator"
 class Discriminator(nn.Module):
     """A Qwen3-VL backbone and a linear value head without bias, in fp32: one score for each branch of a pack.
 
-    The dense variant is a dense backbone; the text-only variant is `images=False`. The top layer computes its MLP, and
-    so its routing, for the scored tokens alone: nothing else of it is read.
+    A dense backbone makes the dense variant, `images=False` the text-only one. The top layer computes its MLP, and so
+    its routing, for the scored tokens only: nothing reads the others.
 
     Args:
-        backbone: the model without its language-model head. Its language model is set to the packed attention and its
-            vision tower to batched images; its parameters stay.
+        backbone: the model without its language-model head. `use_packs` sets it to packs; its parameters do not change.
         images: whether prompts hold images.
-        kind_bias: whether the routers learn a bias for each kind of token, from 0; for a Mixture-of-Experts alone.
-        value_weight: (1, D), the value head; None: zeros, so that nothing is preferred at first.
+        kind_bias: whether the routers learn a bias for each kind of token, initially 0; only for a Mixture-of-Experts.
+        value_weight: (1, D), the value head; None: zeros, so that all scores are equal at first.
     """
 
     def __init__(
@@ -59,13 +58,13 @@ class Discriminator(nn.Module):
         return self.backbone.config
 
     def checkpoint_layers(self) -> None:
-        """Computes the layers again in the backward pass; not reentrant, so that the routers keep their gradients."""
+        """Recomputes the layers in the backward pass; not reentrant, so that the routers keep their gradients."""
         self.backbone.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
 
     def forward(
         self, pack: PrefixPack, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None
     ) -> Tensor:
-        """Returns the raw score of each branch, (S,), in fp32 (fp64 for an fp64 backbone), read at its last token.
+        """Returns the raw score of each branch, (S,), read at its last token; fp32, or fp64 for an fp64 backbone.
 
         Args:
             pack: prompts and their branches.

@@ -1,4 +1,4 @@
-"""Discriminators on disk: config.json, safetensors, value head, and the layout of expert weights by an explicit tag.
+"""Discriminators on disk: config.json, safetensors and value head; a tag names the layout of the expert weights.
 
 E experts, D hidden width, I width of an expert. The three layouts hold the same numbers:
 
@@ -7,10 +7,10 @@ layout         experts.gate_up_proj                         down_proj
 ============== ============================================ ============
 transformers   (E, 2I, D), gates before ups                 (E, D, I)
 published      (E, D, 2I), gates before ups                 (E, I, D)
-interleaved    (E, D, 2I), gate and up by turns             (E, I, D)
+interleaved    (E, D, 2I), gate and up alternate            (E, I, D)
 ============== ============================================ ============
 
-Where 2I = D or I = D a shape tells nothing, so the layout is never guessed from it.
+If 2I = D or I = D, the shapes do not tell the layouts apart, so the layout is never guessed from them.
 """
 
 import json
@@ -43,10 +43,10 @@ def save_discriminator(
     """Writes config.json and model.safetensors (or shards and their index), and returns the folder.
 
     Args:
-        model: its backbone's dtype is kept; the value head is fp32.
-        folder: made where it does not exist.
-        layout: of the expert weights; written into config.json. A dense model has none.
-        max_shard_size: of one file.
+        model: the discriminator; the backbone keeps its dtype, and the value head is written in fp32.
+        folder: folder to write to; made if it does not exist.
+        layout: layout of the expert weights, written into config.json; a dense model has none.
+        max_shard_size: the largest size of a file.
     """
     check.one_of(NAME, "layout", layout, LAYOUTS)
     folder = Path(folder)
@@ -75,10 +75,10 @@ def load_discriminator(
     The value head is a tensor `v_head.*` of the checkpoint, or the file value_head.pt beside it.
 
     Args:
-        folder: config.json and safetensors.
-        layout: of the expert weights; needed where config.json does not say it under `expert_layout`.
-        dtype: of the backbone; None: as config.json says.
-        images: whether prompts hold images; None: as config.json says, and true where it does not.
+        folder: folder with config.json and safetensors.
+        layout: layout of the expert weights; needed if config.json has no `expert_layout`.
+        dtype: dtype of the backbone; None: as config.json says.
+        images: whether prompts hold images; None: as config.json says, or true if it does not say.
     """
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -102,12 +102,12 @@ def load_discriminator(
 
 
 def build_backbone(config: PreTrainedConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Backbone:
-    """Returns the backbone with these tensors, all of them there and of the right shape, in transformers' layout.
+    """Returns the backbone with these tensors, in transformers' layout; checks their names and shapes.
 
     Args:
-        config: of a Qwen3-VL or Qwen3-VL-MoE model.
+        config: configuration of a Qwen3-VL or Qwen3-VL-MoE model.
         state: tensors by name, `language_model.…` and `visual.…`.
-        dtype: of the backbone; None: the configuration's, and fp32 where it has none.
+        dtype: dtype of the backbone; None: the configuration's, or fp32 if it has none.
     """
     classes = {Qwen3VLConfig: Qwen3VLModel, Qwen3VLMoeConfig: Qwen3VLMoeModel}
     if type(config) not in classes:
@@ -148,7 +148,7 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
 
 
 def has_value_head(folder: str | Path) -> bool:
-    """Returns whether a folder holds a discriminator, and not a model to make one of; no weights are read."""
+    """Returns whether a folder holds a discriminator and not a plain model; reads no weights."""
     if (Path(folder) / "value_head.pt").exists():
         return True
     for file in _shards(folder):
@@ -159,7 +159,7 @@ def has_value_head(folder: str | Path) -> bool:
 
 
 def _shards(folder: str | Path) -> list[Path]:
-    """Returns the safetensors of a folder, all of them there."""
+    """Returns the safetensors files of a folder; checks that none is missing."""
     index = Path(folder) / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     for name in sorted(names):
@@ -169,19 +169,19 @@ def _shards(folder: str | Path) -> list[Path]:
 
 
 def value_weight(tensors: Mapping[str, Tensor], folder: str | Path) -> Tensor:
-    """Returns the value head (1, D) of a checkpoint: its one `v_head.*` tensor, or that of value_head.pt."""
-    found = {name: tensor for name, tensor in tensors.items() if name.startswith("v_head.")}
-    where = "the safetensors"
-    if not found:
+    """Returns the value head (1, D) of a checkpoint: its one `v_head.*` tensor, or the tensor of value_head.pt."""
+    heads = {name: tensor for name, tensor in tensors.items() if name.startswith("v_head.")}
+    source = "the safetensors"
+    if not heads:
         path = Path(folder) / "value_head.pt"
-        where = path.name
+        source = path.name
         if not path.exists():
             check.fail(NAME, f"a tensor v_head.* or the file value_head.pt in {folder}", "neither", FileNotFoundError)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-        found = {"value": loaded} if isinstance(loaded, Tensor) else dict(loaded)
-    if len(found) != 1:
-        check.fail(NAME, f"one value-head tensor without bias in {where}", sorted(found))
-    name, weight = next(iter(found.items()))
+        heads = {"value": loaded} if isinstance(loaded, Tensor) else dict(loaded)
+    if len(heads) != 1:
+        check.fail(NAME, f"one value-head tensor without bias in {source}", sorted(heads))
+    name, weight = next(iter(heads.items()))
     check.tensor(NAME, name, weight)
     check.shape(NAME, name, weight, (1, "D"))
     return weight.float()
@@ -200,7 +200,7 @@ def _layout_of(config: PreTrainedConfig, layout: str | None) -> str:
 
 
 def backbone_name(name: str) -> str:
-    """Returns what a checkpoint's tensor is called in the backbone."""
+    """Returns the backbone's name of a checkpoint's tensor."""
     return name.removeprefix("model.")
 
 
@@ -212,7 +212,7 @@ def _expert_shape(name: str, config: Qwen3VLMoeConfig, layout: str) -> tuple[int
 
 
 def _from_layout(name: str, tensor: Tensor, layout: str, config: Qwen3VLMoeConfig) -> Tensor:
-    """Returns an expert tensor in transformers' layout; other tensors as they are."""
+    """Returns an expert tensor in transformers' layout; other tensors unchanged."""
     if not name.endswith((GATE_UP, DOWN)):
         return tensor
     check.shape(f"{NAME}, layout {layout}", name, tensor, _expert_shape(name, config, layout))
@@ -224,7 +224,7 @@ def _from_layout(name: str, tensor: Tensor, layout: str, config: Qwen3VLMoeConfi
 
 
 def _to_layout(name: str, tensor: Tensor, layout: str) -> Tensor:
-    """Returns an expert tensor of transformers' layout in another; other tensors as they are."""
+    """Returns an expert tensor of transformers' layout in another layout; other tensors unchanged."""
     if layout == "transformers" or not name.endswith((GATE_UP, DOWN)):
         return tensor
     tensor = tensor.transpose(1, 2)

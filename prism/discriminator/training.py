@@ -17,9 +17,8 @@ from prism.config import DiscriminatorSettings
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import CHANNELS, GroupScores, PreparedGroups, score_prepared
 from prism.runtime.optimiser import GuardedOptimiser
-from prism_kernels import PairMetrics, check, pair_loss
+from prism_kernels import PairMetrics, Routing, check, pair_loss
 from prism_kernels.integrations.transformers.moe_block import MoeBlock, collect_routing
-from prism_kernels.ops.moe_route.routing import Routing
 from prism_kernels.packing import Kind
 
 NO_PAIR = "no valid pair"

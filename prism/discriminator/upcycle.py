@@ -1,4 +1,4 @@
-"""A Mixture-of-Experts model made from a dense one: each expert is the dense MLP with noise relative to its weights.
+"""Upcycling: a dense model becomes a Mixture-of-Experts whose experts are the dense MLP with relative noise.
 
 E experts, K chosen experts, D hidden width, I width of the MLP.
 """
@@ -29,18 +29,18 @@ LAYER = "language_model.layers"
 
 @dataclass(frozen=True)
 class UpcycleReport:
-    """How far the new model's function is from the dense one's on a batch, as ratios of root mean squares."""
+    """The change of the model's function on a batch, as ratios of root mean squares."""
 
     noise: float
-    # of the residual stream behind each layer
+    # of the residual stream after each layer
     layer_change: tuple[float, ...]
-    # of the last hidden state, behind the final norm
+    # of the last hidden state, after the final norm
     hidden_change: float
-    # of the logits; None where the dense model has no head
+    # of the logits; None if the dense model has no head
     logit_change: float | None
 
     def require(self, max_change: float) -> "UpcycleReport":
-        """Returns itself, or raises where the last hidden state or the logits changed by more than `max_change`."""
+        """Returns itself, or raises if the last hidden state or the logits changed by more than `max_change`."""
         for name, change in (("hidden states", self.hidden_change), ("logits", self.logit_change)):
             if change is not None and not change <= max_change:
                 expected = f"{name} to change by at most {max_change:.3g} at noise {self.noise:.3g}"
@@ -57,18 +57,18 @@ def upcycle(
     router_std: float = 0.006,
     seed: int = 0,
 ) -> Qwen3VLMoeModel:
-    """Returns a Qwen3-VL-MoE backbone in every layer of which `top_k` of `num_experts` copies of the MLP are mixed.
+    """Returns a Qwen3-VL-MoE backbone: each layer mixes `top_k` of `num_experts` copies of the dense MLP.
 
-    The weights of the chosen experts sum to 1, so that at noise 0 it is the dense function, to rounding. It shares no
-    memory with the dense model and has its dtype and device.
+    The weights of the chosen experts sum to 1, so that without noise the function is the dense one, up to rounding.
+    The backbone has the dense model's dtype and device, and shares no memory with it.
 
     Args:
         dense: the model, with or without its language-model head, or the folder of its checkpoint.
         num_experts: E.
         top_k: K.
-        noise: standard deviation of the noise, in units of each weight tensor's own standard deviation.
+        noise: standard deviation of the noise, relative to that of each weight tensor.
         router_std: standard deviation of the router's weights.
-        seed: of noise and router.
+        seed: seed of noise and router.
     """
     source: Any
     if isinstance(dense, str | Path):
@@ -90,15 +90,15 @@ def upcycle(
 
 
 def upcycled_config(dense: Qwen3VLConfig, num_experts: int, top_k: int) -> Qwen3VLMoeConfig:
-    """Returns the configuration of a dense model with `num_experts` experts in every layer, `top_k` a token."""
+    """Returns a dense model's configuration with `num_experts` experts in each layer, `top_k` of them for a token."""
     if num_experts < 1:
         check.fail(NAME, "num_experts >= 1", num_experts)
     if not 1 <= top_k <= num_experts:
         check.fail(NAME, f"top_k in [1, num_experts = {num_experts}]", top_k)
-    own = ("model_type", "architectures", "transformers_version")
+    dropped = ("model_type", "architectures", "transformers_version")
     text: Any = dense.text_config
     parts: dict[str, Any] = {
-        part: {key: value for key, value in getattr(dense, part).to_dict().items() if key not in own}
+        part: {key: value for key, value in getattr(dense, part).to_dict().items() if key not in dropped}
         for part in ("text_config", "vision_config")
     }
     parts["text_config"] |= {
@@ -120,11 +120,11 @@ def upcycled_state(
     router_std: float = 0.006,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Returns the tensors of the new backbone, in transformers' layout, from those of the dense one.
+    """Returns the tensors of the new backbone, in transformers' layout, from the dense backbone's tensors.
 
     Args:
         dense: tensors by name, `language_model.…` and `visual.…`.
-        config: of the new model, see `upcycled_config`.
+        config: configuration of the new model, see `upcycled_config`.
         noise: see `upcycle`.
         router_std: see `upcycle`.
         seed: see `upcycle`.
@@ -142,7 +142,7 @@ def upcycled_state(
         experts = {}
         for part, shape in shapes.items():
             weight = _tensor(dense, f"{prefix}.{part}.weight", shape)
-            experts[part] = torch.stack([_disturbed(weight, noise, generator) for _ in range(E)])
+            experts[part] = torch.stack([_noisy(weight, noise, generator) for _ in range(E)])
         state[f"{prefix}.experts.gate_up_proj"] = torch.cat((experts["gate_proj"], experts["up_proj"]), 1)
         state[f"{prefix}.experts.down_proj"] = experts["down_proj"]
         router = torch.randn(E, D, generator=generator) * router_std
@@ -157,13 +157,13 @@ def measure_upcycle(
     batch: Mapping[str, Tensor],
     noise: float,
 ) -> UpcycleReport:
-    """Returns how far the upcycled model's hidden states and logits are from the dense model's on a batch.
+    """Returns the change of hidden states and logits from the dense to the upcycled model on a batch.
 
     Args:
-        dense: the model that was upcycled.
-        upcycled: its result, before it is given to a discriminator (whose attention reads packs).
+        dense: the dense model.
+        upcycled: the result of `upcycle`, before a `Discriminator` sets it to packs.
         batch: a processor's output: input_ids, attention_mask, mm_token_type_ids, pixel_values, image_grid_thw.
-        noise: with which it was upcycled, for the report.
+        noise: the noise of the upcycling, for the report.
     """
     base = dense.model if isinstance(dense, Qwen3VLForConditionalGeneration) else dense
     before, after = (model(**batch, use_cache=False, output_hidden_states=True) for model in (base, upcycled))
@@ -184,13 +184,13 @@ def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) ->
     return tensors[name].detach()
 
 
-def _disturbed(weight: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+def _noisy(weight: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     if noise == 0:
         return weight.clone()
     wide = weight.float()
-    # drawn on the CPU, so that a seed means the same everywhere
-    drawn = torch.randn(weight.shape, generator=generator).to(weight.device)
-    return (wide + noise * wide.std() * drawn).to(weight.dtype)
+    # drawn on the CPU, so that a seed gives the same noise on every device
+    sample = torch.randn(weight.shape, generator=generator).to(weight.device)
+    return (wide + noise * wide.std() * sample).to(weight.dtype)
 
 
 def _change(before: Tensor, after: Tensor) -> float:

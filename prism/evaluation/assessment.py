@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prism.config import Config, Sampling
+from prism.data.drift import drift
 from prism.data.problem import Problem
 from prism.discriminator.controls import shortcut_controls
 from prism.discriminator.model import Discriminator
@@ -16,7 +17,7 @@ from prism.discriminator.score import CHANNELS, ScoreLimits, sample_of, score_gr
 from prism.discriminator.training import ChannelReport, wins
 from prism.models.prompts import PromptEncoder
 from prism.rewards import score_batch
-from prism.rollout.batch import drift, generate
+from prism.rollout.batch import generate
 from prism.rollout.engine import Engine
 from prism.worlds.shapes.counters import judge
 from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion

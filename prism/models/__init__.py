@@ -1,1 +1,1 @@
-"""Tiny models built offline, and what the policy and the discriminator share: prompts, images, the vision tower."""
+"""The models: prompts and images, forward passes over packs, the policy, tiny models, and how a run builds them."""

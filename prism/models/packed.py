@@ -1,4 +1,4 @@
-"""A Qwen3-VL backbone over a pack in which each prompt is stored once: the policy's and the discriminator's forward.
+"""The forward pass of a Qwen3-VL backbone over a pack, which stores each prompt once; policy and discriminator use it.
 
 T packed tokens, R rows that are read, D hidden width; M merged patches of all images, G = 4 M patches, C numbers a
 patch, B images, H heads.
@@ -30,18 +30,18 @@ VisionTower = Qwen3VLVisionModel | Qwen3VLMoeVisionModel
 
 
 class ImageFeatures(NamedTuple):
-    """What a language model reads of images, in the order of their image tokens."""
+    """The features of images that a language model reads, in the order of the image tokens."""
 
-    # (M, D), for the embeddings
+    # (M, D), instead of the image tokens' embeddings
     merged: Tensor
-    # each (M, D), added behind the first layers (DeepStack)
+    # (M, D) each, added after the first layers (DeepStack)
     deepstack: tuple[Tensor, ...]
 
 
 def use_packs(backbone: Backbone) -> None:
-    """Sets a backbone's language model to the packed attention and its vision tower to batched images.
+    """Sets a backbone's language model to packed attention and its vision tower to batched images.
 
-    Parameters and their names stay.
+    Parameters and their names do not change.
     """
     if not isinstance(backbone, Qwen3VLModel | Qwen3VLMoeModel):
         check.fail(NAME, "backbone to be a Qwen3VLModel or Qwen3VLMoeModel", type(backbone).__name__, TypeError)
@@ -58,20 +58,20 @@ def packed_rows(
 ) -> Tensor:
     """Returns the last hidden states, after the final norm, of some tokens of a pack, (R, D).
 
-    The top layer's MLP, and so its routing, is computed for those tokens alone: nothing else of it is read.
+    The top layer computes its MLP, and so its routing, for those tokens only: nothing reads the others.
 
     Args:
         backbone: after `use_packs`.
         pack: prompts and their branches.
-        rows: (R,), int64, which of the T tokens.
+        rows: (R,), int64, indices of those tokens in the pack.
         pixel_values: the patches of all images, in the order of the pack's groups.
         image_grid_thw: (images, 3), patches in time, height and width.
     """
     model = backbone.language_model
     hidden = model.embed_tokens(pack.input_ids)
-    places, features = _image_features(backbone, pack, pixel_values, image_grid_thw)
+    image_rows, features = _image_features(backbone, pack, pixel_values, image_grid_thw)
     if features is not None:
-        hidden = hidden.index_copy(0, places, features.merged.to(hidden.dtype))
+        hidden = hidden.index_copy(0, image_rows, features.merged.to(hidden.dtype))
     # transformers' layers take a batch: one row of T tokens
     hidden = hidden[None]
     rotation = model.rotary_emb(hidden, pack.position[:, None])
@@ -81,14 +81,14 @@ def packed_rows(
         for index, layer in enumerate(below):
             hidden = layer(hidden, attention_mask=None, position_embeddings=rotation, prefix_pack=pack)
             if index < len(deepstack):
-                hidden = hidden.index_add(1, places, deepstack[index].to(hidden.dtype)[None])
+                hidden = hidden.index_add(1, image_rows, deepstack[index].to(hidden.dtype)[None])
     return model.norm(_top_rows(top, hidden, rotation, pack, rows))
 
 
 def _image_features(
     backbone: Backbone, pack: PrefixPack, pixel_values: Tensor | None, image_grid_thw: Tensor | None
 ) -> tuple[Tensor | None, ImageFeatures | None]:
-    """Returns where in T the image tokens are, (M,), and what they read."""
+    """Returns the indices of the image tokens in the pack, (M,), and their features."""
     is_image = pack.kind == Kind.IMAGE
     if pixel_values is None or image_grid_thw is None:
         if check.reads_values(is_image) and is_image.any():
@@ -98,7 +98,7 @@ def _image_features(
     tokens = len(features.merged)
     if check.reads_values(is_image) and int(is_image.sum()) != tokens:
         check.fail(NAME, f"{tokens} image tokens in the pack, one for each merged patch", int(is_image.sum()))
-    # the count is known from the features: nothing is read from the device
+    # the features give the count, so that no value is read from the device
     return torch.nonzero_static(is_image, size=tokens)[:, 0], features
 
 
@@ -113,7 +113,7 @@ def _top_rows(layer: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], pack:
 
 
 class PatchProjection(nn.Conv3d):
-    """The patch embedding as one matrix product: kernel and stride are the whole patch, so each output reads it all."""
+    """The patch embedding as one matrix product: kernel and stride cover the whole patch."""
 
     def forward(self, patches: Tensor) -> Tensor:
         """Returns (G, width, 1, 1, 1) for patches (G, channels, time, height, width)."""
@@ -121,10 +121,10 @@ class PatchProjection(nn.Conv3d):
 
 
 def batch_images(visual: VisionTower) -> None:
-    """Sets a vision tower to treat images of one size as one batch, instead of one after another.
+    """Sets a vision tower to compute images of one size as one batch instead of one after another.
 
-    Parameters and their names stay: the patch embedding becomes a matrix product, the attention one call for all
-    images. Where sizes differ, transformers' loop over images stays.
+    The patch embedding becomes a matrix product, and the attention one call for all images. If sizes differ,
+    transformers' loop over images stays. Parameters and their names do not change.
     """
     visual.config._attn_implementation = ATTENTION
     projection = visual.patch_embed.proj
@@ -133,7 +133,7 @@ def batch_images(visual: VisionTower) -> None:
 
 
 def encode_images(visual: VisionTower, pixel_values: Tensor, image_grid_thw: Tensor) -> ImageFeatures:
-    """Returns the features of all images, each image seen once.
+    """Returns the features of all images.
 
     Args:
         visual: the vision tower of a Qwen3-VL or Qwen3-VL-MoE model, after `batch_images`.
@@ -147,9 +147,9 @@ def encode_images(visual: VisionTower, pixel_values: Tensor, image_grid_thw: Ten
         check.fail(IMAGES, f"pixel_values with the {patches} patches of image_grid_thw", len(pixel_values))
     batch: dict[str, Any] = {}
     if visual.config._attn_implementation == ATTENTION and all(grid == grids[0] and grid[0] == 1 for grid in grids):
-        # one run of all patches; the attention cuts it into images
-        whole = torch.tensor([0, patches], dtype=torch.int32, device=pixel_values.device)
-        batch = {"cu_seqlens": whole, "images": len(grids)}
+        # one sequence of all patches, which the attention splits into images
+        bounds = torch.tensor([0, patches], dtype=torch.int32, device=pixel_values.device)
+        batch = {"cu_seqlens": bounds, "images": len(grids)}
     out = visual(pixel_values.to(visual.dtype), grid_thw=image_grid_thw, return_dict=True, **batch)
     return ImageFeatures(out.pooler_output, tuple(out.deepstack_features))
 

@@ -1,4 +1,6 @@
-"""Chat prompts with images as token ids and patches, the same as transformers' Qwen3-VL processor makes, without it.
+"""Chat prompts with images as token ids and patches, equal to those of transformers' Qwen3-VL processor.
+
+That processor needs torchvision; this module does not.
 
 L tokens of a prompt, M merged patches of an image, G = 4 M patches before merging, C numbers a patch.
 """
@@ -17,8 +19,9 @@ from prism_kernels import check
 from prism_kernels.segments import TokenBytes, token_bytes
 
 NAME = "encode_prompt"
-# what the data schemas write where an image goes
+# marks an image in the texts of the data schemas
 PLACEHOLDER = "<image>"
+# of Qwen's vocabulary
 IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
 
@@ -55,12 +58,12 @@ class PromptEncoder:
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
-        """The bytes of the tokens, for `find_segments`; made once, since a large vocabulary takes its time."""
+        """The bytes of the tokens, for `find_segments`; cached, since a large vocabulary takes seconds."""
         return token_bytes(self.tokenizer)
 
     @property
     def spatial_merge_size(self) -> int:
-        """How many patches along a side make one merged patch."""
+        """The number of patches along each side of a merged patch."""
         return self.image_processor.merge_size
 
     def encode(
@@ -69,15 +72,15 @@ class PromptEncoder:
         """Returns a prompt that ends where the assistant begins.
 
         Args:
-            prompt: the user's text, or chat messages; `<image>` in a text, or an image item, is where an image goes.
-                A text without either has its images first.
-            images: in the order of their places.
-            name: what errors call it.
+            prompt: the user's text, or chat messages; `<image>` in a text, or an image item, stands for an image. In
+                a text without either, the images come first.
+            images: the images, in the order of the prompt.
+            name: name of the prompt in errors.
         """
         messages = chat_messages(prompt, len(images))
-        places = sum(item["type"] == "image" for message in messages for item in message["content"])
-        if places != len(images):
-            check.fail(NAME, f"an image for each of the {places} image places of {name}", f"{len(images)} images")
+        expected = sum(item["type"] == "image" for message in messages for item in message["content"])
+        if expected != len(images):
+            check.fail(NAME, f"an image for each of the {expected} image places of {name}", f"{len(images)} images")
         text = cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         pixels, grids = None, None
         if images:
@@ -90,18 +93,18 @@ class PromptEncoder:
             text = pieces[0] + "".join(IMAGE_TOKEN * count + piece for count, piece in zip(merged, pieces[1:]))
         return EncodedPrompt(self.tokenizer(text, add_special_tokens=False)["input_ids"], pixels, grids)
 
-    def behind(self, prompt: EncodedPrompt, said: str) -> EncodedPrompt:
-        """Returns a prompt that ends where the assistant has said something, and the token that ends a turn."""
-        ids = self.tokenizer(said, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    def answered(self, prompt: EncodedPrompt, text: str) -> EncodedPrompt:
+        """Returns a prompt that goes on with a text of the assistant and the token that ends a turn."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return prompt._replace(input_ids=[*prompt.input_ids, *ids, self.tokenizer.eos_token_id])
 
 
 def chat_messages(prompt: str | Sequence[Message], images: int = 0) -> list[dict[str, Any]]:
-    """Returns chat messages whose contents are lists of text and image items, whatever form the prompt had.
+    """Returns a prompt of any form as chat messages whose contents are lists of text and image items.
 
     Args:
         prompt: see `PromptEncoder.encode`.
-        images: how many images there are: they come first in a text that has no place for them.
+        images: number of images; they come first in a text without `<image>`.
     """
     if isinstance(prompt, str):
         if PLACEHOLDER not in prompt:
@@ -120,7 +123,7 @@ def without_images(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def _items(content: str | Sequence[Message]) -> list[dict[str, Any]]:
     if not isinstance(content, str):
-        # image items may carry a path or a URL, which is not ours to open: images come as an argument
+        # paths and URLs of image items are dropped: the caller passes the images
         return [{"type": "text", "text": item["text"]} if "text" in item else {"type": "image"} for item in content]
     items: list[dict[str, Any]] = []
     for index, text in enumerate(content.split(PLACEHOLDER)):
@@ -132,7 +135,7 @@ def _items(content: str | Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def join_images(prompts: Sequence[EncodedPrompt]) -> tuple[Tensor | None, Tensor | None]:
-    """Returns the patches and grids of several prompts' images, in their order."""
+    """Returns the patches and grids of the images of several prompts, in the order of the prompts."""
     pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
     grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
     return (torch.cat(pixels), torch.cat(grids)) if pixels else (None, None)

@@ -1,9 +1,7 @@
-"""Tiny Qwen3-VL and Qwen3-VL-MoE models with random weights and a tokenizer, built offline in seconds.
+"""Tiny Qwen3-VL and Qwen3-VL-MoE models with random weights, and their tokenizer, built offline in seconds.
 
 The tokenizer is a byte-level BPE with Qwen's special tokens, pre-tokenisation and chat template. Plain transformers
-loads both.
-
-I is the width of an expert's hidden layer, D that of the model.
+loads the models and the tokenizer.
 """
 
 import json
@@ -31,7 +29,7 @@ from prism.models.prompts import IMAGE_TOKEN, VIDEO_TOKEN
 from prism.worlds.shapes.world import ShapesWorld
 from prism_kernels import check
 
-# in the order of Qwen's vocabulary; those without <| are ordinary text to a decoder
+# in the order of Qwen's vocabulary
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -48,6 +46,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+# single tokens that a decoder prints as text
 TEXT_TOKENS = ("<think>", "</think>")
 TERMINAL_TOKEN = "<|im_end|>"
 BYTES = 256
@@ -100,7 +99,7 @@ class TinyMoeSize(TinySize):
 def tiny_policy(
     size: TinySize | None = None, *, tokenizer: Qwen2Tokenizer | None = None, seed: int = 0
 ) -> tuple[Qwen3VLForConditionalGeneration, Qwen2Tokenizer]:
-    """Returns a dense Qwen3-VL with its own random weights, and its tokenizer."""
+    """Returns a dense Qwen3-VL with random weights, and its tokenizer."""
     size = size or TinySize()
     tokenizer = tokenizer or train_tokenizer(vocab_size=size.vocab_size)
     text = {**_text_config(size, tokenizer), "intermediate_size": size.intermediate_size}
@@ -115,7 +114,7 @@ def tiny_policy(
 def tiny_discriminator_base(
     size: TinyMoeSize | None = None, *, tokenizer: Qwen2Tokenizer | None = None, seed: int = 0
 ) -> tuple[Qwen3VLMoeForConditionalGeneration, Qwen2Tokenizer]:
-    """Returns a Qwen3-VL-MoE with its own random weights, and its tokenizer."""
+    """Returns a Qwen3-VL-MoE with random weights, and its tokenizer."""
     size = size or TinyMoeSize()
     tokenizer = tokenizer or train_tokenizer(vocab_size=size.vocab_size)
     text = {
@@ -134,7 +133,7 @@ def tiny_discriminator_base(
 
 
 def tiny_image_processor(size: TinySize | None = None) -> Qwen2VLImageProcessorPil:
-    """Returns Qwen3-VL's image processor for tiny images, on PIL and numpy alone."""
+    """Returns Qwen3-VL's image processor for tiny images; it needs only PIL and numpy."""
     size = size or TinySize()
     side = 2 * size.patch_size
     return Qwen2VLImageProcessorPil(
@@ -150,9 +149,9 @@ def tiny_image_processor(size: TinySize | None = None) -> Qwen2VLImageProcessorP
 def save_processor(
     folder: str | Path, tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil
 ) -> None:
-    """Writes tokenizer, chat template and processor files, such that AutoProcessor reads them where torchvision is.
+    """Writes the files of tokenizer, chat template and processors.
 
-    Without torchvision AutoTokenizer and the image processor load; transformers' Qwen3-VL processor itself asks for it.
+    AutoTokenizer and the image processor load them anywhere, AutoProcessor only if torchvision is installed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +160,7 @@ def save_processor(
     image = {**image, "processor_class": "Qwen3VLProcessor"}
     files = {
         "preprocessor_config.json": {**image, "image_processor_type": "Qwen2VLImageProcessor"},
-        # written by hand: the class needs torchvision even to be imported
+        # written by hand: importing the class needs torchvision
         "video_preprocessor_config.json": {
             **{key: image[key] for key in ("patch_size", "temporal_patch_size", "merge_size", "size")},
             **{key: image[key] for key in ("image_mean", "image_std", "processor_class")},
@@ -186,32 +185,33 @@ def save_tiny(
 
 
 def train_tokenizer(texts: Iterable[str] | None = None, vocab_size: int = 1024) -> Qwen2Tokenizer:
-    """Returns a tokenizer of at most `vocab_size` entries, the same for the same texts.
+    """Returns a tokenizer of at most `vocab_size` entries; equal texts give equal tokenizers.
 
     Args:
-        texts: what the merges are learned from; None: what is said in the embedded world, so that a word is a token.
-        vocab_size: all entries together: the 256 bytes, the merges, and the special tokens, which come last.
+        texts: texts to learn the merges from; None: texts of the embedded world, whose words become single tokens.
+        vocab_size: number of all entries: the 256 bytes, the merges, and the special tokens, which come last.
     """
     added = len(SPECIAL_TOKENS) + len(TEXT_TOKENS)
     if vocab_size < BYTES + added:
         check.fail("train_tokenizer", f"vocab_size >= {BYTES + added} (bytes and special tokens)", vocab_size)
-    # Qwen's own pre-tokenisation, from the class that will load the result
-    frame = Qwen2Tokenizer().backend_tokenizer
-    learner = Tokenizer(models.BPE())
-    learner.normalizer = frame.normalizer
-    learner.pre_tokenizer = frame.pre_tokenizer
+    # Qwen's normaliser and pre-tokeniser, from the class that will load the result
+    qwen = Qwen2Tokenizer().backend_tokenizer
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = qwen.normalizer
+    bpe.pre_tokenizer = qwen.pre_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - added,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    learner.train_from_iterator(world_texts() if texts is None else texts, trainer)
-    vocabulary = dict(sorted(learner.get_vocab().items(), key=lambda entry: entry[1]))
+    bpe.train_from_iterator(_world_texts() if texts is None else texts, trainer)
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    vocabulary = dict(sorted(bpe.get_vocab().items(), key=lambda entry: entry[1]))
     for token in SPECIAL_TOKENS:
         vocabulary[token] = len(vocabulary)
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
-        merges=merges_of(learner),  # type: ignore[arg-type]
+        merges=[(left, right) for left, right in merges],  # type: ignore[misc]
         eos_token=TERMINAL_TOKEN,
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS),
@@ -222,21 +222,16 @@ def train_tokenizer(texts: Iterable[str] | None = None, vocab_size: int = 1024) 
     return tokenizer
 
 
-def world_texts(count: int = 500) -> Iterator[str]:
+def _world_texts() -> Iterator[str]:
     """Yields texts of the embedded world, and the names of a chat's roles."""
-    # not the defaults, which may change: the shipped base knows the tokens that these texts give
+    # fixed rates, since the defaults may change: the shipped base was trained on the tokens of these texts
     rates = Carelessness(
         colour=0.60, dropped=0.60, invented=0.01, kind=0.02, place=0.01, reasoning=0.20, careful_style=0.50
     )
-    for text in ShapesWorld(carelessness=rates).texts(count):
+    for text in ShapesWorld(carelessness=rates).texts(500):
         yield text
         yield "user\n"
         yield "assistant\n"
-
-
-def merges_of(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Returns the merges of a trained BPE, in their order."""
-    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def _text_config(size: TinySize, tokenizer: Qwen2Tokenizer) -> dict:
@@ -251,7 +246,7 @@ def _text_config(size: TinySize, tokenizer: Qwen2Tokenizer) -> dict:
         "head_dim": size.head_dim,
         "max_position_embeddings": size.max_positions,
         "rope_parameters": {**rope, "mrope_section": [size.head_dim // 2 - 2 * section, section, section]},
-        # tied, an engine that takes weights in place after each step goes wrong
+        # an engine that receives weights in place after each step would break tied ones
         "tie_word_embeddings": False,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,

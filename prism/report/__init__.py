@@ -1,4 +1,4 @@
-"""The report: one static HTML file of a run, finished or not, that opens without network and without scripts."""
+"""The report of a run, finished or not: one static HTML file that needs no network and no scripts."""
 
 from pathlib import Path
 
@@ -10,27 +10,27 @@ NAME = "report.html"
 
 
 def write_report(folder: str | Path) -> Path:
-    """Returns the file that it wrote into a run's folder.
+    """Writes the report into a run's folder and returns its file.
 
     Args:
-        folder: of a run; what the run has not reached is left out, and the report says so.
+        folder: the folder of a run; the report says which parts the run has not reached.
     """
     return _write(read_run(folder))
 
 
 def report(run: str) -> int:
-    """Writes the report of a run's folder, tells what each stage did, names the file; returns the exit status."""
+    """Writes the report of a run's folder, prints a summary and the file's name, and returns the exit status."""
     record = read_run(run)
     path = _write(record)
-    if told := summary(record.evaluations):
-        print(f"{told}\n")
+    if text := summary(record.evaluations):
+        print(f"{text}\n")
     print(f"the report: {path}")
     return 0
 
 
 def _write(record: RunRecord) -> Path:
     path = record.folder / NAME
-    # aside and renamed: a reader never sees half a file
-    aside = path.with_suffix(".html.part")
-    aside.write_text(page(record), encoding="utf-8")
-    return aside.replace(path)
+    # written under another name and renamed: a reader never sees half a file
+    part = path.with_suffix(".html.part")
+    part.write_text(page(record), encoding="utf-8")
+    return part.replace(path)

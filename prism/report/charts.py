@@ -1,6 +1,6 @@
-"""Charts as inline SVG: the page's style sheet gives colours and dashes, which are right in the dark and in print.
+"""Charts as inline SVG, and tables. Colours and dashes come from the page's style sheet, for screen, dark and print.
 
-A chart is 360 units wide: on a phone a unit is about a pixel, and its text is as large as the page's notes.
+A chart is 360 units wide, so that on a phone a unit is about a pixel and its text as large as the page's notes.
 """
 
 import math
@@ -10,12 +10,12 @@ from html import escape
 
 WIDTH, HEIGHT = 360, 214
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 10, 38
-# more points than this are means of neighbours: there are no more pixels
+# longer lines are drawn as means of neighbouring points: a chart has no more pixels
 _MOST_POINTS = 360
 MISSING = '<span class="missing">not measured</span>'
-# a logarithmic axis needs room for its ticks
+# least ratio of greatest to least value for a logarithmic axis, which needs room for its ticks
 _LOG_FROM = 8
-# from this number of steps on a mean over neighbours is drawn as well
+# lines of this many points or more are drawn with their moving mean
 _SMOOTHED = 20
 
 Point = tuple[float, float | None]
@@ -23,7 +23,7 @@ Point = tuple[float, float | None]
 
 @dataclass(frozen=True)
 class Series:
-    """A line: points in order, None where nothing finite was measured; errors are drawn as bars."""
+    """A line: points in order, None where no finite value was measured; errors are drawn as bars."""
 
     label: str
     points: Sequence[Point]
@@ -32,12 +32,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values and where in 0..1 each is.
+    """A range of values, mapped to 0..1.
 
     Args:
-        low: of the range.
-        high: of the range.
-        log: logarithmic.
+        low: least value.
+        high: greatest value.
+        log: whether the mapping is logarithmic.
     """
 
     low: float
@@ -45,13 +45,13 @@ class Axis:
     log: bool = False
 
     def at(self, value: float) -> float:
-        """Returns a value's place in 0..1."""
+        """Returns the position of a value in 0..1."""
         low, high, value = (math.log(x) if self.log else x for x in (self.low, self.high, value))
         return (value - low) / (high - low)
 
     @property
     def ticks(self) -> list[float]:
-        """Four to seven round values; on a logarithmic range 1, 2 and 5 of each decade, or fewer."""
+        """Round values, at most seven; on a logarithmic axis 1, 2 and 5 of each decade, or fewer."""
         if not self.log:
             rough = (self.high - self.low) / 4.5
             power = 10.0 ** math.floor(math.log10(rough))
@@ -60,10 +60,10 @@ class Axis:
             return [round(n * step, 12) for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for factors in ((1, 2, 5), (1, 3), (1,)):
-            found = [f * 10.0**d for d in decades for f in factors if self.low <= f * 10.0**d <= self.high]
-            if len(found) <= 7:
+            ticks = [f * 10.0**d for d in decades for f in factors if self.low <= f * 10.0**d <= self.high]
+            if len(ticks) <= 7:
                 break
-        return found
+        return ticks
 
 
 def line_chart(
@@ -76,23 +76,23 @@ def line_chart(
     reference: tuple[float, str] | None = None,
     marks: Sequence[tuple[int, str]] = (),
 ) -> str:
-    """Returns lines over the steps.
+    """Returns a chart of lines over the steps.
 
     Args:
         series: the lines.
-        title: for those who cannot see it.
-        low: the least value that the axis shows; None: what the data need.
-        high: the greatest.
-        log: a logarithmic axis, where all values are positive and far apart.
-        reference: a level and what it is.
-        marks: steps at which something was wrong, and what.
+        title: text for readers who cannot see the chart.
+        low: least value of the axis; None fits the data.
+        high: greatest value of the axis; None fits the data.
+        log: whether the axis is logarithmic if all values are positive and far apart.
+        reference: a level to draw, and its label.
+        marks: steps with a problem, and the problem.
     """
     values = [value for one in series for _, value in one.points if value is not None]
     if reference:
         values.append(reference[0])
     y = _range(values, low, high, log and all(value > 0 for value in values))
-    places = [x for one in series for x, _ in one.points] + [float(step) for step, _ in marks]
-    x = Axis(min(places), max(max(places), min(places) + 1))
+    steps = [x for one in series for x, _ in one.points] + [float(step) for step, _ in marks]
+    x = Axis(min(steps), max(max(steps), min(steps) + 1))
     across, up = _across(x), _up(y)
     parts = [_frame(y), _steps(x)]
     if reference:
@@ -107,22 +107,22 @@ def line_chart(
         parts.append(_path(points, across, up, f"line c{index % 5}" + (" thin" if smooth else "")))
         if smooth:
             parts.append(_path(smooth, across, up, f"line c{index % 5} d{index % 5}"))
-    for step, what in marks:
+    for step, problem in marks:
         at, base = across(step), HEIGHT - BOTTOM
         parts.append(
-            f'<path class="bad" d="M{at:.1f} {base - 9}l5 9h-10z"><title>step {step}: {escape(what)}</title></path>'
+            f'<path class="bad" d="M{at:.1f} {base - 9}l5 9h-10z"><title>step {step}: {escape(problem)}</title></path>'
         )
     return _svg("".join(parts), title)
 
 
 def dot_chart(categories: Sequence[str], series: Sequence[Series], *, title: str, high: float | None = None) -> str:
-    """Returns points with their standard errors over categories, joined by lines.
+    """Returns a chart of points with standard errors over categories, joined by lines.
 
     Args:
-        categories: in order; a point's x is the index of its own.
+        categories: the categories in order; the x of a point is the index of its category.
         series: the values.
-        title: for those who cannot see it.
-        high: the greatest value that the axis shows.
+        title: text for readers who cannot see the chart.
+        high: greatest value of the axis; None fits the data.
     """
     y = _range([value for one in series for _, value in one.points if value is not None], 0.0, high, False)
     across, up = _across(Axis(-0.5, len(categories) - 0.5)), _up(y)
@@ -132,14 +132,14 @@ def dot_chart(categories: Sequence[str], series: Sequence[Series], *, title: str
             f'<text x="{across(index):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(name)}</text>'
         )
     for index, one in enumerate(series):
-        # side by side, where their bars would hide each other
+        # side by side, so that their bars do not hide each other
         shift = (index - (len(series) - 1) / 2) * 0.11
         points = [(x + shift, value) for x, value in one.points]
         parts.append(_path(points, across, up, f"line c{index % 5} d{index % 5} thin"))
-        for place, (x, value) in enumerate(points):
+        for i, (x, value) in enumerate(points):
             if value is None:
                 continue
-            error = one.errors[place] if place < len(one.errors) else None
+            error = one.errors[i] if i < len(one.errors) else None
             if error:
                 top, bottom = (up(min(max(value + sign * error, y.low), y.high)) for sign in (1, -1))
                 parts.append(f'<path class="line c{index % 5}" d="M{across(x):.1f} {top:.1f}V{bottom:.1f}"/>')
@@ -149,13 +149,13 @@ def dot_chart(categories: Sequence[str], series: Sequence[Series], *, title: str
 
 
 def column_chart(categories: Sequence[str], series: Sequence[Series], *, title: str, below: str) -> str:
-    """Returns columns side by side over categories.
+    """Returns a chart of columns over categories, those of one category side by side.
 
     Args:
-        categories: in order; a point's x is the index of its own.
+        categories: the categories in order; the x of a point is the index of its category.
         series: the values.
-        title: for those who cannot see it.
-        below: what the categories are.
+        title: text for readers who cannot see the chart.
+        below: name of the categories.
     """
     y = _range([value for one in series for _, value in one.points if value is not None], 0.0, None, False)
     across, up = _across(Axis(-0.5, len(categories) - 0.5)), _up(y)
@@ -180,7 +180,7 @@ def column_chart(categories: Sequence[str], series: Sequence[Series], *, title: 
 
 
 def legend(labels: Sequence[str], shape: str = "line") -> str:
-    """Returns what each `line`, `dot` or `column` of a chart stands for."""
+    """Returns the legend of a chart of `line`, `dot` or `column` shapes."""
     parts = []
     for index, label in enumerate(labels):
         drawn = f'<line class="line c{index % 5} d{index % 5}" x1="1" x2="27" y1="6" y2="6"/>'
@@ -195,32 +195,32 @@ def legend(labels: Sequence[str], shape: str = "line") -> str:
 
 
 def bar(share: float) -> str:
-    """Returns a share of a whole as a bar for a line of text."""
+    """Returns a share as a bar that fits into a line of text."""
     filled = f'<rect class="fill c0" width="{100 * share:.1f}" height="10"/>'
     return f'<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{filled}</svg>'
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]], kind: str = "texts") -> str:
-    """Returns a table of `texts` or `numbers`; the cells are HTML, the first of a line is its head."""
+    """Returns a table of `texts` or `numbers`; cells are HTML, and the first of a line is its head."""
     head = "".join(f"<th>{one}</th>" for one in heads)
     body = "".join(f"<tr><th>{line[0]}</th>{''.join(f'<td>{cell}</td>' for cell in line[1:])}</tr>" for line in lines)
     return f'<div class="wide {kind}"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def figure(title: str, meaning: str, drawn: str, below: str) -> str:
-    """Returns a chart with its title and what it means."""
-    said = f"<strong>{escape(title)}</strong> <span>{escape(meaning)}</span>"
-    return f"<figure><figcaption>{said}</figcaption>{drawn}{below}</figure>"
+    """Returns a chart with its title and meaning above it and its legend below it."""
+    caption = f"<strong>{escape(title)}</strong> <span>{escape(meaning)}</span>"
+    return f"<figure><figcaption>{caption}</figcaption>{drawn}{below}</figure>"
 
 
-def told_lines(steps: int) -> str:
-    """Returns what the lines of a chart over so many steps are; empty: all of them, as they are."""
+def smoothing_note(steps: int) -> str:
+    """Returns a note on the smoothing of lines over this many steps; empty if they are not smoothed."""
     size = _neighbours(steps)
     half = _half_window(math.ceil(steps / size))
     if not half:
         return ""
     thin = "single steps" if size == 1 else f"means of {size} steps"
-    return f"Thin lines: {thin}; thick lines: means of the {(2 * half + 1) * size} steps around."
+    return f"Thin lines: {thin}; thick lines: means over {(2 * half + 1) * size} neighbouring steps."
 
 
 def _neighbours(points: int) -> int:
@@ -236,7 +236,7 @@ def _range(values: Sequence[float], low: float | None, high: float | None, log: 
     top = max(values, default=1.0) if high is None else high
     if log and top > _LOG_FROM * bottom:
         return Axis(bottom / 1.1, top * 1.1, log=True)
-    # what hardly differs is drawn as a level line, and its ticks are short
+    # values that hardly differ are drawn as a level line, with short ticks
     pad = max(0.06 * (top - bottom), 0.01 * max(abs(top), abs(bottom)))
     if top - bottom + pad == 0:
         pad = 1.0
@@ -248,7 +248,7 @@ def _across(axis: Axis) -> Callable[[float], float]:
 
 
 def _up(axis: Axis) -> Callable[[float], float]:
-    # what is beyond a fixed range stays at its edge
+    # values beyond a fixed range are drawn at its edge
     return lambda value: TOP + (1 - min(max(axis.at(max(value, axis.low)), 0.0), 1.0)) * (HEIGHT - TOP - BOTTOM)
 
 
@@ -266,7 +266,7 @@ def _frame(axis: Axis) -> str:
 def _steps(axis: Axis) -> str:
     across = _across(axis)
     ticks = [axis.low, *(tick for tick in axis.ticks if tick == int(tick))]
-    # the first step and the round ones that leave it room
+    # the first step, and round steps that do not overlap it
     room = 0.09 * (axis.high - axis.low)
     ticks = ticks[:1] + [tick for tick in ticks[1:] if tick - axis.low > room]
     parts = [
@@ -280,7 +280,7 @@ def _path(points: Sequence[Point], across: Callable[[float], float], up: Callabl
     parts, pen = [], False
     for x, value in points:
         if value is not None:
-            # the line of no length makes a point between two gaps a dot
+            # a line of no length shows a point between two gaps as a dot
             parts.append(f"{'L' if pen else 'M'}{across(x):.1f} {up(value):.1f}{'' if pen else 'h0'}")
         pen = value is not None
     return f'<path class="{kind}" d="{"".join(parts)}"/>' if parts else ""
@@ -301,21 +301,21 @@ def _binned(points: Sequence[Point]) -> list[Point]:
     size = _neighbours(len(points))
     if size <= 1:
         return list(points)
-    found: list[Point] = []
+    means: list[Point] = []
     for start in range(0, len(points), size):
         part = points[start : start + size]
         values = [value for _, value in part if value is not None]
-        found.append((part[0][0], sum(values) / len(values) if values else None))
-    return found
+        means.append((part[0][0], sum(values) / len(values) if values else None))
+    return means
 
 
 def _smoothed(points: Sequence[Point]) -> list[Point]:
     half = _half_window(len(points))
-    found: list[Point] = []
-    for place, (x, _) in enumerate(points):
-        values = [value for _, value in points[max(0, place - half) : place + half + 1] if value is not None]
-        found.append((x, sum(values) / len(values) if values else None))
-    return found
+    means: list[Point] = []
+    for i, (x, _) in enumerate(points):
+        values = [value for _, value in points[max(0, i - half) : i + half + 1] if value is not None]
+        means.append((x, sum(values) / len(values) if values else None))
+    return means
 
 
 def _number(value: float) -> str:

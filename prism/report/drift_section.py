@@ -1,4 +1,4 @@
-"""How far the policy is from its teachers, before and after the alignment."""
+"""The section on drift: how far the policy is from its teachers, before and after alignment."""
 
 import math
 from collections import Counter
@@ -6,23 +6,23 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from prism.data.drift import COUNTS, wasserstein
 from prism.report.charts import Series, column_chart, dot_chart, figure, legend, table
 from prism.report.run_folder import RunProblems, RunRecord, mean, number, read_rows
 from prism.report.summary import CHANNELS
-from prism.rollout.batch import COUNTS, wasserstein
 from prism_kernels.grammar import split_response
 
-# recorded steps at either end that are put together
+# recorded steps that are pooled at either end
 _STEPS = 3
-# larger numbers are drawn as one column
+# larger numbers share the last column
 _MOST = 12
 
 
 def drift_section(record: RunRecord, world: RunProblems) -> str:
-    """Returns the drift on held-out problems, as alignment logged it, and as the recorded responses show it."""
+    """Returns the drift on held-out problems, in the log of alignment, and in the recorded responses."""
     rows = record.steps.get("align", [])
     if not rows:
-        return f"{_held_out(record)}<p>Not measured: the run has not come to alignment.</p>"
+        return f"{_held_out(record)}<p>Not measured: the run has not reached alignment.</p>"
     parts = [_held_out(record), "<h3>While aligning</h3>", _logged(record)]
     files = record.rollouts.get("align", [])
     if len(files) < 2:
@@ -54,8 +54,8 @@ def _held_out(record: RunRecord) -> str:
         Series(
             channel,
             [
-                (place, number((one.get("sampled", {}) if warm else one).get(f"drift_{channel}")))
-                for place, one in enumerate(record.evaluations.values())
+                (x, number((one.get("sampled", {}) if warm else one).get(f"drift_{channel}")))
+                for x, one in enumerate(record.evaluations.values())
             ],
         )
         for channel in CHANNELS
@@ -65,9 +65,9 @@ def _held_out(record: RunRecord) -> str:
     return (
         f'<div class="figures">{figure("Drift", meaning, drawn, legend(CHANNELS, "dot"))}</div>'
         f"{table(('after', 'responses', 'perception, caption items', 'reasoning, steps'), lines, 'numbers')}"
-        "<p class=\"note\">Wasserstein distance between the policy's valid responses and the curated teacher's, on the "
-        "same held-out problems of validation: how much the number of caption items, or of reasoning steps, would "
-        "have to change a response. A greedy policy has few forms, and may be near its teachers by chance.</p>"
+        "<p class=\"note\">Wasserstein distance between the policy's valid responses and the curated teacher's on the "
+        "same held-out problems of validation: the mean number of caption items, or of reasoning steps, by which a "
+        "response would have to change. A greedy policy has few forms and may be near its teachers by chance.</p>"
     )
 
 
@@ -85,28 +85,28 @@ def _logged(record: RunRecord) -> str:
         )
     several = "step" if count == 1 else f"{count} steps"
     heads = f"<th>channel</th><th>in</th><th>first {several}</th><th>last {several}</th><th>change</th>"
-    ended = "" if "align" not in record.unfinished else " The stage is not finished: its last steps are those so far."
+    ended = "" if "align" not in record.unfinished else " The stage is not finished: its last steps are the latest."
     return (
         f'<div class="wide numbers"><table><tr>{heads}</tr>{"".join(lines)}</table></div>'
-        "<p class=\"note\">Wasserstein distance between the policy's valid responses and their teachers', on the "
-        "same prompts; mean over steps ± its standard error. Of a step's few prompts it is above zero even where "
-        f"nothing has drifted. The first step samples from the policy as alignment found it.{ended}</p>"
+        "<p class=\"note\">Wasserstein distance between the policy's valid responses and their teachers' on the same "
+        "prompts, mean over steps ± standard error. On a step's few prompts it is above zero even without drift. "
+        f"The first step samples from the policy before alignment.{ended}</p>"
     )
 
 
 def _mean_and_error(values: Sequence[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    if not found:
+    known = [value for value in values if value is not None]
+    if not known:
         return "not measured"
-    middle = sum(found) / len(found)
-    if len(found) < 2:
+    middle = sum(known) / len(known)
+    if len(known) < 2:
         return f"{middle:.3f}"
-    variance = sum((value - middle) ** 2 for value in found) / (len(found) - 1)
-    return f"{middle:.3f} ± {math.sqrt(variance / len(found)):.3f}"
+    variance = sum((value - middle) ** 2 for value in known) / (len(known) - 1)
+    return f"{middle:.3f} ± {math.sqrt(variance / len(known)):.3f}"
 
 
 def _numbers(files: Iterable[Path], world: RunProblems) -> list[tuple[Counter[int], Counter[int]]]:
-    """Returns by channel the policy's and the teachers' numbers of items and of steps, over some recorded steps."""
+    """Returns by channel how often each number of items or steps occurs, for the policy and for the teachers."""
     policy, teachers = [], []
     for path in files:
         asked = {}
@@ -145,14 +145,14 @@ def _distribution(
         series.append(Series(label, [(n - low, folded[n] / counts.total()) for n in range(low, top + 1)]))
     more = any(max(counts) > top for counts in present)
     names = [f"{n}{'+' if more and n == top else ''}" for n in range(low, top + 1)]
-    drawn = column_chart(names, series, title=f"{title} a response", below=f"{title.lower()} a response")
+    drawn = column_chart(names, series, title=f"{title} per response", below=f"{title.lower()} per response")
     steps = f"steps {_span(files[:count])} and {_span(files[-count:])}"
     if not teachers:
-        said = "the teachers' responses are not among the recorded ones, and the distances are not measured here"
+        distances = "the teachers' responses are not available, so the distances are not measured here"
     else:
-        before, after = (wasserstein([*own.elements()], [*theirs.elements()]) for own, theirs in ends)
-        said = f"distance to the teachers of the same prompts {_told(before)} at first, {_told(after)} at last"
-    meaning = f"shares of the valid responses with so many ({channel}), {steps} put together; {said}"
+        before, after = (wasserstein([*policy.elements()], [*theirs.elements()]) for policy, theirs in ends)
+        distances = f"distance to the teachers on the same prompts {_three(before)} at first, {_three(after)} at last"
+    meaning = f"share of the valid responses with each number ({channel}), {steps} pooled; {distances}"
     return figure(title, meaning, drawn, legend([one.label for one in series], shape="column"))
 
 
@@ -161,5 +161,5 @@ def _span(files: Sequence[tuple[int, Path]]) -> str:
     return str(first) if first == last else f"{first}–{last}"
 
 
-def _told(value: float) -> str:
+def _three(value: float) -> str:
     return "not measured" if math.isnan(value) else f"{value:.3f}"

@@ -1,11 +1,11 @@
-"""What the held-out problems show, stage by stage: of the policy, and of the discriminator with its controls."""
+"""The sections on held-out problems: the policy after each stage, and the discriminator with its controls."""
 
 import math
 from html import escape
 
 from prism.report.charts import MISSING, Series, dot_chart, figure, legend, table
 from prism.report.run_folder import Row, RunRecord, evaluated, number
-from prism.report.summary import CHANNELS, improvements, told_figures
+from prism.report.summary import CHANNELS, figures_text, improvements
 
 _SHARES = {
     "accuracy": "accuracy",
@@ -13,7 +13,7 @@ _SHARES = {
     "perception_error": "perception error",
     "reasoning_error": "reasoning error",
 }
-# what the discriminator was shown, in words
+# the views of the discriminator's evaluation, in words
 _VIEWS = {
     "pairs": "the policy's responses, as they are",
     "swapped images": "the same on other problems' images",
@@ -22,19 +22,19 @@ _VIEWS = {
 
 
 def policy_section(record: RunRecord) -> str:
-    """Returns whether each stage did what it is for, and the figures after each."""
-    found = record.evaluations
-    if not found:
+    """Returns the goals of each stage, and the policy's figures after each."""
+    evaluations = record.evaluations
+    if not evaluations:
         return "<p>Not measured: the run has no evaluation yet, or its checkpoints were removed before it ended.</p>"
     temperature = record.setting("evaluation.temperature")
     usual = f"temperature {temperature:g}" if temperature else "greedy"
-    charts = [_chart("Held-out problems", usual, found)]
-    warm = {after: one["sampled"] for after, one in found.items() if "sampled" in one}
+    charts = [_chart("Held-out problems", usual, evaluations)]
+    warm = {after: one["sampled"] for after, one in evaluations.items() if "sampled" in one}
     if warm:
         charts.append(_chart("Held-out problems, sampled", "temperature 1", warm))
     lines = [
         _line(after, "temperature 1" if sampled else usual, one)
-        for after, whole in found.items()
+        for after, whole in evaluations.items()
         for sampled, one in evaluated(whole)
     ]
     heads = ("after", "responses", "problems", *_SHARES.values(), "length, tokens")
@@ -42,16 +42,16 @@ def policy_section(record: RunRecord) -> str:
         f"{_improvements(record)}"
         f'<div class="figures">{"".join(charts)}</div>'
         f"{table(heads, lines, 'numbers')}"
-        '<p class="note">Shares of the problems ± standard error. Format: caption, thinking and answer as the grammar '
-        "asks. Perception error: the caption differs from the scene. Reasoning error: the answer does not follow from "
-        "the response's own caption. A response without a valid form counts as wrong in everything. Lines on different "
-        "splits are of different problems: between them the draw differs too. The warm-up leaves the policy as it "
-        "is.</p>"
+        '<p class="note">Shares of the problems ± standard error. Format: caption, thinking and answer in the required '
+        "form. Perception error: the caption differs from the scene. Reasoning error: the answer does not follow from "
+        "the response's own caption. A response without a valid form counts as wrong in everything. Rows of different "
+        "splits are measured on different problems, so part of their difference is chance. The warm-up does not change "
+        "the policy.</p>"
     )
 
 
 def discriminator_section(record: RunRecord) -> str:
-    """Returns how well the discriminator tells better from worse, and by what."""
+    """Returns how well the discriminator tells better texts from worse ones, by view."""
     lines, changes = [], []
     for after, one in record.evaluations.items():
         for view, channels in one.get("discriminator", {}).items():
@@ -60,27 +60,27 @@ def discriminator_section(record: RunRecord) -> str:
                 figures = channels.get(channel, {})
                 cells += [_three(figures.get(key)) for key in ("accuracy", "gap", "auc")]
                 if by_change := figures.get("by_change"):
-                    told = ", ".join(f"{change} {_three(share)}" for change, share in by_change.items())
-                    changes.append(f"after {after} ({channel}): {told}")
+                    shares = ", ".join(f"{change} {_three(share)}" for change, share in by_change.items())
+                    changes.append(f"after {after} ({channel}): {shares}")
             lines.append(cells)
     if not lines:
-        return "<p>Not measured: the run has not come to the end of the warm-up.</p>"
+        return "<p>Not measured: the run has not finished the warm-up.</p>"
     heads = ("after", "shown", *(f"{channel}: {name}" for channel in CHANNELS for name in ("pairs won", "gap", "AUC")))
-    by_change = f" Of the changes one by one, {escape('; '.join(changes))}." if changes else ""
+    by_change = f" Pairs of equal style won, by error: {escape('; '.join(changes))}." if changes else ""
     return (
         f'<div class="figures">{"".join(_views(record, channel) for channel in CHANNELS)}</div>'
         f"{table(heads, lines, 'numbers')}"
-        '<p class="note">Pairs won: the share of pairs whose right or teacher\'s text outscores the other (0.5 is '
-        "chance). Gap: the mean difference of the two scores, which have no unit. AUC: how often of two responses of "
-        "the policy to one problem the right one outscores the wrong one, by the counters' judgement. Who needs the "
-        "image for perception is at chance on other problems' images; who looks at content and not at style alone "
-        f"wins the pairs of equal style.{by_change} After alignment fewer pairs won mean that the policy is harder to "
-        "tell from its teachers.</p>"
+        '<p class="note">Pairs won: share of the pairs in which the right text, or the teacher\'s, outscores the other '
+        "(0.5 is chance). Gap: mean difference of the two scores, which have no unit. AUC: how often a right response "
+        "of the policy outscores a wrong one to the same problem; the exact counters say which are right. A "
+        "discriminator that needs the image for perception is at chance on other problems' images; one that looks at "
+        f"content, not only at style, wins the pairs of equal style.{by_change} After alignment, fewer pairs won mean "
+        "that the policy is harder to tell from its teachers.</p>"
     )
 
 
 def _views(record: RunRecord, channel: str) -> str:
-    """Returns the shares of pairs that are won in a channel, by what is shown."""
+    """Returns the chart of the pairs won in a channel, by view."""
     known = {after: one["discriminator"] for after, one in record.evaluations.items() if "discriminator" in one}
     views = list(dict.fromkeys(view for one in known.values() for view in one))
     series = [
@@ -95,31 +95,33 @@ def _views(record: RunRecord, channel: str) -> str:
 
 
 def _improvements(record: RunRecord) -> str:
-    found = improvements(record.evaluations)
-    if not found:
+    goals = improvements(record.evaluations)
+    if not goals:
         return ""
     lines = [
         [
             escape(one.stage),
             escape(one.statement),
             "yes" if one.holds else '<strong class="no">no</strong>',
-            escape(told_figures(one)),
+            escape(figures_text(one)),
         ]
-        for one in found
+        for one in goals
     ]
-    return "<h3>What each stage is for</h3>" + table(("stage", "should be so", "is so", "figures"), lines)
+    return "<h3>What each stage is for</h3>" + table(("stage", "goal", "reached", "figures"), lines)
 
 
-def _chart(title: str, how: str, found: dict[str, Row]) -> str:
+def _chart(title: str, how: str, evaluations: dict[str, Row]) -> str:
     series = [
         Series(
             label,
-            [(place, number(one.get(key))) for place, one in enumerate(found.values())],
-            [_standard_error(one, key) for one in found.values()],
+            [(x, number(one.get(key))) for x, one in enumerate(evaluations.values())],
+            [_standard_error(one, key) for one in evaluations.values()],
         )
         for key, label in _SHARES.items()
     ]
-    drawn = dot_chart(list(found), series, title=f"{title}: accuracy, format and errors after each stage", high=1.0)
+    drawn = dot_chart(
+        list(evaluations), series, title=f"{title}: accuracy, format and errors after each stage", high=1.0
+    )
     meaning = f"shares of the held-out problems of validation ± standard error, one response each, {how}"
     return figure(title, meaning, drawn, legend(list(_SHARES.values()), "dot"))
 
@@ -133,12 +135,12 @@ def _line(after: str, how: str, one: Row) -> list[str]:
     cells = [escape(after), how, escape(f"{one.get('samples')} of {one.get('split')}")]
     for key in _SHARES:
         share, error = number(one.get(key)), _standard_error(one, key)
-        told = MISSING if share is None else f"{share:.3f}"
-        cells.append(told if error is None else f"{told} ± {error:.3f}")
+        shown = MISSING if share is None else f"{share:.3f}"
+        cells.append(shown if error is None else f"{shown} ± {error:.3f}")
     length = number(one.get("length"))
     return [*cells, MISSING if length is None else f"{length:.1f}"]
 
 
 def _three(value: object) -> str:
-    found = number(value)
-    return MISSING if found is None else f"{found:.3f}"
+    finite = number(value)
+    return MISSING if finite is None else f"{finite:.3f}"

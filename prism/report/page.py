@@ -1,4 +1,4 @@
-"""The page: its head, the tables over all stages, and the order of its sections."""
+"""The page: the order of its sections, its head, the tables over all stages, and its style sheet."""
 
 import json
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from prism.report.run_folder import Row, RunProblems, RunRecord, number
 from prism.report.samples_section import samples_section
 from prism.report.stage_section import NAMES, SKIPPED, stage_charts, troubles
 
-# no script runs and nothing is fetched, whatever a response says
+# whatever a response says, no script runs and nothing is fetched
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-# of the steps where something was wrong, how many are listed
+# greatest number of steps that are listed with their problems
 _LISTED = 8
 
 
@@ -30,7 +30,7 @@ def page(record: RunRecord) -> str:
         _section("drift", "Drift before and after alignment", drift_section(record, world)),
         *stages,
         _section("time", "Time and memory by stage", _time(record)),
-        _section("troubles", "Steps not taken, values not finite", _troubles(record)),
+        _section("troubles", "Skipped steps and values that are not finite", _troubles(record)),
         _section("samples", "Sample rollouts", samples_section(record, world)),
         _section("settings", "Settings that differ from the defaults", _settings(record)),
     ]
@@ -50,14 +50,14 @@ def _section(name: str, title: str, content: str) -> str:
 def _status(record: RunRecord) -> str:
     if not record.unfinished:
         return f"<p>Finished: {escape(', '.join(record.stages))}.</p>"
-    told = []
+    progress = []
     for stage in record.stages:
         done, planned = len(record.steps.get(stage, ())), record.planned(stage)
         if stage in record.unfinished:
-            told.append(f"{stage}: {done} of {planned} steps" + (", not evaluated" if done >= planned else ""))
+            progress.append(f"{stage}: {done} of {planned} steps" + (", not evaluated" if done >= planned else ""))
     return (
-        f'<p class="warn"><strong>This run is not finished.</strong> {escape("; ".join(told))}. What is missing is '
-        "left out; <code>prism run</code> with the same settings goes on.</p>"
+        f'<p class="warn"><strong>This run is not finished.</strong> {escape("; ".join(progress))}. Missing parts are '
+        "left out; <code>prism run</code> with the same settings resumes the run.</p>"
     )
 
 
@@ -75,16 +75,13 @@ def _facts(record: RunRecord) -> str:
     else:
         lines += [(escape(key.replace("_", " ")), escape(_plain(value))) for key, value in record.environment.items()]
     lines.append(("settings", f'<a href="#settings">{len(record.changed)} differ from the defaults</a>'))
-    return table(("what was run", ""), lines)
+    return table(("run", ""), lines)
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {inner}" for key, inner in value.items())
     return str(value)
-
-
-# --- over all stages
 
 
 def _seconds(rows: Sequence[Row]) -> float:
@@ -109,7 +106,7 @@ def _time(record: RunRecord) -> str:
         rate = MISSING
         if seconds and tokens and None not in tokens:
             rate = f"{sum(token or 0.0 for token in tokens) / seconds:,.0f}"
-        peak = max((found for row in rows if (found := number(row.get("peak_bytes")))), default=None)
+        peak = max((size for row in rows if (size := number(row.get("peak_bytes")))), default=None)
         share = seconds / whole
         lines.append(
             [
@@ -125,29 +122,30 @@ def _time(record: RunRecord) -> str:
     heads = ("stage", "steps", "time", "share", "seconds a step", "response tokens a second", "peak memory, MiB")
     return (
         table(heads, lines, "numbers")
-        + '<p class="note">Of the steps alone, each counted once however often the run was resumed: evaluations, '
-        "checkpoints and the start are not in it.</p>"
+        + '<p class="note">Times of the steps only, each counted once even if the run was resumed: evaluations, '
+        "checkpoints and start-up are not included.</p>"
     )
 
 
 def _troubles(record: RunRecord) -> str:
     lines = []
     for stage, rows in record.steps.items():
-        found = troubles(rows)
-        listed = "; ".join(f"step {step}: {what}" for step, what in found[:_LISTED])
-        more = f"; and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+        steps = troubles(rows)
+        listed = "; ".join(f"step {step}: {problems}" for step, problems in steps[:_LISTED])
+        more = f"; and {len(steps) - _LISTED} more" if len(steps) > _LISTED else ""
         counted = any(key in row for row in rows for key in SKIPPED)
         skipped = sum(number(row.get(key)) or 0.0 for row in rows for key in SKIPPED)
-        told = f"{skipped:.0f}" if counted else MISSING
-        bad = sum(bool(row.get("non_finite")) for row in rows)
-        lines.append([escape(stage), told, str(bad), escape(listed + more) or "none"])
+        count = f"{skipped:.0f}" if counted else MISSING
+        non_finite = sum(bool(row.get("non_finite")) for row in rows)
+        lines.append([escape(stage), count, str(non_finite), escape(listed + more) or "none"])
     if not lines:
         return "<p>Not measured: no step was taken yet.</p>"
-    heads = ("stage", "optimiser steps not taken", "steps with a value that is not finite", "which")
+    heads = ("stage", "skipped optimiser steps", "steps with a value that is not finite", "which")
     return (
         table(heads, lines)
-        + '<p class="note">A step whose loss or gradient is not finite is not taken. A measure may be not finite '
-        "without harm, as a distance where no response was valid. The charts mark such steps with a triangle.</p>"
+        + '<p class="note">An optimiser step is skipped if its loss or gradient is not finite. Other values may be not '
+        "finite without harm, such as a distance when no response was valid. The charts mark such steps with a "
+        "triangle.</p>"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run's folder holds, whatever the run has reached, and the problems that its rollouts name."""
+"""The folder of a run, read whatever the run has reached, and the problems that its rollouts name."""
 
 import json
 import math
@@ -21,15 +21,15 @@ _NAME = re.compile(r"([a-z]+)-(\d+)-(\d{6,})")
 
 @dataclass(frozen=True, eq=False)
 class RunRecord:
-    """A run as its files tell it.
+    """A run, as its files tell it.
 
     Args:
-        folder: of the run.
-        settings: of `config.json`.
-        steps: of each stage, its records in order.
-        evaluations: by what they come after, in order.
-        rollouts: of each stage, the steps that were recorded and their files, in order.
-        environment: versions and times as the run noted them; None: it did not.
+        folder: the run's folder.
+        settings: the tables of `config.json`.
+        steps: by stage, the records of its steps in order.
+        evaluations: evaluations in order, each under the stage that it follows.
+        rollouts: by stage, the recorded steps and their files in order.
+        environment: versions and times that the run noted; None if it did not.
     """
 
     folder: Path
@@ -40,11 +40,11 @@ class RunRecord:
     environment: Row | None
 
     def setting(self, key: str) -> Any:
-        """Returns a setting by its dotted key; None where this run has none."""
+        """Returns a setting by its dotted key; None if the run does not have it."""
         return self._flat.get(key)
 
     def planned(self, stage: str) -> int:
-        """Returns how many steps a stage was to take."""
+        """Returns the number of steps that a stage is to take."""
         return int(self.setting(f"optimiser.{stage}.steps") or 0)
 
     @property
@@ -54,7 +54,7 @@ class RunRecord:
 
     @property
     def unfinished(self) -> list[str]:
-        """The stages that have not taken all of their steps."""
+        """The stages that have not taken all of their steps or were not evaluated."""
         return [s for s in self.stages if len(self.steps.get(s, ())) < self.planned(s) or s not in self.evaluations]
 
     @cached_property
@@ -69,7 +69,7 @@ class RunRecord:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Returns what a folder holds; raises `DataError` where it is none of a run, or a file is damaged."""
+    """Returns the run of a folder; raises `DataError` if the folder is not a run's or a file is damaged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"expected the folder of a run, there is no {str(folder)!r}")
@@ -93,7 +93,7 @@ def read_run(folder: str | Path) -> RunRecord:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Returns the tables of a JSONL file, without a last line that was not finished."""
+    """Returns the tables of a JSONL file, without an unfinished last line."""
     try:
         rows = read_metrics(path)
     except ValueError as error:
@@ -105,61 +105,61 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def number(value: Any) -> float | None:
-    """Returns a finite number, or None."""
+    """Returns a value as a float if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def mean(values: list[float | None]) -> float | None:
-    """Returns the mean of the numbers, None where there are none."""
-    found = [value for value in values if value is not None]
-    return sum(found) / len(found) if found else None
+    """Returns the mean of the numbers; None if there are none."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def evaluated(one: Row) -> list[tuple[bool, Row]]:
-    """Returns what a stage's evaluation holds, whether sampled at temperature 1, and of which split: each a table."""
-    found = []
+    """Returns the tables of figures in a stage's evaluation, each with whether it was sampled at temperature 1."""
+    tables = []
     for split in (one, one.get("test")):
         if split is not None:
-            found.append((False, split))
+            tables.append((False, split))
             if "sampled" in split:
-                found.append((True, {**split["sampled"], "split": split.get("split")}))
-    return found
+                tables.append((True, {**split["sampled"], "split": split.get("split")}))
+    return tables
 
 
 def _evaluations(folder: Path) -> dict[str, Row]:
-    # a run writes the file when it ends; until then its last checkpoint has them
-    found = _table(folder / "evaluations.json") if (folder / "evaluations.json").is_file() else {}
+    # a run writes the file when it ends; until then its last checkpoint has the evaluations
+    evaluations = _table(folder / "evaluations.json") if (folder / "evaluations.json").is_file() else {}
     states = []
     for path in (folder / "checkpoints").glob("step-*/state.json"):
         if match := _CHECKPOINT.fullmatch(path.parent.name):
             states.append((int(match[1]), int(match[2] or 0), path))
     for _, _, path in sorted(states, reverse=True):
         try:
-            return {**found, **json.loads(path.read_text())["extra"]["evaluations"]}
+            return {**evaluations, **json.loads(path.read_text())["extra"]["evaluations"]}
         except (OSError, ValueError, KeyError, TypeError):
-            # a damaged checkpoint, or one that is being removed: the one before has nearly as much
+            # a checkpoint that is damaged or being removed: the one before has nearly as much
             continue
-    return found
+    return evaluations
 
 
 def _rollout_files(folder: Path) -> dict[str, list[tuple[int, Path]]]:
-    found: dict[str, list[tuple[int, Path]]] = {}
+    by_stage: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         if match := _ROLLOUTS.fullmatch(path.name):
-            found.setdefault(match[1], []).append((int(match[2]), path))
-    return {stage: sorted(files) for stage, files in found.items()}
+            by_stage.setdefault(match[1], []).append((int(match[2]), path))
+    return {stage: sorted(files) for stage, files in by_stage.items()}
 
 
 def _table(path: Path) -> Row:
     try:
-        found = json.loads(path.read_text())
+        table = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: expected a table, got {type(found).__name__}")
-    return found
+    if not isinstance(table, dict):
+        raise DataError(f"{path}: expected a table, got {type(table).__name__}")
+    return table
 
 
 def _flat(table: Row, prefix: str = "") -> Row:
@@ -173,10 +173,10 @@ def _flat(table: Row, prefix: str = "") -> Row:
 
 
 class RunProblems:
-    """Problems by name; none where the run was on files.
+    """The embedded world's problems of a run, drawn again by their names; there are none if the run was on files.
 
     Args:
-        record: of the run.
+        record: the run.
     """
 
     def __init__(self, record: RunRecord) -> None:
@@ -185,17 +185,17 @@ class RunProblems:
 
     @cached_property
     def _world(self) -> ShapesWorld:
-        found = self.record.settings["data"]["shapes"]
+        shapes = self.record.settings["data"]["shapes"]
         try:
-            return ShapesWorld(found["seed"], Carelessness(**found["carelessness"]))
+            return ShapesWorld(shapes["seed"], Carelessness(**shapes["carelessness"]))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{self.record.folder / 'config.json'}: expected data.shapes as this version has it, "
-                f"got {error}; write the report with the version that the run was made with"
+                f"got {error}; write the report with the version that made the run"
             ) from error
 
     def problem(self, row: Row) -> ShapesSample | None:
-        """Returns the problem of a recorded response; None where this world has no such one."""
+        """Returns the problem of a recorded response; None if this world does not have it."""
         match = _NAME.fullmatch(str(row.get("problem")))
         if self.record.setting("data.source") != "shapes" or match is None or match[1] not in SPLITS:
             return None
@@ -203,6 +203,6 @@ class RunProblems:
         if name not in self._known:
             (self._known[name],) = self._world.samples(match[1], 1, int(match[3]))
         sample = self._known[name]
-        # a world of another version would show an image that the policy never saw
+        # a world of another version would draw an image that the policy never saw
         same = (sample.id, sample.question.text, sample.answer) == (name, row.get("question"), row.get("answer"))
         return sample if same else None

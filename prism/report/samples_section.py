@@ -1,4 +1,4 @@
-"""Sample rollouts with their images, their sections in three colours."""
+"""The section of sample rollouts: images, responses in coloured sections, scores and verdicts."""
 
 import base64
 import io
@@ -15,23 +15,23 @@ from prism.worlds.shapes.counters import PerceptionError, judge
 from prism.worlds.shapes.world import ShapesSample
 from prism_kernels.grammar import TAGS
 
-# of a step, the problems whose responses are shown
+# problems of a step whose responses are shown
 _PROBLEMS = 2
 _TAG = re.compile(rf"(</?(?:{'|'.join(TAGS)})>)")
 _LABELS = {"caption": "caption", "think": "thinking", "answer": "answer"}
-# what the recorded columns are, in the order of the page
+# labels of the recorded columns, in the order of the page
 _COLUMNS = {
     "perception": "score, perception",
     "reasoning": "score, reasoning",
     "reward": "reward",
     "advantage": "advantage",
 }
-# not a reason of invalidity
+# reasons that do not make a response invalid
 _VERDICTS = ("right", "wrong")
 
 
 def samples_section(record: RunRecord, world: RunProblems) -> str:
-    """Returns responses of the first and the last recorded step of alignment and of RLVR."""
+    """Returns some responses of the first and the last recorded step of alignment and of RLVR."""
     parts = []
     for stage in ("align", "rlvr"):
         files = record.rollouts.get(stage, [])
@@ -46,31 +46,31 @@ def samples_section(record: RunRecord, world: RunProblems) -> str:
     key = "".join(f'<span class="seg {name}"><b>{label}</b></span>' for name, label in _LABELS.items())
     return (
         f'<p class="legend">{key}<span class="seg outside"><b>outside the grammar</b></span></p>'
-        f'<p class="note">Of each step the {_PROBLEMS} problems whose responses differ most in advantage: the best '
-        "and the worst response of their group; and one invalid response, where there was any. Scores are the "
-        "discriminator's, without a unit; advantages are relative to the group.</p>" + "".join(parts)
+        f'<p class="note">For each step: the best and the worst response to the {_PROBLEMS} problems whose responses '
+        "differ most in advantage, and one invalid response, if there was any. Scores are the discriminator's and have "
+        "no unit; advantages are relative to the group.</p>" + "".join(parts)
     )
 
 
 def segments(text: str) -> str:
-    """Returns a response as HTML, each section marked; what the grammar does not allow is marked too."""
+    """Returns a response as HTML with its sections marked, and also the text that the grammar does not allow."""
     parts: list[str] = []
     opened: str | None = None
-    held = ""
+    text_so_far = ""
     for piece in _TAG.split(text):
         name = piece.strip("</>") if _TAG.fullmatch(piece) else None
         if name is None:
-            held += piece
+            text_so_far += piece
         elif not piece.startswith("</"):
-            parts.append(_segment(opened, held, closed=False))
-            opened, held = name, ""
+            parts.append(_segment(opened, text_so_far, closed=False))
+            opened, text_so_far = name, ""
         elif name == opened:
-            parts.append(_segment(opened, held, closed=True))
-            opened, held = None, ""
+            parts.append(_segment(opened, text_so_far, closed=True))
+            opened, text_so_far = None, ""
         else:
-            # an end without its beginning is text like any other
-            held += piece
-    return "".join([*parts, _segment(opened, held, closed=False)])
+            # a closing tag without its opening tag is plain text
+            text_so_far += piece
+    return "".join([*parts, _segment(opened, text_so_far, closed=False)])
 
 
 def _segment(name: str | None, text: str, closed: bool) -> str:
@@ -93,8 +93,8 @@ def _step(path: Path, world: RunProblems) -> str:
 
 
 def _advantage(row: Row) -> float:
-    found = number(row.get("advantage"))
-    return 0.0 if found is None else found
+    advantage = number(row.get("advantage"))
+    return 0.0 if advantage is None else advantage
 
 
 def _valid(row: Row) -> bool:
@@ -102,8 +102,8 @@ def _valid(row: Row) -> bool:
 
 
 def _spread(group: Sequence[Row]) -> float:
-    found = [_advantage(row) for row in group if _valid(row)]
-    return max(found) - min(found) if found else -1.0
+    advantages = [_advantage(row) for row in group if _valid(row)]
+    return max(advantages) - min(advantages) if advantages else -1.0
 
 
 def _best_and_worst(group: Sequence[Row]) -> list[tuple[str, Row]]:
@@ -115,17 +115,17 @@ def _best_and_worst(group: Sequence[Row]) -> list[tuple[str, Row]]:
 
 def _card(row: Row, responses: Sequence[tuple[str, Row]], world: RunProblems) -> str:
     sample = world.problem(row)
-    picture = '<p class="note">image: not drawn, this problem is none of the embedded world\'s</p>'
+    picture = '<p class="note">image: not drawn, this problem is not of the embedded world</p>'
     teacher = ""
     if sample is not None:
         alt = "; ".join(f"{item.colour} {item.kind} {item.place}" for item in sample.scene.items)
         picture = f'<img src="{inline_png(sample)}" width="144" height="144" alt="{escape(alt)}">'
         teacher = f"<details><summary>the teacher's response</summary>{segments(sample.response.text)}</details>"
     name, question, answer = (escape(str(row.get(key))) for key in ("problem", "question", "answer"))
-    told = "".join(_response(title, one, sample) for title, one in responses)
+    shown = "".join(_response(title, one, sample) for title, one in responses)
     return (
         f'<article><div class="problem">{picture}<p><strong>{question}</strong></p><p>right answer: {answer}</p>'
-        f'<p class="note">{name}</p>{teacher}</div><div class="responses">{told}</div></article>'
+        f'<p class="note">{name}</p>{teacher}</div><div class="responses">{shown}</div></article>'
     )
 
 
@@ -147,35 +147,35 @@ def _response(title: str, row: Row, sample: ShapesSample | None) -> str:
 
 
 def _truth(response: str, sample: ShapesSample) -> list[tuple[str, str]]:
-    """Returns what the exact counters of the embedded world say."""
-    found = judge(response, sample.scene, sample.question)
-    if not found.valid:
+    """Returns the verdicts of the embedded world's exact counters."""
+    judgement = judge(response, sample.scene, sample.question)
+    if not judgement.valid:
         return []
-    follows = "does not follow from the caption" if found.reasoning.wrong else "follows from the caption"
-    if found.reasoning.unreadable:
-        follows = f"cannot be judged: {found.reasoning.unreadable}"
+    follows = "does not follow from the caption" if judgement.reasoning.wrong else "follows from the caption"
+    if judgement.reasoning.unreadable:
+        follows = f"cannot be judged: {judgement.reasoning.unreadable}"
     return [
-        ("caption against the scene", _errors(found.perception)),
+        ("caption against the scene", _errors(judgement.perception)),
         ("answer against the caption", follows),
-        ("answer against the scene", "right" if found.correct else "wrong"),
+        ("answer against the scene", "right" if judgement.correct else "wrong"),
     ]
 
 
-def _errors(found: PerceptionError) -> str:
-    if found.unreadable:
-        return f"unreadable: {found.unreadable}"
+def _errors(error: PerceptionError) -> str:
+    if error.unreadable:
+        return f"unreadable: {error.unreadable}"
     counts = {
-        "missing": found.missing,
-        "invented": found.invented,
-        "of a wrong colour": found.wrong_colour,
-        "of a wrong kind": found.wrong_kind,
-        "at a wrong place": found.wrong_place,
+        "missing": error.missing,
+        "invented": error.invented,
+        "of a wrong colour": error.wrong_colour,
+        "of a wrong kind": error.wrong_kind,
+        "at a wrong place": error.wrong_place,
     }
     return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "right"
 
 
 def inline_png(sample: ShapesSample) -> str:
-    """Returns a problem's image as the source of an HTML image."""
+    """Returns a sample's image as a data URL."""
     file = io.BytesIO()
     Image.fromarray(sample.image).save(file, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,10 +1,10 @@
-"""What is drawn of each stage."""
+"""The section of a stage: its charts, and a table of all its metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from prism.report.charts import Series, column_chart, figure, legend, line_chart, told_lines
+from prism.report.charts import Series, column_chart, figure, legend, line_chart, smoothing_note
 from prism.report.run_folder import Row, RunRecord, mean, number
 from prism.report.summary import CHANNELS
 
@@ -14,14 +14,14 @@ class Chart:
     """A chart of some metrics.
 
     Args:
-        title: what is shown.
-        meaning: its unit, and how it is meant.
+        title: the title.
+        meaning: what the values mean, and their unit.
         keys: the metrics, each a line, with their labels.
-        low: the least value of the axis; None: as the data need.
-        high: the greatest.
-        log: a logarithmic axis.
-        reference: a level, and what it is.
-        optional: nothing is said where it was not measured.
+        low: least value of the axis; None fits the data.
+        high: greatest value of the axis; None fits the data.
+        log: whether the axis is logarithmic.
+        reference: a level to draw, and its label.
+        optional: whether the section keeps silent if the metrics were not measured.
     """
 
     title: str
@@ -38,24 +38,24 @@ def _by_channel(key: str) -> tuple[tuple[str, str], ...]:
     return tuple((key.format(channel), channel) for channel in CHANNELS)
 
 
-_NORM = Chart("Gradient norm", "of the policy, before it is clipped", (("grad_norm", "norm"),), log=True)
-_ENTROPY = Chart("Entropy", "of the policy, nats a token, mean over the responses' tokens", (("entropy", "entropy"),))
-_LENGTH = Chart("Length", "tokens a response, mean over the step's responses", (("length", "length"),))
-_POLICY_LOSS = Chart("Policy loss", "the surrogate that is descended; its level says nothing", (("loss", "loss"),))
+_NORM = Chart("Gradient norm", "of the policy's gradient, before clipping", (("grad_norm", "norm"),), log=True)
+_ENTROPY = Chart("Entropy", "of the policy, nats per token, mean over response tokens", (("entropy", "entropy"),))
+_LENGTH = Chart("Length", "tokens per response, mean over the step's responses", (("length", "length"),))
+_POLICY_LOSS = Chart("Policy loss", "the surrogate that is minimised; its level has no meaning", (("loss", "loss"),))
 _ENGINE = Chart(
     "Trainer against engine",
-    "the largest difference of a token's log-probability between the trained model and the one that sampled, nats",
+    "largest difference between a token's log-probabilities in the trainer and in the rollout engine, nats",
     (("engine_gap", "difference"),),
     log=True,
 )
 _SUPERVISED = (
-    Chart("Loss", "−log p of the teachers' tokens, nats a token", (("loss", "loss"),), log=True),
+    Chart("Loss", "−log p of the teachers' tokens, nats per token", (("loss", "loss"),), log=True),
     _NORM,
 )
 _SCORES = (
     Chart(
         "Pairs told apart",
-        "the share of the step's pairs whose teacher outscores the policy, before the discriminator learns from them",
+        "share of the step's pairs in which the teacher outscores the policy, before the discriminator's update",
         _by_channel("d_accuracy_{}"),
         low=0.0,
         high=1.0,
@@ -63,15 +63,15 @@ _SCORES = (
     ),
     Chart(
         "Discriminator's gap",
-        "the teacher's score less the policy's, mean over the step's pairs; scores have no unit",
+        "the teacher's score minus the policy's, mean over the step's pairs; scores have no unit",
         _by_channel("d_gap_{}"),
         reference=(0.0, "no difference"),
     ),
     Chart(
         "Discriminator's loss",
-        "−log of the probability that a pair's teacher wins, summed over both channels, nats",
+        "−log of the probability that the teacher wins a pair, summed over both channels, nats",
         (("d_loss", "loss"),),
-        reference=(1.386, "cannot tell: 2 ln 2"),
+        reference=(1.386, "chance: 2 ln 2"),
     ),
 )
 CHARTS: dict[str, tuple[Chart, ...]] = {
@@ -82,21 +82,21 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
     "align": (
         Chart(
             "Drift",
-            "Wasserstein distance of the numbers of caption items (perception) and of reasoning steps (reasoning), "
-            "policy against its teachers on the step's prompts; in items and steps",
+            "Wasserstein distance between the policy and its teachers on the step's prompts, in caption items "
+            "(perception) and reasoning steps (reasoning)",
             _by_channel("drift_{}"),
             low=0.0,
         ),
         *_SCORES,
         Chart(
             "Scores",
-            "of the policy's responses by the discriminator, mean over the step's valid ones",
+            "the discriminator's scores of the policy's responses, mean over the step's valid ones",
             _by_channel("score_{}"),
             optional=True,
         ),
         Chart(
             "Valid responses",
-            "the share with caption, thinking and answer as the grammar asks",
+            "share with caption, thinking and answer in the required form",
             (("valid", "valid"),),
             low=0.0,
             high=1.0,
@@ -110,7 +110,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
     "rlvr": (
         Chart(
             "Reward",
-            "mean over the step's responses: 0.8 for a right answer, 0.2 for the format, less what overlong ones cost",
+            "mean over the step's responses: 0.8 for a right answer, 0.2 for the format, minus the overlong penalty",
             (("reward", "reward"),),
         ),
         Chart(
@@ -124,7 +124,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         _ENTROPY,
         Chart(
             "Informative groups",
-            "the share of problems whose responses are not all rewarded alike: only they teach",
+            "share of problems whose responses differ in reward; only these teach the policy",
             (("informative", "share"),),
             low=0.0,
             high=1.0,
@@ -134,7 +134,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         _ENGINE,
     ),
 }
-# counts of optimiser steps that were not taken, and whose
+# metrics that count skipped optimiser steps, and whose optimiser it is
 SKIPPED = {"skipped": "", "d_skipped": " of the discriminator"}
 NAMES = {
     "base": "Base: a policy of the embedded world",
@@ -147,33 +147,32 @@ NAMES = {
 
 
 def stage_charts(record: RunRecord, stage: str) -> str:
-    """Returns the figures of a stage."""
+    """Returns the section of a stage."""
     rows = _with_length(record, stage)
     figures, absent = [], []
     for chart in (*CHARTS.get(stage, ()), *_expert_chart(record, stage)):
-        found = _figure(chart, rows)
-        if found:
-            figures.append(found)
+        if drawn := _figure(chart, rows):
+            figures.append(drawn)
         elif not chart.optional:
             absent.append(chart.title)
     if loads := _expert_loads(rows):
         figures.append(loads)
-    said = f'<p class="note">Not measured in this stage: {escape(", ".join(absent))}.</p>' if absent else ""
-    lines = f'<p class="note">{told}</p>' if (told := told_lines(len(rows))) else ""
-    return f'{lines}<div class="figures">{"".join(figures)}</div>{said}{_all_metrics(rows)}'
+    missing = f'<p class="note">Not measured in this stage: {escape(", ".join(absent))}.</p>' if absent else ""
+    smoothing = f'<p class="note">{note}</p>' if (note := smoothing_note(len(rows))) else ""
+    return f'{smoothing}<div class="figures">{"".join(figures)}</div>{missing}{_all_metrics(rows)}'
 
 
 def troubles(rows: Sequence[Row]) -> list[tuple[int, str]]:
-    """Returns the steps at which something was not finite or no step was taken, and what."""
-    found = []
+    """Returns the steps with a non-finite value or a skipped optimiser step, each with its problems."""
+    steps = []
     for row in rows:
-        said = [f"{name} not finite" for name in row.get("non_finite", [])]
+        problems = [f"{name} not finite" for name in row.get("non_finite", [])]
         for key, who in SKIPPED.items():
             if count := number(row.get(key)):
-                said.append(f"{count:.0f} optimiser step{'s' if count > 1 else ''}{who} not taken")
-        if said:
-            found.append((int(row["step"]), ", ".join(said)))
-    return found
+                problems.append(f"{count:.0f} optimiser step{'s' if count > 1 else ''}{who} skipped")
+        if problems:
+            steps.append((int(row["step"]), ", ".join(problems)))
+    return steps
 
 
 def _figure(chart: Chart, rows: Sequence[Row]) -> str:
@@ -181,8 +180,8 @@ def _figure(chart: Chart, rows: Sequence[Row]) -> str:
     series = [Series(label, [(row["step"], number(row.get(key))) for row in rows]) for key, label in keys]
     if not any(value is not None for one in series for _, value in one.points):
         return ""
-    named = {key for key, _ in keys}
-    marks = [(row["step"], f"{name} not finite") for row in rows for name in row.get("non_finite", []) if name in named]
+    names = {key for key, _ in keys}
+    marks = [(row["step"], f"{name} not finite") for row in rows for name in row.get("non_finite", []) if name in names]
     drawn = line_chart(
         series,
         title=f"{chart.title} over the steps",
@@ -192,21 +191,22 @@ def _figure(chart: Chart, rows: Sequence[Row]) -> str:
         reference=chart.reference,
         marks=marks,
     )
-    return figure(chart.title, chart.meaning, drawn, legend([_told(one) for one in series]))
+    return figure(chart.title, chart.meaning, drawn, legend([_label(one) for one in series]))
 
 
-def _told(series: Series) -> str:
+def _label(series: Series) -> str:
+    """Returns a line's label with its first and last values."""
     values = [value for _, value in series.points if value is not None]
     last = values[-min(5, len(values)) :]
     return (
-        f"{series.label}: first {values[0]:.3g}, last {len(last)} mean {sum(last) / len(last):.3g}"
+        f"{series.label}: first {values[0]:.3g}, mean of last {len(last)}: {sum(last) / len(last):.3g}"
         if values
-        else (f"{series.label}: never finite")
+        else f"{series.label}: never finite"
     )
 
 
 def _with_length(record: RunRecord, stage: str) -> list[Row]:
-    """Returns a stage's records, with the mean length where it follows from the number of tokens."""
+    """Returns a stage's records, with the mean length added if it follows from the number of tokens."""
     rows = record.steps[stage]
     prompts, group = (record.setting(f"rollout.{stage}.{key}") for key in ("prompts", "group"))
     if stage != "align" or not prompts or not group:
@@ -221,7 +221,7 @@ def _expert_chart(record: RunRecord, stage: str) -> list[Chart]:
     return [
         Chart(
             "Expert load by token kind",
-            "the share of a kind's choices that its most chosen expert has, over the discriminator's layers",
+            "share of a token kind's choices that go to its most chosen expert, over the discriminator's layers",
             tuple((f"d_top_expert_{channel}", f"{channel} tokens") for channel in CHANNELS),
             reference=(1 / experts, f"balanced: 1/{experts}") if experts else None,
         )
@@ -229,12 +229,12 @@ def _expert_chart(record: RunRecord, stage: str) -> list[Chart]:
 
 
 def _expert_loads(rows: Sequence[Row]) -> str:
-    """Returns the load of every expert by kind at the stage's end, where the stage measured it."""
+    """Returns the load of every expert by token kind at the stage's end; empty if it was not measured."""
     last = [row["d_expert_load"] for row in rows if isinstance(row.get("d_expert_load"), dict)][-5:]
     if not last:
         return ""
     series = []
-    # the channels first, in the colours that they have elsewhere
+    # the channels come first, in the same colours as in other charts
     kinds = sorted(last[-1], key=lambda kind: CHANNELS.index(kind) if kind in CHANNELS else len(CHANNELS))
     for kind in kinds:
         each = [row[kind] for row in last]
@@ -242,21 +242,21 @@ def _expert_loads(rows: Sequence[Row]) -> str:
         series.append(Series(f"{kind} tokens", list(enumerate(columns))))
     names = [f"expert {e + 1}" for e in range(len(series[0].points))]
     drawn = column_chart(names, series, title="Load of each expert by token kind", below="")
-    meaning = f"the share of a kind's choices that each expert has, mean of the last {len(last)} steps"
+    meaning = f"share of a token kind's choices that go to each expert, mean of the last {len(last)} steps"
     return figure("Load of each expert", meaning, drawn, legend([one.label for one in series], shape="column"))
 
 
 def _all_metrics(rows: Sequence[Row]) -> str:
-    """Returns a table, folded, of every number that the stage logged."""
+    """Returns a folded table of every metric of the stage."""
     names = list(dict.fromkeys(name for row in rows for name in row if name not in ("stage", "step", "non_finite")))
     lines = []
     for name in names:
-        values = [found for row in rows if (found := number(row.get(name))) is not None]
+        values = [value for row in rows if (value := number(row.get(name))) is not None]
         if not values:
             continue
         cells = (values[0], min(values), sum(values) / len(values), max(values), values[-1])
         lines.append(f"<tr><th>{escape(name)}</th>{''.join(f'<td>{value:.4g}</td>' for value in cells)}</tr>")
     head = "<tr><th>metric</th><th>first</th><th>least</th><th>mean</th><th>greatest</th><th>last</th></tr>"
-    said = f"all {len(lines)} numbers that metrics.jsonl has of this stage's {len(rows)} steps"
+    title = f"all {len(lines)} metrics of this stage's {len(rows)} steps, as in metrics.jsonl"
     table = f'<div class="wide numbers"><table>{head}{"".join(lines)}</table></div>'
-    return f"<details><summary>{said}</summary>{table}</details>"
+    return f"<details><summary>{title}</summary>{table}</details>"

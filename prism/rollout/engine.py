@@ -1,6 +1,6 @@
-"""The rollout engine: prompts with images in, sampled responses with their tokens' log-probabilities out.
+"""The rollout engine: samples responses to prompts with images, with the log-probabilities of their tokens.
 
-P prompts, n rollouts of each, R = P n rollouts, A of them in the batch, L tokens of a response, V vocabulary.
+R rollouts, A of them still in the batch, L tokens of a response, V vocabulary.
 """
 
 import logging
@@ -23,9 +23,9 @@ from prism_kernels import check
 
 NAME = "Engine"
 LOG = logging.getLogger(__name__)
-# of a model's configuration: tokens that are read as images and videos, or as their bounds
+# names in a model's configuration of the tokens that stand for images and videos, or enclose them
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-# finished rows leave the batch when they are this part of it: moving rows costs more than a few idle ones
+# finished rows leave the batch once they are this share of it: moving rows costs more than a few idle rows
 IDLE_SHARE = 1 / 8
 
 
@@ -33,40 +33,41 @@ IDLE_SHARE = 1 / 8
 class Rollout:
     """One response.
 
-    Two log-probabilities of each token are exact, and they differ by what ban, top_k and top_p cut off: `log_probs`
-    is of the distribution that was sampled from, for importance weights; `model_log_probs` is of the model's softmax
-    over the whole vocabulary at the same temperature, which is what a training forward computes. Greedy, the first are
-    0 and the second are at temperature 1.
+    Each token has two exact log-probabilities. `log_probs` are those of the distribution that was sampled from, after
+    ban, top_k and top_p; importance weights need them. `model_log_probs` are those of the model's softmax over the
+    whole vocabulary at the same temperature, as a training forward computes them. In greedy sampling, the first are 0
+    and the second are at temperature 1.
     """
 
-    # the index of the prompt, and of the rollout in its group
+    # index of the prompt, and of the rollout in its group
     prompt: int
     index: int
-    # L, the stop token included
+    # L tokens with the stop token
     token_ids: list[int]
     # (L,) each, on the CPU
     log_probs: Tensor
     model_log_probs: Tensor
-    # stop: the last token is a stop token; length: there was no room for one
+    # stop: the last token is a stop token; length: the response reached max_new_tokens without one
     finish_reason: Literal["stop", "length"]
 
 
 class Engine:
-    """Samples from a transformers model as it is at the time of the call, in the dtype of its weights.
+    """Samples from a transformers model with its current weights, in their dtype.
 
-    A prompt is computed once for its whole group, all prompts are decoded in one batch, and finished rows leave it. A
-    rollout depends on the seed, its prompt, the prompt's key and its index in the group, not on what else is in the
-    batch, but for the rounding of sums whose order the batch's size changes.
+    The engine computes each prompt once for its whole group and decodes all prompts in one batch, which finished rows
+    leave. A rollout depends on the seed, its prompt, the prompt's key and its index in the group, but not on the rest
+    of the batch, except for rounding: the batch's size changes the order of sums.
 
-    Never sampled: the model's vision tokens, the tokenizer's special tokens that are not stop tokens, and ids that the
-    tokenizer does not know (a vocabulary is often padded).
+    The engine never samples the model's vision tokens, the tokenizer's special tokens that are not stop tokens, and
+    ids that the tokenizer does not know (a vocabulary is often padded).
 
     Args:
         model: a causal model with its head.
-        tokenizer: the model's own.
-        path: `lean`, `stock`, or None: lean where the model allows it; `path` and `reason` then say which and why.
-        cache_tokens: prompts are taken in several batches, such that the cache of none would hold more tokens than this
-            if all its responses were of full length; None: one batch.
+        tokenizer: the model's tokenizer.
+        path: `lean`, `stock`, or None: lean if the model allows it. The attributes `path` and `reason` say which and
+            why.
+        cache_tokens: the most tokens in a batch's cache, counting responses at full length; more prompts are split
+            into several batches. None: one batch.
     """
 
     def __init__(
@@ -101,12 +102,11 @@ class Engine:
         """Returns the group of rollouts of each prompt, in the order of the prompts.
 
         Args:
-            prompts: with their images; lengths and images may differ.
-            sampling: the settings of all.
-            seed: of the streams of random numbers; a trainer takes another one for each step.
-            keys: a number >= 0 for each prompt that chooses its random streams; None: its index. Take the sample's own
-                number where the same prompt shall get the same rollouts in another batch; equal prompts with equal
-                keys get equal rollouts.
+            prompts: prompts with their images; lengths and images may differ.
+            sampling: the settings of all prompts.
+            seed: seed of the random numbers; a trainer takes another one for each step.
+            keys: a number >= 0 for each prompt, which chooses its random numbers; None: the prompt's index. A prompt
+                with the same key gets the same rollouts in any batch.
             stop_token_ids: a response ends with the first of them; None: those of the model's generation_config.
         """
         keys = range(len(prompts)) if keys is None else keys
@@ -117,7 +117,7 @@ class Engine:
         if not prompts:
             return []
         if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
-            # gathered in each step, they would make ranks wait for one whose responses ended sooner
+            # gathering them in each step would deadlock ranks whose responses end at different steps
             check.fail(
                 NAME, "whole parameters on every rank (unshard() each FSDP module before, reshard() after)", "shards"
             )
@@ -131,9 +131,9 @@ class Engine:
                 batch = (LeanBatch if self.path == "lean" else StockBatch)(
                     self.model, [prompts[p] for p in chosen], sampling.group, sampling.max_new_tokens
                 )
-                found = _decode(batch, streams.to(device), sampling, stop, banned)
-                for place, p in enumerate(chosen):
-                    rollouts[p] = [found.rollout(place * sampling.group + j, p, j) for j in range(sampling.group)]
+                decoded = _decode(batch, streams.to(device), sampling, stop, banned)
+                for i, p in enumerate(chosen):
+                    rollouts[p] = [decoded.rollout(i * sampling.group + j, p, j) for j in range(sampling.group)]
         return [rollout for p in range(len(prompts)) for rollout in rollouts[p]]
 
     def banned_token_ids(self, stop_token_ids: Sequence[int] | frozenset[int]) -> set[int]:
@@ -148,13 +148,13 @@ class Engine:
 
     @property
     def _vision_tokens(self) -> set[int]:
-        found = (getattr(self.model.config, name, None) for name in VISION_TOKENS)
-        return {token for token in found if token is not None}
+        tokens = (getattr(self.model.config, name, None) for name in VISION_TOKENS)
+        return {token for token in tokens if token is not None}
 
     def _stops(self, stops: Sequence[int] | None) -> frozenset[int]:
         if stops is None:
-            named = self.model.generation_config.eos_token_id if self.model.generation_config else None
-            stops = (named,) if isinstance(named, int) else tuple(named or ())
+            default = self.model.generation_config.eos_token_id if self.model.generation_config else None
+            stops = (default,) if isinstance(default, int) else tuple(default or ())
             if not stops:
                 check.fail(NAME, "stop_token_ids, since the model's generation_config names none", None)
         wrong = [token for token in stops if not 0 <= token < self._vocabulary]
@@ -187,13 +187,13 @@ class Engine:
                 check.fail(NAME, f"token ids of prompt {index} in [0, {self._vocabulary})", got)
 
     def _batches(self, lengths: Sequence[int], sampling: Sampling) -> Iterator[list[int]]:
-        """Yields the prompts that are decoded together."""
+        """Yields the indices of the prompts of each batch."""
         if self.path == "stock":
             yield from ([p] for p in range(len(lengths)))
             return
         limit = self.cache_tokens
         chosen: list[int] = []
-        # similar lengths share a batch; the first, the longest, sets its width
+        # longest first: similar lengths share a batch, and its first prompt sets its width
         order = range(len(lengths)) if limit is None else sorted(range(len(lengths)), key=lambda p: (-lengths[p], p))
         for p in order:
             width = lengths[chosen[0] if chosen else p] + sampling.max_new_tokens
@@ -213,7 +213,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """Responses as rows of the longest's length, on the CPU."""
+    """Responses as rows of one length, on the CPU."""
 
     # (R, L)
     token: Tensor
@@ -227,7 +227,7 @@ class _Decoded:
         length = int(self.length[row])
         log_probs, model_log_probs = (x[row, :length].clone() for x in (self.log_prob, self.model_log_prob))
         if not (log_probs.isfinite().all() and model_log_probs.isfinite().all()):
-            expected = f"finite logits behind prompt {prompt} (look at the model's weights)"
+            expected = f"finite logits after prompt {prompt} (look at the model's weights)"
             check.fail(NAME, expected, "log-probabilities that are not", FloatingPointError)
         reason: Literal["stop", "length"] = "stop" if self.stopped[row] else "length"
         return Rollout(prompt, index, self.token[row, :length].tolist(), log_probs, model_log_probs, reason)
@@ -236,47 +236,47 @@ class _Decoded:
 def _decode(
     batch: LeanBatch | StockBatch, streams: Tensor, sampling: Sampling, stop: Tensor, banned: Tensor
 ) -> _Decoded:
-    """Returns the responses of a batch; streams: (R, max_new_tokens) uniform numbers."""
+    """Returns the responses of a batch; `streams`: (R, max_new_tokens) uniform numbers."""
     total, steps = streams.shape
     logits = batch.logits.repeat_interleave(sampling.group, 0)
     # (A,): the rollout in each row of the batch, and whether it still runs
-    rows = torch.arange(total, device=streams.device)
-    runs = torch.ones_like(rows, dtype=torch.bool)
-    # of each step
+    rollout = torch.arange(total, device=streams.device)
+    runs = torch.ones_like(rollout, dtype=torch.bool)
+    # one of each for each step
     choices: list[Choice] = []
-    owners: list[Tensor] = []
+    rollouts: list[Tensor] = []
     while True:
-        choice = choose(logits, streams[rows, len(choices)], sampling, banned)
+        choice = choose(logits, streams[rollout, len(choices)], sampling, banned)
         choices.append(choice)
-        owners.append(rows)
+        rollouts.append(rollout)
         runs = runs & ~torch.isin(choice.token, stop)
         running = runs.nonzero()[:, 0]
         if len(choices) == steps or len(running) == 0:
             break
-        following = choice.token
-        if len(running) <= (1 - IDLE_SHARE) * len(rows):
-            order = _refilled(running)
+        token = choice.token
+        if len(running) <= (1 - IDLE_SHARE) * len(rollout):
+            order = _compact(running)
             batch.keep(order)
-            rows, following, runs = rows[order], following[order], runs[order]
-        logits = batch.step(following)
-    return _decoded(choices, torch.cat(owners), total, stop)
+            rollout, token, runs = rollout[order], token[order], runs[order]
+        logits = batch.step(token)
+    return _decoded(choices, torch.cat(rollouts), total, stop)
 
 
-def _decoded(choices: Sequence[Choice], owner: Tensor, total: int, stop: Tensor) -> _Decoded:
-    """Returns the responses of all steps' choices; owner: the rollout of each choice, step by step."""
-    used, counts = len(choices), torch.tensor([len(choice.token) for choice in choices])
-    place = owner.cpu(), torch.arange(used).repeat_interleave(counts)
+def _decoded(choices: Sequence[Choice], rollout: Tensor, total: int, stop: Tensor) -> _Decoded:
+    """Returns the responses of the choices of all steps; `rollout`: the rollout of each choice, step by step."""
+    steps, counts = len(choices), torch.tensor([len(choice.token) for choice in choices])
+    index = rollout.cpu(), torch.arange(steps).repeat_interleave(counts)
     columns = (torch.cat(column).cpu() for column in zip(*choices))
-    token, log_prob, model_log_prob = (column.new_zeros(total, used).index_put_(place, column) for column in columns)
-    # the first stop token of a rollout ends it, whatever its row went on with, or was filled with after it left
+    token, log_prob, model_log_prob = (column.new_zeros(total, steps).index_put_(index, column) for column in columns)
+    # truncate at the first stop token: idle rows sample on, and rows that left are filled with zeros
     ends = torch.isin(token, stop.cpu())
     stopped = ends.any(1)
-    length = torch.where(stopped, ends.int().argmax(1) + 1, used)
+    length = torch.where(stopped, ends.int().argmax(1) + 1, steps)
     return _Decoded(token, log_prob, model_log_prob, length, stopped)
 
 
-def _refilled(running: Tensor) -> Tensor:
-    """Returns an order of the running rows in which those among the first stay, and the last fill the gaps."""
+def _compact(running: Tensor) -> Tensor:
+    """Returns an order of the running rows that moves the fewest: the last ones fill the gaps among the first."""
     count = len(running)
     order = torch.arange(count, device=running.device)
     stays = running < count

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prism.config import Sampling
 
-# probabilities are added up as multiples of 2^-50: integers, whose sums have one value in whatever order
+# probabilities are summed as integer multiples of 2^-50, so that the order of the sum does not matter
 UNIT = 2.0**50
 
 
@@ -20,9 +20,9 @@ class Choice(NamedTuple):
     """The next tokens, all (R,)."""
 
     token: Tensor
-    # of the distribution that the token was drawn from: after temperature, ban, top_k and top_p
+    # under the distribution of the draw: after temperature, ban, top_k and top_p
     log_prob: Tensor
-    # of the model's own distribution at this temperature
+    # under the model's softmax over the whole vocabulary at this temperature
     model_log_prob: Tensor
 
 
@@ -30,13 +30,14 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Tensor) 
     """Returns a token for each row, drawn by inverting the cumulative distribution at the row's uniform number.
 
     Args:
-        logits: (R, V), of any float dtype; what follows is in fp32 at least.
-        uniform: (R,) in [0, 1), float64; unused when greedy.
+        logits: (R, V), any float dtype; computed in fp32 at least.
+        uniform: (R,) in [0, 1), float64; greedy sampling does not use it.
         sampling: the settings.
-        banned: (B,), ids that have probability 0 whatever their logits.
+        banned: (B,), ids that are never drawn.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if sampling.greedy:
+    # greedy
+    if sampling.temperature == 0:
         token = wide.index_fill(-1, banned, -torch.inf).argmax(-1)
         model_log_prob = wide.log_softmax(-1).gather(-1, token[:, None])[:, 0]
         return Choice(token, torch.zeros_like(model_log_prob), model_log_prob)
@@ -45,16 +46,16 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling, banned: Tensor) 
     log_probs, ids = _candidates(wide.index_fill(-1, banned, -torch.inf).log_softmax(-1), sampling)
     # a power of two: exact in any float dtype
     cumulative = (log_probs.exp() * UNIT).long().cumsum(-1)
-    # below the total, however it is rounded: a float64 under 1 is at most 1 - 2^-53
+    # always less than the total, even after rounding: a float64 less than 1 is at most 1 - 2^-53
     target = (uniform * cumulative[:, -1]).long()
-    # the first place whose sum is past the target: never one that adds nothing. the clamp serves NaN alone
-    place = torch.searchsorted(cumulative, target[:, None], right=True).clamp_(max=log_probs.shape[-1] - 1)
-    token = place if ids is None else ids.gather(-1, place)
-    return Choice(token[:, 0], log_probs.gather(-1, place)[:, 0], wide.log_softmax(-1).gather(-1, token)[:, 0])
+    # the first column whose sum exceeds the target, so that its probability is not 0; only NaN needs the clamp
+    column = torch.searchsorted(cumulative, target[:, None], right=True).clamp_(max=log_probs.shape[-1] - 1)
+    token = column if ids is None else ids.gather(-1, column)
+    return Choice(token[:, 0], log_probs.gather(-1, column)[:, 0], wide.log_softmax(-1).gather(-1, token)[:, 0])
 
 
 def _candidates(log_probs: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """Returns what top_k and top_p leave, (R, C), normalised, and the ids of the columns; None: column i is token i."""
+    """Returns the log-probabilities (R, C) after top_k and top_p, and their token ids; None: column i is token i."""
     if sampling.top_k is None and sampling.top_p == 1:
         return log_probs, None
     if sampling.top_k is not None:
@@ -63,7 +64,7 @@ def _candidates(log_probs: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor |
         log_probs, ids = log_probs.sort(dim=-1, descending=True, stable=True)
     if sampling.top_p < 1:
         prob = log_probs.softmax(-1)
-        # what comes before reaches top_p already; the first token has nothing before it
+        # drop a token if the ones before it reach top_p; the first token always stays
         log_probs = log_probs.masked_fill(prob.cumsum(-1) - prob >= sampling.top_p, -torch.inf)
     return log_probs.log_softmax(-1), ids
 
@@ -71,8 +72,7 @@ def _candidates(log_probs: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor |
 def uniforms(seed: int, keys: Sequence[int], n: int, length: int) -> Tensor:
     """Returns (len(keys) * n, length) numbers in [0, 1), float64: n rows for each key.
 
-    Row j of a key depends on (seed, key, j) alone, and number t of a row on no other: not on `length`, nor on what
-    other rows there are.
+    Row j of a key depends on (seed, key, j) alone: not on `length`, which only cuts it, and not on other rows.
     """
     rows = [
         np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, key, j)))).random(length)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from prism.config import AlignAlgorithm
+from prism.data.drift import drift
 from prism.discriminator.score import GroupScores, prepare_groups, sample_of, score_limits
 from prism.discriminator.training import discriminator_step
-from prism.rollout.batch import RolloutBatch, drift
+from prism.rollout.batch import RolloutBatch
 from prism.runtime.runtime import Runtime
 from prism.stages.update import policy_update
 from prism_kernels import group_advantage, prism_advantage

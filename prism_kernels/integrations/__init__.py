@@ -1,1 +1,1 @@
-"""The kernels inside other libraries, one package a library."""
+"""The kernels in other libraries: one module, or package, for each."""

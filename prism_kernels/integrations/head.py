@@ -1,4 +1,4 @@
-"""What a transformers model's head computes, as `linear_logprob` takes it, and the model run up to there.
+"""The head of a transformers model as arguments of `linear_logprob`, and the model run up to its head.
 
 B sequences of L tokens, V columns, D width.
 """
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from prism_kernels.check import fail
+from prism_kernels.ops.linear_logprob import linear_logprob
+from prism_kernels.outputs import TokenLogProbs
 
 Lora = tuple[Tensor, Tensor, float]
 
@@ -22,7 +24,7 @@ class Head(NamedTuple):
 
 
 class BeforeHead(NamedTuple):
-    """A model's last hidden states (B, L, D), the targets that belong to them (B, L), and its head."""
+    """A model's last hidden states (B, L, D), their targets (B, L), and the head."""
 
     hidden: Tensor
     target: Tensor
@@ -32,7 +34,7 @@ class BeforeHead(NamedTuple):
 
 
 class LogitSettings(NamedTuple):
-    """What makes a model's logits of z = h Wᵀ + b: softcap * tanh(z / softcap), or z itself, over `divisor`."""
+    """How a model's logits follow from z = h Wᵀ + b: softcap * tanh(z / softcap), or z without one, over `divisor`."""
 
     divisor: float
     softcap: float | None
@@ -42,7 +44,7 @@ def head_of(op: str, module: nn.Module | None) -> Head:
     """Returns the tensors of a linear layer, or of one under a LoRA adapter of peft; DTensors are gathered.
 
     Args:
-        op: who asks, for the error.
+        op: the name of the caller in errors.
         module: the model's output embeddings.
     """
     layer = getattr(module, "base_layer", None)
@@ -52,7 +54,7 @@ def head_of(op: str, module: nn.Module | None) -> Head:
     if not hasattr(module, "lora_A"):
         _refuse(op, f"an adapter of type {type(module).__name__}")
     adapted: Any = module
-    # adapters of other layers do not touch this one, and a merged one is in the weight already
+    # adapters of other layers do not change this one, and a merged adapter is part of the weight
     active = [name for name in adapted.active_adapters if name in adapted.lora_A]
     if adapted.disable_adapters or adapted.merged or not active:
         return plain
@@ -70,7 +72,7 @@ def head_of(op: str, module: nn.Module | None) -> Head:
 
 
 def logit_settings(op: str, config: Any) -> LogitSettings:
-    """Returns what a transformers model of this configuration does to the product of its head."""
+    """Returns how a transformers model of this configuration turns its head's product into logits."""
     text = config.get_text_config()
 
     def first(*names: str) -> float | None:
@@ -79,12 +81,12 @@ def logit_settings(op: str, config: Any) -> LogitSettings:
     scale = first("logit_scale", "output_multiplier", "lm_head_multiplier")
     if scale is None:
         scaling = first("logits_scaling")
-        # the one family that multiplies by it
+        # all other families divide by it
         multiplies = getattr(text, "model_type", "") == "hyperclovax"
         scale = 1.0 if scaling is None else scaling if multiplies else 1 / scaling
     if not scale > 0:
         fail(op, "a model whose logits are scaled by a positive number", scale)
-    # softcap * tanh(scale z / softcap) is the cap softcap / scale of z itself, times the scale
+    # softcap * tanh(scale z / softcap) is scale times z under the cap softcap / scale
     softcap = first("final_logit_softcapping")
     return LogitSettings(1 / scale, None if softcap is None else softcap / scale)
 
@@ -97,11 +99,11 @@ def run_to_head(
     args: tuple[Any, ...],
     options: dict[str, Any],
 ) -> BeforeHead:
-    """Returns what a causal language model of transformers gives to its head, one position fewer than labels.
+    """Returns the input of a model's head, its targets and the head; from `labels` one position fewer than labels.
 
     Args:
-        op: who asks, for the error.
-        model: a causal language model, or a vision-language one.
+        op: the name of the caller in errors.
+        model: a causal language model of transformers, or a vision-language one.
         labels: (B, L), as the model's own forward takes them: a label belongs to the position before it.
         shift_labels: (B, L), aligned already, instead of labels.
         args: of the model's forward.
@@ -110,10 +112,10 @@ def run_to_head(
     text = model.config.get_text_config()
     if getattr(text, "output_router_logits", False):
         options.setdefault("output_router_logits", True)
-    # looked up at each call: sharding and adapters replace modules
+    # at each call, since sharding and adapters replace modules
     backbone = model.base_model(*args, **{**options, "use_cache": False})
     module = model.get_output_embeddings()
-    # its parameters are empty outside their own module's forward
+    # ZeRO-3 empties a module's parameters outside its forward
     if any(hasattr(parameter, "ds_status") for parameter in module.parameters()):
         fail(op, "a model without DeepSpeed ZeRO-3; FSDP2 works", "an LM head that ZeRO-3 has split", RuntimeError)
     head = head_of(op, module)
@@ -131,6 +133,40 @@ def run_to_head(
         experts = text.num_experts, text.num_experts_per_tok
         balance = compute(backbone.router_logits, *experts, options.get("attention_mask"))
     return BeforeHead(hidden, target.to(hidden.device), head, balance)
+
+
+def head_logprob(
+    hidden: Tensor,
+    target: Tensor,
+    head: Head,
+    settings: LogitSettings,
+    *,
+    temperature: float | Tensor,
+    entropy: bool,
+    cache_bytes: int | None,
+) -> TokenLogProbs:
+    """Returns `linear_logprob` of the targets (B, L) under a model's logits over the temperature.
+
+    Args:
+        hidden: (B, L, D).
+        target: (B, L), -100 is ignored.
+        head: of the model.
+        settings: of the model.
+        temperature: divides the logits.
+        entropy: whether entropies are wanted.
+        cache_bytes: as in `linear_logprob`.
+    """
+    return linear_logprob(
+        hidden,
+        head.weight,
+        target,
+        bias=head.bias,
+        temperature=temperature * settings.divisor,
+        softcap=settings.softcap,
+        lora=head.lora,
+        entropy=entropy,
+        cache_bytes=cache_bytes,
+    )
 
 
 def _plain(op: str, module: nn.Module | None) -> Head:

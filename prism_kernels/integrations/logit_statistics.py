@@ -1,4 +1,4 @@
-"""What trainers log of the logits beyond `linear_logprob`: their mean, and whether the target is the highest.
+"""Statistics of the logits that trainers log: their mean, and whether the target's is the highest.
 
 T rows, V columns, D width. Both are constants: there is no gradient.
 """
@@ -13,7 +13,7 @@ from prism_kernels.integrations.head import Head
 
 # rows of a block of logits
 _ROWS = 256
-# rounding of probabilities: what lies nearer is decided by the logits
+# the rounding error of probabilities: closer cases are decided by the logits
 _MARGIN = 1e-3
 
 
@@ -23,12 +23,12 @@ def mean_logit(hidden: Tensor, head: Head, softcap: float | None = None) -> Tens
     Args:
         hidden: (T, D).
         head: weight (V, D), bias and LoRA.
-        softcap: c of c * tanh(z / c); with it the logits themselves are needed, block by block.
+        softcap: c of c * tanh(z / c); with it the logits are computed, block by block.
     """
     if softcap is not None:
         means = [softcap * (z / softcap).tanh().mean(1) for _, z in _blocks(hidden, head)]
         return torch.cat(means) if means else hidden.new_zeros(0, dtype=torch.float32)
-    # the mean of products with all columns is the product with the mean column
+    # the mean of the products with all columns is the product with their mean
     mean = hidden.float() @ head.weight.mean(0, dtype=torch.float32)
     if head.bias is not None:
         mean = mean + head.bias.float().mean()
@@ -39,10 +39,10 @@ def mean_logit(hidden: Tensor, head: Head, softcap: float | None = None) -> Tens
 
 
 def is_highest(hidden: Tensor, head: Head, target: Tensor, logp: Tensor, sum_pi_squared: Tensor) -> Tensor:
-    """Returns whether each row's target has the highest logit, (T,), bool; of equal ones the first counts.
+    """Returns whether each row's target has the highest logit, (T,), bool; of equal logits the first is the highest.
 
-    With p the target's probability and s the sum of all squared ones, p² > s - p² says that none is higher, and p < s
-    that one is, since s is at most the highest. The logits are made again for the rows between alone.
+    Let p be the target's probability and s the sum of all squared probabilities. If p² > s - p², no probability is
+    higher than p. If p < s, one is, since s is at most the highest. Only the rows between these bounds need logits.
 
     Args:
         hidden: (T, D).
@@ -53,9 +53,9 @@ def is_highest(hidden: Tensor, head: Head, target: Tensor, logp: Tensor, sum_pi_
     """
     p, s = logp.exp(), sum_pi_squared
     highest = 2 * p * p > s * (1 + _MARGIN)
-    rest = (~highest & (p >= s * (1 - _MARGIN))).nonzero()[:, 0]
-    for rows, z in _blocks(hidden[rest], head):
-        highest[rest[rows]] = z.argmax(1) == target[rest[rows]]
+    undecided = (~highest & (p >= s * (1 - _MARGIN))).nonzero()[:, 0]
+    for rows, z in _blocks(hidden[undecided], head):
+        highest[undecided[rows]] = z.argmax(1) == target[undecided[rows]]
     return highest
 
 

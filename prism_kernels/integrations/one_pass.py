@@ -1,10 +1,10 @@
-"""Log-probabilities and entropies of the same logits from one pass, for a trainer that asks for them one by one.
+"""Log-probabilities and entropies of the same logits from one pass, for a trainer that calls for them separately.
 
-Whichever is asked for first leaves the rest of its pass to the other. It is for that tensor itself, unchanged since, on
-the same thread, and once; it lives no longer than the first result does. Whoever asks otherwise gets a pass of its own.
+The first of the two calls keeps the rest of its pass for the other call, which must get the same tensor, unchanged, on
+the same thread. The rest is used once, and is dropped with the first result. Any other call makes a pass of its own.
 
-Entropies that come first do not know the labels yet: their pass is anchored at the highest logit of each row. What a
-row needs for another column follows from its sums, without cancellation, since no column is above that one.
+Entropies that come first do not know the labels: their pass is anchored at the highest logit of each row. The sums
+for another column follow from a row's sums without cancellation, since no logit is above the anchor.
 
 T rows, V columns.
 """
@@ -19,41 +19,41 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from prism_kernels import check
 from prism_kernels.backend import resolve
-from prism_kernels.ops.anchored_rows.formulas import RowSums, outcome
-from prism_kernels.ops.token_logprob import FLOATS, token_logprob
-from prism_kernels.ops.token_logprob.registration import NAME, accumulator
+from prism_kernels.ops.rows import FLOATS, RowSums, accumulator, outcome
+from prism_kernels.ops.token_logprob import token_logprob
+from prism_kernels.ops.token_logprob.op import NAME, token_logprob_bwd, token_logprob_fwd
 
-# rows with this label have the log-probability 0, without a gradient, but an entropy
+# a row with this label has the log-probability 0 without a gradient, but an entropy
 IGNORED = -100
 
 
-# a graph could not look up what is left of a pass. this holds where a caller of these is compiled: torch.compile of the
-# function itself would take the mark away
+# a compiled graph cannot look up the rest of a pass. the mark works for compiled callers; torch.compile of the function
+# itself would remove it
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns the log-probabilities of labels (...) int64 under logits (..., V)."""
-    left = _LATEST.take(logits, _Rows)
-    if left is not None:
-        return left.logprobs(logits, labels)
+    rows = _LATEST.take(logits, _Rows)
+    if rows is not None:
+        return rows.logprobs(logits, labels)
     kept = labels != IGNORED
     out = token_logprob(logits, labels.where(kept, 0), entropy=True)
     logp = out.logp.where(kept, 0)
-    _LATEST.leave(logits, logp, out.entropy)
+    _LATEST.keep(logits, logp, out.entropy)
     return logp
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def entropies(logits: Tensor) -> Tensor:
     """Returns the entropies of the rows of logits (..., V)."""
-    left = _LATEST.take(logits, Tensor)
-    if left is not None:
-        return left if _wants_gradient(logits) else left.detach()
+    entropy = _LATEST.take(logits, Tensor)
+    if entropy is not None:
+        return entropy if _wants_gradient(logits) else entropy.detach()
     check.dtype(NAME, "logits", logits, FLOATS)
     labelled = _Labelled()
     backend = resolve(NAME, logits.device)
-    found, logp, top, sums = _RowsFunction.apply(logits.reshape(-1, logits.shape[-1]), labelled, backend)
-    entropy = found.view(logits.shape[:-1])
-    _LATEST.leave(logits, entropy, _Rows(logp, top, sums, labelled))
+    flat, logp, top, sums = _RowsFunction.apply(logits.reshape(-1, logits.shape[-1]), labelled, backend)
+    entropy = flat.view(logits.shape[:-1])
+    _LATEST.keep(logits, entropy, _Rows(logp, top, sums, labelled))
     return entropy
 
 
@@ -62,52 +62,52 @@ def _wants_gradient(logits: Tensor) -> bool:
 
 
 class _Latest(local):
-    """The logits that this thread last made a pass over, and what is left of it."""
+    """The logits of this thread's last pass, and the rest of the pass."""
 
     def __init__(self) -> None:
         self.logits: TensorWeakRef | None = None
         self.version = 0
         self.graph = False
-        # under the first result: the graph of what is left holds the logits, so that nothing else may hold it
-        self.left = WeakTensorKeyDictionary()
+        # keyed by the first result: the graph of the rest holds the logits, so that nothing else may keep it alive
+        self.rest = WeakTensorKeyDictionary()
 
     def is_of(self, logits: Tensor) -> bool:
         if self.logits is None:
             return False
         return self.logits() is logits and self.version == logits._version
 
-    def leave(self, logits: Tensor, first: Tensor, left: Any) -> None:
-        # a tensor of inference mode cannot tell whether it was changed. and of each tensor only the first pass leaves
-        # anything: a checkpoint that computes its function once more must not find what the first time did not
+    def keep(self, logits: Tensor, first: Tensor, rest: Any) -> None:
+        # a tensor of inference mode has no version. and only the first pass over a tensor keeps its rest: a checkpoint
+        # that computes its function again must not find a rest that the first time did not find
         if logits.is_inference() or self.is_of(logits):
             return
         self.logits, self.version, self.graph = TensorWeakRef(logits), logits._version, _wants_gradient(logits)
-        self.left = WeakTensorKeyDictionary()
-        self.left[first] = left
+        self.rest = WeakTensorKeyDictionary()
+        self.rest[first] = rest
 
     def take(self, logits: Tensor, kind: type) -> Any:
-        """Returns what is left if it is of that kind, once: its graph is gone after a backward pass."""
+        """Returns the rest if it is of that kind; only once, since a backward pass frees its graph."""
         if not self.is_of(logits) or (_wants_gradient(logits) and not self.graph):
             return None
-        left = next(self.left.values(), None)
-        if not isinstance(left, kind):
+        rest = next(self.rest.values(), None)
+        if not isinstance(rest, kind):
             return None
-        self.left.clear()
-        return left
+        self.rest.clear()
+        return rest
 
 
 _LATEST = _Latest()
 
 
 class _Labelled:
-    """The columns of the labels and the sums over all others, for the backward pass, once they are known."""
+    """The columns of the labels and the sums over all others, set before the backward pass."""
 
     columns: Tensor
     sums: Tensor
 
 
 class _Rows(NamedTuple):
-    """What a pass over logits knows of each row, (T,): logp is that of the highest column, top, and differentiable."""
+    """A pass over logits, each (T,): logp is the log-probability of the highest column, top, and differentiable."""
 
     logp: Tensor
     top: Tensor
@@ -124,7 +124,7 @@ class _Rows(NamedTuple):
         kept = flat != IGNORED
         columns = flat.where(kept, self.top).clamp(0, count - 1)
         logit = logits.detach().reshape(-1, count).gather(1, columns[:, None])[:, 0].to(self.sums.dtype)
-        # labels that are no column are refused where that can be seen
+        # a label out of range gives NaN where its value cannot be checked
         logit = logit.where((columns == flat) | ~kept, torch.nan)
         self.labelled.columns = columns
         self.labelled.sums = _without(columns, logit, self.top, self.sums)
@@ -132,7 +132,7 @@ class _Rows(NamedTuple):
 
 
 def _without(columns: Tensor, logit: Tensor, top: Tensor, sums: Tensor) -> Tensor:
-    """Returns the sums over all columns but these, of those over all but the highest, at which they stay anchored."""
+    """Returns the sums over all columns but these, from the sums over all but the highest; the anchor stays."""
     rows = RowSums(*sums)
     d = logit - rows.anchor
     e = d.exp()
@@ -146,7 +146,7 @@ def _without(columns: Tensor, logit: Tensor, top: Tensor, sums: Tensor) -> Tenso
 
 
 class _RowsFunction(torch.autograd.Function):
-    """Entropies, and the log-probabilities of the highest columns, whose gradient is taken for that of the labels'."""
+    """Entropies, and the highest columns' log-probabilities, whose gradient serves as that of the labels'."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labelled: _Labelled, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -154,9 +154,7 @@ class _RowsFunction(torch.autograd.Function):
         if logits.stride(1) != 1:
             logits = logits.contiguous()
         top = logits.argmax(1)
-        logp, entropy, _, _, sums = torch.ops.prism_kernels.token_logprob_fwd(
-            logits, top, _unit(logits), IGNORED, backend
-        )
+        logp, entropy, _, _, sums = token_logprob_fwd(logits, top, _unit(logits), IGNORED, backend)
         ctx.save_for_backward(logits, top, sums)
         ctx.options = (labelled, backend)
         ctx.mark_non_differentiable(top, sums)
@@ -177,7 +175,7 @@ class _RowsFunction(torch.autograd.Function):
             grad_logp = torch.zeros_like(sums[0])
         else:
             columns, sums = labelled.columns, labelled.sums
-        gradient = torch.ops.prism_kernels.token_logprob_bwd(
+        gradient = token_logprob_bwd(
             logits,
             columns,
             _unit(logits),
@@ -191,15 +189,15 @@ class _RowsFunction(torch.autograd.Function):
 
 
 def _unit(logits: Tensor) -> Tensor:
-    return torch.ones(logits.shape[0], dtype=accumulator(logits), device=logits.device)
+    return torch.ones(logits.shape[0], dtype=accumulator(logits.dtype), device=logits.device)
 
 
 class _LabelsFunction(torch.autograd.Function):
-    """The log-probabilities of the labels, whose gradient goes where the entropies' is."""
+    """The labels' log-probabilities, whose gradient joins the entropies' in `_RowsFunction`."""
 
     @staticmethod
     def forward(ctx: Any, logp: Tensor, sums: Tensor, kept: Tensor) -> Tensor:
-        """Returns them, 0 where a row is not kept."""
+        """Returns the log-probabilities, 0 where a row is not kept."""
         ctx.save_for_backward(kept)
         return outcome(RowSums(*sums), torch.ones_like(logp), kept)[0]
 

@@ -1,8 +1,8 @@
 """OpenRLHF on our ops: `patch()` before an Actor runs, `undo()` or `with` to take it back.
 
-OpenRLHF makes all logits of a batch and casts them to fp32. With the patch the model under an Actor gives its last
-hidden states instead, wherever log-probabilities are asked for, and these come from `linear_logprob`; who asks for
-logits gets logits. B sequences of L tokens, V columns, D width.
+OpenRLHF computes all logits of a batch and casts them to fp32. With the patch, where log-probabilities are wanted, the
+model of an Actor returns its last hidden states, and `linear_logprob` computes the log-probabilities; a caller of the
+model that wants logits gets logits. B sequences of L tokens, V columns, D width.
 """
 
 import functools
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from prism_kernels.check import fail
-from prism_kernels.integrations.head import LogitSettings, head_of, logit_settings, run_to_head
+from prism_kernels.integrations.head import LogitSettings, head_logprob, head_of, logit_settings, run_to_head
+from prism_kernels.integrations.padded import padded_policy_loss
 from prism_kernels.integrations.patching import (
+    ForwardPatch,
     Patch,
     Replacement,
     everywhere,
     require_parameters,
     require_version,
 )
-from prism_kernels.ops.linear_logprob import linear_logprob
-from prism_kernels.ops.policy_loss import policy_loss
 from prism_kernels.ops.token_logprob import token_logprob
 from prism_kernels.outputs import TokenLogProbs
 
@@ -47,7 +47,7 @@ def patch(*, cache_bytes: int | None = 0, losses: bool = False) -> Patch:
     Args:
         cache_bytes: memory that a call may keep for its backward pass, as in `linear_logprob`: 0 keeps nothing, None
             all.
-        losses: whether PolicyLoss is ours too. It takes `policy_loss_type="ppo"` alone.
+        losses: whether to replace PolicyLoss too. Ours takes `policy_loss_type="ppo"` alone.
     """
     require_version(NAME, "openrlhf", VERSIONS)
     utils, actor, loss = (import_module(f"openrlhf.models.{name}") for name in ("utils", "actor", "loss"))
@@ -66,22 +66,22 @@ def patch(*, cache_bytes: int | None = 0, losses: bool = False) -> Patch:
 
 
 class HiddenLogits:
-    """Logits that are not made: hidden states (B, L, D) with the head; `score` gives their log-probabilities."""
+    """Stands for logits that are not computed: hidden states (B, L, D) and the head."""
 
     def __init__(self, model: Any, settings: LogitSettings, cache_bytes: int | None, args: Any, options: Any) -> None:
         ids = args[0] if args else options["input_ids"]
         self.hidden, _, self.head, self.balance = run_to_head(NAME, model, None, ids, args, options)
         self.settings, self.cache_bytes = settings, cache_bytes
-        # what Actor asks for next: the entropies come with these log-probabilities at no cost
+        # the labels that Actor asks for next: their log-probabilities cost nothing beside the entropies
         self.likely = torch.roll(ids, -1, 1)
         self._scores: TokenLogProbs | None = None
 
     def to(self, *_: Any) -> "HiddenLogits":
-        """Returns itself: fp32 is what the log-probabilities are in."""
+        """Returns itself, since the log-probabilities are in fp32 anyway."""
         return self
 
     def entropy(self) -> Tensor:
-        """Returns the entropies (B, L) at temperature 1, at which OpenRLHF takes them."""
+        """Returns the entropies (B, L) at temperature 1, as OpenRLHF does."""
         self._scores = self._compute(self.likely, 1.0, True)
         assert self._scores.entropy is not None
         return self._scores.entropy
@@ -93,24 +93,22 @@ class HiddenLogits:
         return self._compute(labels, temperature, False).logp
 
     def _compute(self, labels: Tensor, temperature: float, entropy: bool) -> TokenLogProbs:
-        return linear_logprob(
+        return head_logprob(
             self.hidden,
-            self.head.weight,
             labels,
-            bias=self.head.bias,
-            temperature=temperature * self.settings.divisor,
-            softcap=self.settings.softcap,
-            lora=self.head.lora,
+            self.head,
+            self.settings,
+            temperature=temperature,
             entropy=entropy,
             cache_bytes=self.cache_bytes,
         )
 
 
 def log_probs_from_logits(logits: Tensor | HiddenLogits, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Returns the log-probabilities of the labels in fp32; unlike the published function it leaves logits as they are.
+    """Returns the log-probabilities of the labels in fp32; unlike the published function it does not change the logits.
 
     Args:
-        logits: (..., V), or what stands for them.
+        logits: (..., V), or HiddenLogits.
         labels: of the logits' leading shape.
         temperature: divides the logits.
     """
@@ -120,7 +118,7 @@ def log_probs_from_logits(logits: Tensor | HiddenLogits, labels: Tensor, tempera
 
 
 def compute_entropy(logits: Tensor | HiddenLogits) -> Tensor:
-    """Returns the entropies of the rows of logits (..., V), or of what stands for them, in fp32."""
+    """Returns the entropies of the rows of logits (..., V), or of HiddenLogits, in fp32."""
     if isinstance(logits, HiddenLogits):
         return logits.entropy()
     any_target = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
@@ -147,18 +145,12 @@ def _actor_forward(published: Callable[..., Any], cache_bytes: int | None) -> Ca
             return published(self, *given, **options)
         model = _language_model(self.model)
         head_of(NAME, model.get_output_embeddings())
-        before = vars(model).get("forward")
-        model.forward = _hidden_forward(model, logit_settings(NAME, model.config), cache_bytes)
-        try:
-            found = published(self, *given, **options)
-        finally:
-            del model.forward
-            if before is not None:
-                model.forward = before
+        with ForwardPatch(model, _hidden_forward(model, logit_settings(NAME, model.config), cache_bytes)):
+            result = published(self, *given, **options)
         if return_output:
-            # nobody reads them where log-probabilities are returned
-            found[1]["logits"] = None
-        return found
+            # no caller reads logits beside log-probabilities
+            result[1]["logits"] = None
+        return result
 
     return forward
 
@@ -191,24 +183,22 @@ def policy_loss_forward(
     batch_num_tokens: float | None = None,
     global_batch_size: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Returns loss, clip ratio, KL to the old policy and, with a correction, to the rollout's, as PolicyLoss does."""
+    """Returns the results of PolicyLoss: loss, clipped share, KL to the old and to the rollout policy (or None)."""
     if self.policy_loss_type != "ppo":
         fail(NAME, 'policy_loss_type="ppo" with losses=True', repr(self.policy_loss_type), NotImplementedError)
-    rows, columns = log_probs.shape
     mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask.bool()
     rollout_kl = None
     if self.enable_vllm_is_correction:
         assert rollout_log_probs is not None
-        # a weight is a factor of the objective that is not negative, and so of the advantage
+        # weights of the objective are not negative, so that they may multiply the advantage
         advantages = advantages * _rollout_weight(self, old_log_probs - rollout_log_probs, mask)
         rollout_kl = (rollout_log_probs - old_log_probs)[mask].mean()
     total = batch_num_tokens if self.token_level_loss else global_batch_size
-    loss, metrics = policy_loss(
-        log_probs.flatten(),
-        old_log_probs.flatten(),
-        advantages.flatten(),
-        torch.arange(rows + 1, dtype=torch.int32, device=log_probs.device) * columns,
-        mask=mask.flatten(),
+    loss, metrics = padded_policy_loss(
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
         clip=(self.clip_eps_low, self.clip_eps_high),
         dual_clip=self.dual_clip,
         aggregate="token_mean" if self.token_level_loss else "seq_mean_token_mean",
@@ -220,13 +210,13 @@ def policy_loss_forward(
 
 
 def _rollout_weight(self: Any, log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """Returns the weights (B, L) of the three corrections of rollouts."""
+    """Returns the weights (B, L) of the rollout correction, of three types."""
     low, high = self.vllm_is_truncated_threshold
     weight = log_ratio.detach().exp()
     if self.vllm_is_correction_type == "tis":
         return weight.clamp(low, high)
-    within = weight
+    bounded = weight
     if self.vllm_is_correction_type == "seq-mask-tis":
         mean = (log_ratio.detach() * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
-        within = mean.exp()
-    return weight * ((within >= low) & (within <= high))
+        bounded = mean.exp()
+    return weight * ((bounded >= low) & (bounded <= high))

@@ -1,4 +1,4 @@
-"""Attributes of other packages, replaced together and put back as they were."""
+"""Replaces attributes of other packages, adds entries to their registries, and undoes both."""
 
 import inspect
 import sys
@@ -15,7 +15,7 @@ _MARK = "_prism_kernels"
 
 
 class Replacement(NamedTuple):
-    """One attribute of a module or class, and what takes its place."""
+    """An attribute of a module or class, and its new value."""
 
     owner: Any
     name: str
@@ -23,11 +23,11 @@ class Replacement(NamedTuple):
 
 
 class Undoable(ABC):
-    """What `undo` takes back; as a context manager it is taken back at the end."""
+    """A change that `undo` takes back, or the end of a `with` block."""
 
     @abstractmethod
     def undo(self) -> None:
-        """Takes it back; a second call does nothing."""
+        """Takes the change back; a second call does nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -41,27 +41,27 @@ class Undoable(ABC):
 class Patch(Undoable):
     """Replaced attributes.
 
-    All are looked up before the first is replaced: a package that is not as expected stays as it is.
+    All are looked up before the first is replaced: a package that differs from the expected one stays as it is.
     """
 
     def __init__(self, op: str, replacements: Sequence[Replacement]) -> None:
         self._done: list[tuple[Replacement, Any]] = []
-        found = []
+        originals = []
         for replacement in replacements:
             owner, name, _ = replacement
             before = vars(owner).get(name, _MISSING)
             if before is _MISSING:
                 fail(op, f"{owner.__name__} to have {name}", "none", RuntimeError)
             if getattr(before, _MARK, None) is not None:
-                fail(op, f"{owner.__name__}.{name} as it was published", "it is patched already", RuntimeError)
-            found.append((replacement, before))
-        for replacement, before in found:
+                fail(op, f"{owner.__name__}.{name} as published", "one that is patched already", RuntimeError)
+            originals.append((replacement, before))
+        for replacement, before in originals:
             setattr(replacement.value, _MARK, op)
             setattr(replacement.owner, replacement.name, replacement.value)
             self._done.append((replacement, before))
 
     def undo(self) -> None:
-        """Puts every attribute back, also where a module that was imported meanwhile took the new one."""
+        """Restores every attribute, also in modules that were imported meanwhile and took the new one."""
         while self._done:
             (owner, name, value), before = self._done.pop()
             setattr(owner, name, before)
@@ -70,33 +70,52 @@ class Patch(Undoable):
                     setattr(module, name, before)
 
 
+class ForwardPatch(Undoable):
+    """A module whose `forward` is replaced."""
+
+    def __init__(self, module: Any, forward: Callable[..., Any]) -> None:
+        # other wrappers set a forward on the instance; without one the class's is used
+        self._module, self._before = module, vars(module).get("forward")
+        self._done = True
+        module.forward = forward
+
+    def undo(self) -> None:
+        """Restores the module's forward; a second call does nothing."""
+        if not self._done:
+            return
+        self._done = False
+        del self._module.forward
+        if self._before is not None:
+            self._module.forward = self._before
+
+
 class Registration(Undoable):
-    """Entries that were added to another package's registries; none may be there already."""
+    """Entries added to another package's registries, which may not hold these names before."""
 
     def __init__(self, op: str, entries: Sequence[tuple[MutableMapping[str, Any], str, Any]]) -> None:
         for registry, name, _ in entries:
             if name in registry:
-                fail(op, f"no {name!r} in the registry", "it is registered already", RuntimeError)
+                fail(op, f"no {name!r} in the registry", "one", RuntimeError)
         self._added = list(entries)
         for registry, name, value in entries:
             registry[name] = value
 
     def undo(self) -> None:
-        """Takes the entries out."""
+        """Removes the entries."""
         while self._added:
             registry, name, _ = self._added.pop()
             del registry[name]
 
 
 def everywhere(owner: ModuleType, name: str, value: Any) -> list[Replacement]:
-    """Returns the replacements of an attribute in its module and in those of the package that imported it by name."""
+    """Returns replacements of an attribute in its module and in all of the package's that imported it by name."""
     published = getattr(owner, name, _MISSING)
     others = [m for m in _loaded(owner) if m is not owner and vars(m).get(name, None) is published]
     return [Replacement(module, name, value) for module in (owner, *others)]
 
 
 def _loaded(owner: Any) -> Iterator[ModuleType]:
-    """Yields the loaded modules of an owner's package, of a module's only."""
+    """Yields the loaded modules of a module's package; none for a class."""
     if not isinstance(owner, ModuleType):
         return
     package = owner.__name__.partition(".")[0]
@@ -106,18 +125,18 @@ def _loaded(owner: Any) -> Iterator[ModuleType]:
 
 
 def require_version(op: str, package: str, known: Sequence[str]) -> None:
-    """Refuses a package that is missing, or of a version that was not tried: `known` are beginnings of versions."""
+    """Raises where a package is missing or its version starts with none of `known`, the versions that were tried."""
     try:
-        found = version(package)
+        installed = version(package)
     except PackageNotFoundError:
-        fail(op, f"{package} {' or '.join(known)} to be installed", "it is not installed", RuntimeError)
-    if not any(found == one or found.startswith(one + ".") for one in known):
-        fail(op, f"{package} {' or '.join(known)}, which it was tried with", found, RuntimeError)
+        fail(op, f"{package} {' or '.join(known)} to be installed", "none", RuntimeError)
+    if not any(installed == one or installed.startswith(one + ".") for one in known):
+        fail(op, f"{package} {' or '.join(known)}, which it was tried with", installed, RuntimeError)
 
 
 def require_parameters(op: str, function: Callable[..., Any], names: Sequence[str]) -> None:
-    """Refuses a function whose parameters are not these, in this order."""
-    found = tuple(inspect.signature(function).parameters)
-    if found != tuple(names):
-        where = f"{function.__module__}.{function.__qualname__}"
-        fail(op, f"{where}({', '.join(names)})", f"({', '.join(found)})", RuntimeError)
+    """Raises unless a function has these parameters, in this order."""
+    parameters = tuple(inspect.signature(function).parameters)
+    if parameters != tuple(names):
+        who = f"{function.__module__}.{function.__qualname__}"
+        fail(op, f"{who}({', '.join(names)})", f"({', '.join(parameters)})", RuntimeError)

@@ -1,7 +1,7 @@
 """GRPOTrainer's loss by `policy_loss`. B completions of L tokens.
 
-The other trainers keep theirs, for which `policy_loss` has no options: RLOO clips the product of a completion's ratios,
-KTO and DPO compare log-probabilities of whole completions with those of a reference, SFT has no advantages.
+The other trainers keep their losses, for which `policy_loss` has no options: RLOO clips the product of a completion's
+ratios, KTO and DPO compare whole completions with a reference, SFT has no advantages.
 """
 
 import functools
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from prism_kernels.check import fail
+from prism_kernels.integrations.padded import padded_policy_loss
 from prism_kernels.integrations.patching import Replacement, require_parameters
-from prism_kernels.ops.policy_loss import policy_loss
-from prism_kernels.ops.policy_loss.metrics import PolicyMetrics
+from prism_kernels.metrics import PolicyMetrics
 from prism_kernels.ops.policy_loss.options import LARGEST_BOUND, RATIOS
 
 NAME = "integrations.trl"
@@ -27,9 +27,9 @@ AGGREGATES = {
     "cispo": "token_mean",
     "luspo": "seq_mean_token_sum",
 }
-# divided by the tokens of all micro-batches of an optimisation step instead of this one's
+# these divide by the tokens of all micro-batches of an optimisation step, not of one
 WHOLE = ("dapo", "cispo")
-# what the model takes beside tokens
+# the model's inputs besides tokens
 INPUTS = (
     *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles"),
     *("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids"),
@@ -47,7 +47,7 @@ OFF_POLICY = ("advantages", "per_token_logps", "sampling_per_token_logps", "mask
 
 
 def loss_replacements(trainer: Any) -> list[Replacement]:
-    """Returns what replaces the loss of the class GRPOTrainer, after a look at the methods that ours calls."""
+    """Returns the replacements of GRPOTrainer's loss, after a check of the methods that ours calls."""
     require_parameters(NAME, trainer._compute_loss, ("self", "model", "inputs"))
     require_parameters(NAME, trainer._get_per_token_logps_and_entropies, SCORES)
     require_parameters(NAME, trainer.get_high_entropy_mask, ("self", "entropies", "mask", "threshold"))
@@ -62,7 +62,7 @@ def loss_replacements(trainer: Any) -> list[Replacement]:
 def _refusing_init(published: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(published)
     def init(self: Any, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **options: Any) -> None:
-        # a subclass may have a loss of its own; TRL's default configuration is one that is taken
+        # a subclass may define another loss; without `args` TRL takes a configuration that is allowed
         if args is not None and type(self)._compute_loss is compute_loss:
             loss_options(args, args)
         published(self, model, reward_funcs, args, *rest, **options)
@@ -71,10 +71,10 @@ def _refusing_init(published: Callable[..., None]) -> Callable[..., None]:
 
 
 def loss_options(settings: Any, config: Any) -> dict[str, Any]:
-    """Returns the options of `policy_loss` that are a GRPOTrainer's; what the op does not compute is refused.
+    """Returns the options of `policy_loss` for a GRPOTrainer; raises where there are none.
 
     Args:
-        settings: the trainer, which has copied most of its configuration; or that itself, before there is a trainer.
+        settings: the trainer, which has copied most of its configuration; before there is one, the configuration.
         config: the configuration.
     """
     kind, level = settings.loss_type, settings.importance_sampling_level
@@ -83,14 +83,14 @@ def loss_options(settings: Any, config: Any) -> dict[str, Any]:
     if level not in RATIOS:
         _refuse(f"importance_sampling_level among {', '.join(RATIOS)}", repr(level))
     if settings.use_adaptive_entropy:
-        _refuse("use_adaptive_entropy=False (entropy_coef is a bonus that stays)", True)
-    # a trainer has no `epsilon`, and has filled in what stands for None
+        _refuse("use_adaptive_entropy=False (entropy_coef is a constant bonus)", True)
+    # a trainer has epsilon_low instead of epsilon, and no None
     low = getattr(settings, "epsilon_low", config.epsilon)
     high = config.epsilon if settings.epsilon_high is None else settings.epsilon_high
     options: dict[str, Any] = {"objective": "clip", "clip": (low, high), "dual_clip": config.delta}
     if kind == "cispo":
         if high < 1:
-            _refuse('epsilon_high >= 1 with loss_type="cispo", whose ratios it bounds itself', high)
+            _refuse('epsilon_high >= 1 with loss_type="cispo", where it is the bound itself', high)
         options = {"objective": "cispo", "clip": (1.0, high - 1)}
     elif config.delta is not None and config.delta <= 1 + high:
         _refuse(f"delta above 1 + epsilon_high = {1 + high:g}", config.delta)
@@ -103,7 +103,7 @@ def loss_options(settings: Any, config: Any) -> dict[str, Any]:
     return {
         **options,
         "ratio": level,
-        # TRL has no bound
+        # TRL has no bound: the largest that the op allows
         "log_ratio_bound": LARGEST_BOUND,
         "aggregate": AGGREGATES[kind],
         "horizon": float(settings.max_completion_length) if kind == "dr_grpo" else None,
@@ -111,20 +111,19 @@ def loss_options(settings: Any, config: Any) -> dict[str, Any]:
 
 
 def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Returns the loss of a micro-batch, and leaves the trainer the metrics of its own `_compute_loss`."""
+    """Returns the loss of a micro-batch, and adds the metrics of the trainer's own `_compute_loss`."""
     options = loss_options(self, self.args)
     advantage = inputs["advantages"]
-    # a subclass may give one for each token
+    # a subclass may give an advantage for each token
     advantage = advantage[:, None] if advantage.dim() == 1 else advantage
     if options["ratio"] == "sequence" and advantage.shape[1] > 1:
         _refuse_token_weights("advantages of shape (B,)", tuple(advantage.shape))
     mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-    rows, columns = mask.shape
     logp, entropy, balance = self._get_per_token_logps_and_entropies(
         model,
         torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), 1),
         torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), 1),
-        columns,
+        mask.shape[1],
         compute_entropy=True,
         compute_aux_loss=self.aux_loss_enabled,
         **{name: inputs.get(name) for name in INPUTS},
@@ -135,7 +134,7 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     if options["ratio"] == "sequence":
         log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     valid = acting = mask.bool()
-    # what weighs a token's or a completion's objective is not negative, and so a factor of its advantage
+    # weights of a token's or a completion's objective are not negative, so that they may multiply its advantage
     weighted = advantage
     if self.off_policy_mask_threshold is not None:
         sampled = inputs.get("sampling_per_token_logps", before)
@@ -148,14 +147,13 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         weighted = weighted * inputs["importance_sampling_ratio"]
 
     mode = "train" if self.model.training else "eval"
-    # only training is cut into micro-batches
+    # only training accumulates micro-batches
     steps = self.current_gradient_accumulation_steps if mode == "train" else 1
-    loss, totals = policy_loss(
-        logp.flatten(),
-        None if old is None else old.flatten(),
-        weighted.flatten(),
-        torch.arange(rows + 1, dtype=torch.int32, device=logp.device) * columns,
-        mask=valid.flatten(),
+    loss, totals = padded_policy_loss(
+        logp,
+        old,
+        weighted,
+        valid,
         denominator=_denominator(self, inputs, steps if mode == "train" else None),
         **options,
         **_kl_term(self, inputs, logp, log_ratio),
@@ -165,7 +163,7 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     if self.loss_type not in WHOLE:
         loss = loss / steps
     if self.entropy_coef != 0:
-        # a mean over this micro-batch's tokens, whatever the loss is
+        # TRL averages the entropy over this micro-batch's tokens, whatever the loss type
         loss = loss - self.entropy_coef / steps * (entropy * acting).sum() / acting.sum().clamp(min=1)
         metrics["policy_loss"].append(self.accelerator.gather(objective).nanmean().item())
         if mode == "train" and self.accelerator.sync_gradients:
@@ -180,12 +178,12 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def _corrected(settings: Any) -> bool:
-    """Whether the sampler's log-probabilities are vLLM's, and corrected for."""
+    """Whether the objective is weighted by the importance ratios of vLLM's samples."""
     return settings.use_vllm and settings.vllm_importance_sampling_correction
 
 
 def _denominator(trainer: Any, inputs: dict[str, Any], steps: int | None) -> float | Tensor | None:
-    """Returns what the loss is divided by: completions, or this rank's share of an optimisation step's tokens.
+    """Returns the loss's denominator: completions, or this rank's share of an optimisation step's tokens.
 
     Args:
         trainer: a GRPOTrainer.
@@ -197,7 +195,7 @@ def _denominator(trainer: Any, inputs: dict[str, Any], steps: int | None) -> flo
     if trainer.loss_type not in WHOLE:
         # completions without a valid token count too
         return float(len(inputs["completion_mask"]))
-    # of all ranks, and in training of all micro-batches whose completions were sampled together
+    # the tokens of all ranks, in training of all micro-batches whose completions were sampled together
     tokens: Tensor = inputs["num_items_in_batch"].clamp(min=1)
     share = 1.0 if steps is None else steps / trainer.args.steps_per_generation
     return tokens * (share / trainer.accelerator.num_processes)
@@ -210,7 +208,7 @@ def _kl_term(trainer: Any, inputs: dict[str, Any], logp: Tensor, log_ratio: Tens
     reference = inputs["ref_per_token_logps"]
     if not trainer.args.use_bias_correction_kl:
         return {"ref_logp": reference.flatten(), "kl_coef": trainer.beta, "kl_estimator": "k3"}
-    # k3 times the ratio is no estimator of the op's. but what it is given as the entropy it adds to each token's loss
+    # the op has no estimator k3 times the ratio, but adds -entropy_coef * entropy to each token's loss
     delta = logp - reference
     return {"entropy": -(log_ratio.exp() * (torch.expm1(-delta) + delta)).flatten(), "entropy_coef": trainer.beta}
 
@@ -224,13 +222,13 @@ def _measured(
     valid: Tensor,
     clip: tuple[float, float],
 ) -> dict[str, float]:
-    """Returns TRL's metrics of all ranks: means over tokens, and shares that are clipped in each completion.
+    """Returns TRL's metrics over all ranks: means over tokens, and the clipped shares of completions.
 
     Args:
         trainer: a GRPOTrainer.
-        totals: of `policy_loss`.
+        totals: the metrics of `policy_loss`.
         entropy: the sum over tokens.
-        ratio: (B, L); or (B, 1), that of the sequence. Of that TRL counts sequences, also without a valid token.
+        ratio: (B, L), of the tokens; or (B, 1), of the sequences, of which TRL counts those without a token too.
         advantage: (B, 1) or (B, L), without the weights.
         valid: (B, L).
         clip: as `policy_loss` has it.
@@ -241,21 +239,21 @@ def _measured(
     clipped = torch.stack([(side & counted).sum(1) for side in sides], 1).double()
     counts = counted.sum(1, keepdim=True)
 
-    # one of the two is the KL term's, the other 0
+    # the KL term is in one of the two, the other is 0
     kl = totals.ref_kl - totals.entropy
     sums = torch.stack((totals.tokens, entropy, kl, counts.sum().double(), *clipped.sum(0)))
     tokens, surprise, kl_sum, count, below, above = trainer.accelerator.reduce(sums, reduction="sum").tolist()
-    found = {"entropy": surprise / max(tokens, 1)}
+    means = {"entropy": surprise / max(tokens, 1)}
     if trainer.beta != 0:
-        found["kl"] = kl_sum / max(tokens, 1)
+        means["kl"] = kl_sum / max(tokens, 1)
     below, above = below / max(count, 1), above / max(count, 1)
     if trainer.loss_type == "cispo":
-        return {**found, "cispo_clip_ratio": above}
+        return {**means, "cispo_clip_ratio": above}
     # NaN where no token is valid
     shares = trainer.accelerator.gather(clipped / counts).tolist()
     known = [pair for pair in shares if not math.isnan(pair[0])]
     return {
-        **found,
+        **means,
         "clip_ratio/low_mean": below,
         "clip_ratio/low_min": min((share for share, _ in known), default=math.nan),
         "clip_ratio/high_mean": above,
@@ -269,5 +267,5 @@ def _refuse(expected: str, got: object) -> None:
 
 
 def _refuse_token_weights(expected: str, got: object) -> None:
-    # `policy_loss` has the gradient of each token's own log-ratio then
+    # with an advantage per token, `policy_loss` takes the gradient of the token's own log-ratio
     _refuse(f'{expected} with importance_sampling_level="sequence"', got)

@@ -1,7 +1,7 @@
 """verl on our ops: `patch()` replaces its log-probabilities, `register()` adds PRISM's advantages and losses by name.
 
-verl runs in many processes, and each needs both: write them into a module that `VERL_USE_EXTERNAL_MODULES` names, which
-verl imports wherever it is imported itself::
+Each of verl's many processes needs both calls: write them into a module and name it in `VERL_USE_EXTERNAL_MODULES`,
+which verl imports with itself::
 
     from prism_kernels.integrations import verl
     verl.patch()
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prism_kernels.check import fail
 from prism_kernels.integrations import one_pass
+from prism_kernels.integrations.padded import padded_policy_loss
 from prism_kernels.integrations.patching import (
     Patch,
     Registration,
@@ -31,7 +32,6 @@ from prism_kernels.integrations.patching import (
 )
 from prism_kernels.ops.group_advantage import group_advantage
 from prism_kernels.ops.linear_logprob import linear_logprob
-from prism_kernels.ops.policy_loss import policy_loss
 from prism_kernels.ops.prism_advantage import prism_advantage
 from prism_kernels.ops.token_logprob import token_logprob
 
@@ -51,8 +51,8 @@ def patch(*, cache_bytes: int | None = 0) -> Patch:
     """Replaces verl's fused heads and its functions of logits; returns the patch, to undo it.
 
     These are `linear_cross_entropy` and `FusedLinearForPPO`, `logprobs_from_logits`, `entropy_from_logits` (chunked
-    or not) and `calculate_sum_pi_squared_from_logits`. Results are in fp32. Engines keep the entropy function that they
-    found when they were made: patch first.
+    or not) and `calculate_sum_pi_squared_from_logits`. Results are in fp32. An engine keeps the entropy function that
+    it was made with: patch first.
 
     Args:
         cache_bytes: memory that a fused head may keep for its backward pass, as in `linear_logprob`: 0 keeps nothing,
@@ -89,7 +89,7 @@ def patch(*, cache_bytes: int | None = 0) -> Patch:
 
 
 def _heads(cache_bytes: int | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Returns what takes the place of `linear_cross_entropy` and of `FusedLinearForPPO.forward`."""
+    """Returns the replacements of `linear_cross_entropy` and of `FusedLinearForPPO.forward`."""
 
     def linear_cross_entropy(
         hidden: Tensor,
@@ -102,7 +102,7 @@ def _heads(cache_bytes: int | None) -> tuple[Callable[..., Any], Callable[..., A
         if reduction.lower() != "none":
             fail(NAME, 'reduction="none"', repr(reduction), NotImplementedError)
         if dist_process_group is not None and dist.get_world_size(dist_process_group) > 1:
-            # there verl leaves the sum over ranks of the gradient of hidden to Megatron's layers
+            # verl leaves it to Megatron's layers to sum the gradient of hidden over ranks
             size = dist.get_world_size(dist_process_group)
             fail(NAME, "tensor_model_parallel_size=1 with fused kernels", size, NotImplementedError)
         logp, entropy = forward(None, hidden, weight, labels, temperature)
@@ -127,8 +127,8 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     Args:
         logits: (..., V).
         labels: of the logits' leading shape.
-        inplace_backward: True writes the gradient over the logits, which then must not be used otherwise. verl's own
-            default is True, but it relies on it only where it says so.
+        inplace_backward: True writes the gradient over the logits, which must have no other use. None is False: verl's
+            own default is True, but its callers that rely on it pass True.
     """
     target = labels.to(torch.int64)
     if inplace_backward:
@@ -139,13 +139,13 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """Returns the entropies of the rows of logits (..., V), in fp32, in one pass with their log-probabilities.
 
-    The two then share a graph: to go backward through one of them and later through the other it must be retained.
+    The two share a graph: backward passes through one and later through the other must retain it.
     """
     return one_pass.entropies(logits)
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
-    """Returns the entropies of the rows of logits (T, V); no chunks are needed to save memory."""
+    """Returns the entropies of the rows of logits (T, V); memory is saved without chunks."""
     return entropy_from_logits(logits)
 
 
@@ -156,7 +156,7 @@ def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
 
 
 def channels_of_tokens(token_level_rewards: Tensor, response_mask: Tensor) -> dict[str, Tensor]:
-    """Returns the reasoning score, which lies on the last valid token, and the perception score: the sum before it."""
+    """Returns the reasoning score, on the last valid token, and the perception score, the sum over the other tokens."""
     position = torch.arange(response_mask.shape[1], device=response_mask.device)
     last = (position * response_mask.bool()).argmax(1, keepdim=True)
     reasoning = token_level_rewards.gather(1, last)[:, 0]
@@ -169,11 +169,11 @@ def register(*, channels: Channels = channels_of_tokens, **options: Any) -> Regi
     `algorithm.adv_estimator`: `prism` is `prism_advantage`, `prism_grpo` is `group_advantage` (a group of one has the
     advantage 0). `actor.policy_loss.loss_mode`: `prism_grpo` is verl's `vanilla`, `prism_gspo` its `gspo`,
     `prism_dapo` is `prism_grpo` with `loss_agg_mode: token-mean` alone; clip ratios, dual clip, aggregation and rollout
-    correction are those of verl's configuration. A loss costs one synchronisation, for its metrics.
+    correction come from verl's configuration. A loss costs one synchronisation, for its metrics.
 
     Args:
-        channels: makes prism_advantage's perception and reasoning, and format_ok and accuracy where its mode wants
-            them, each (B,), of verl's token_level_rewards (B, L) and response_mask (B, L).
+        channels: returns prism_advantage's perception and reasoning, and format_ok and accuracy where its mode needs
+            them, each (B,), from verl's token_level_rewards (B, L) and response_mask (B, L).
         options: of prism_advantage: mode, alpha, normalize, ...
     """
     require_version(NAME, "verl", VERSIONS)
@@ -195,9 +195,9 @@ def _prism_estimator(channels: Channels, options: Mapping[str, Any]) -> Callable
     def prism_estimator(
         token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, config: Any = None, **_: Any
     ) -> tuple[Tensor, Tensor]:
-        found: dict[str, Any] = {**channels(token_level_rewards, response_mask), **options}
-        perception, reasoning = found.pop("perception"), found.pop("reasoning")
-        advantage = prism_advantage(perception, reasoning, _groups(index, perception), **found)
+        arguments: dict[str, Any] = {**channels(token_level_rewards, response_mask), **options}
+        perception, reasoning = arguments.pop("perception"), arguments.pop("reasoning")
+        advantage = prism_advantage(perception, reasoning, _groups(index, perception), **arguments)
         return _per_token(advantage, response_mask)
 
     return prism_estimator
@@ -212,14 +212,14 @@ def grpo_advantage(
     config: Any = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Returns each response's advantage within its group at each of its tokens, (B, L), twice.
+    """Returns each response's advantage within its group at each of its tokens, (B, L), twice: verl wants returns too.
 
     Args:
         token_level_rewards: (B, L); a response's reward is their sum.
         response_mask: (B, L).
-        index: (B,), responses of equal entries are a group.
+        index: (B,), equal entries are a group.
         epsilon: added to the standard deviation.
-        norm_adv_by_std_in_grpo: whether to divide by it; None: what `config` says, or True.
+        norm_adv_by_std_in_grpo: whether to divide by it; None: the setting of `config`, or True.
         config: verl's `algorithm` configuration.
     """
     scaled = norm_adv_by_std_in_grpo
@@ -253,7 +253,7 @@ def dapo_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Returns `grpo_loss`, which for DAPO is a mean over tokens."""
+    """Returns `grpo_loss` as DAPO's mean over tokens."""
     if loss_agg_mode != "token-mean":
         fail(NAME, "loss_agg_mode: token-mean for prism_dapo", loss_agg_mode)
     return grpo_loss(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
@@ -285,20 +285,17 @@ def _loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     if mode not in AGGREGATES:
         fail(NAME, f"loss_agg_mode among {', '.join(AGGREGATES)}", repr(mode))
-    rows, columns = new.shape
-    # a weight is a positive factor of the objective, and so of the advantage
+    # weights of the objective are positive, so that they may multiply the advantage
     weighted = advantage if weights is None else advantage * weights
-    both = (config.clip_ratio_low, config.clip_ratio_high)
-    low, high = (float(config.clip_ratio if x is None else x) for x in both)
+    low, high = (float(config.clip_ratio if x is None else x) for x in (config.clip_ratio_low, config.clip_ratio_high))
     horizon = None
     if mode == "seq-mean-token-sum-norm":
-        horizon = float(config.global_batch_info.get("loss_scale_factor") or columns)
-    loss, metrics = policy_loss(
-        new.flatten(),
-        old.flatten(),
-        weighted.flatten(),
-        torch.arange(rows + 1, dtype=torch.int32, device=new.device) * columns,
-        mask=mask.bool().flatten(),
+        horizon = float(config.global_batch_info.get("loss_scale_factor") or new.shape[1])
+    loss, metrics = padded_policy_loss(
+        new,
+        old,
+        weighted,
+        mask.bool(),
         clip=(low, high),
         aggregate=AGGREGATES[mode],
         denominator=_denominator(mode, config.global_batch_info),
@@ -314,7 +311,7 @@ def _loss(
 
 
 def _denominator(mode: str, batch: Mapping[str, Any]) -> float | None:
-    """Returns the count of the whole batch as one rank must divide by it, None for that of this micro-batch."""
+    """Returns one rank's denominator for the whole batch; None: the op counts this micro-batch."""
     ranks = batch.get("dp_size") or 1
     if mode == "token-sum":
         return 1 / ranks
@@ -326,7 +323,7 @@ def _denominator(mode: str, batch: Mapping[str, Any]) -> float | None:
 
 
 def _groups(index: np.ndarray, like: Tensor) -> Tensor:
-    """Returns ids in [0, B)."""
+    """Returns the groups as ids in [0, B)."""
     return torch.as_tensor(np.unique(index, return_inverse=True)[1], device=like.device)
 
 

@@ -53,7 +53,7 @@ def test_a_patch_ends_with_its_block(package):
     before = package.ops.loss
     with pytest.raises(KeyError), Patch("op", [Replacement(package.ops, "loss", lambda: 0)]):
         assert package.ops.loss is not before
-        with pytest.raises(RuntimeError, match=r"trainer\.ops\.loss as it was published, got it is patched already"):
+        with pytest.raises(RuntimeError, match=r"trainer\.ops\.loss as published, got one that is patched already"):
             Patch("op", [Replacement(package.ops, "loss", lambda: 1)])
         raise KeyError
     assert package.ops.loss is before
@@ -92,7 +92,7 @@ def test_versions(found, good, monkeypatch):
 
 
 def test_a_package_that_is_missing():
-    with pytest.raises(RuntimeError, match=r"expected no_such_trainer 1 or 2 to be installed, got it is not"):
+    with pytest.raises(RuntimeError, match=r"expected no_such_trainer 1 or 2 to be installed, got none"):
         patching.require_version("op", "no_such_trainer", ("1", "2"))
 
 

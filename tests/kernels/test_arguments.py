@@ -92,5 +92,5 @@ def test_an_impossible_backend_gives_the_reason():
     hidden, weight, target = head_inputs(T, V, D)
     wrong = "cpu" if torch.cuda.is_available() else "cuda"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with pytest.raises(RuntimeError, match=f"backend '{wrong}' is not available for {device} tensors: it is for"):
+    with pytest.raises(RuntimeError, match=f"backend '{wrong}' is not available for {device} tensors: it takes"):
         linear_logprob(hidden.to(device), weight.to(device), target.to(device), backend=wrong)

@@ -8,16 +8,16 @@ import torch
 from cuda_emulator import DEVICE, as_cuda_backend, needs_gpu
 
 from prism_kernels import group_advantage, prism_advantage
+from prism_kernels.ops.group_advantage.op import BASELINES, SCALES
 from prism_kernels.ops.group_advantage.reference import group_advantage_reference
-from prism_kernels.ops.group_advantage.registration import BASELINES, SCALES
+from prism_kernels.ops.prism_advantage.op import INVALID, MODES, NORMALIZE
 from prism_kernels.ops.prism_advantage.reference import prism_advantage_reference
-from prism_kernels.ops.prism_advantage.registration import INVALID, MODES, NORMALIZE
 
 pytestmark = pytest.mark.slow
 
 ORDERS = ("rising", "apart", "mixed")
 OPERATORS = ("group_advantage_fwd.cuda", "prism_advantage_fwd.cuda")
-# several windows of 32, several blocks' runs, one that a block shares
+# groups smaller and larger than a window of 32, and groups that several blocks share
 SIZES = (8, 1, 16, 33, 2, 1, 300, 1500, 5, 64)
 COEFFICIENTS = {
     "alpha": 0.3,
@@ -39,12 +39,12 @@ def emulated(tmp_path_factory):
 def cuda_backend(monkeypatch):
     for op in ("group_advantage", "prism_advantage"):
         monkeypatch.setattr(f"prism_kernels.ops.{op}.resolve", lambda *_: "cuda")
-    # as on a GPU, also where the kernels are emulated
+    # as on a GPU, even where the kernels are emulated
     monkeypatch.setattr("prism_kernels.check.reads_values", lambda _: False)
 
 
 def ids_of(sizes, order, rng):
-    """Group ids: rising, in groups that lie together but do not rise, or mixed."""
+    """Group ids: ascending, contiguous but not ascending, or mixed."""
     n = sum(sizes)
     places = torch.arange(len(sizes)) * (n // max(len(sizes), 1))
     if order == "apart":
@@ -161,9 +161,9 @@ def test_any_alignment_stride_and_dtype(dtype):
 
 def test_the_bits_do_not_depend_on_the_order():
     reward, ids, valid = rewards(order="apart")
-    place = torch.argsort(ids, stable=True)
+    order = torch.argsort(ids, stable=True)
     ours = group_advantage(reward, ids, valid=valid)
-    assert torch.equal(ours[place], group_advantage(reward[place], ids[place], valid=valid[place]))
+    assert torch.equal(ours[order], group_advantage(reward[order], ids[order], valid=valid[order]))
 
 
 def test_equal_rewards_give_exactly_zero():
@@ -240,9 +240,6 @@ def test_values_are_checked_where_they_are_read(monkeypatch):
         prism_advantage(reward, reward, ids - 1)
 
 
-# ---- on a GPU alone
-
-
 def gpu_calls(order):
     reward, ids, valid = rewards((16,) * 4096, order, dtype=torch.float32)
     scored = scores((16,) * 4096, order, dtype=torch.float32)
@@ -255,7 +252,7 @@ def gpu_calls(order):
 @needs_gpu
 @pytest.mark.parametrize("order", ORDERS)
 def test_no_synchronisation_and_one_kernel(order):
-    # or else every allocation is filled, by a kernel of its own
+    # otherwise a separate kernel fills every allocation
     torch.use_deterministic_algorithms(False)
     for _, call in gpu_calls(order):
         call()

@@ -6,8 +6,8 @@ from cuda_emulator import DEVICE
 from cuda_emulator import kernels as emulated
 
 import prism_kernels
-from prism_kernels.ops.moe_route import torch as form
-from prism_kernels.ops.moe_route.registration import MOST_EXPERTS, TILE
+from prism_kernels.ops.moe_route import eager
+from prism_kernels.ops.moe_route.op import MOST_EXPERTS, TILE
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ def route(kernels, logits, top_k):
     experts = torch.full((logits.shape[0], top_k), -7)
     probability, lse = torch.full_like(logits, torch.nan), torch.full_like(logits[:, 0], torch.nan)
     kernels.moe_route_fwd.rows(logits, experts, probability, lse)
-    return form.Choice(experts, probability, lse)
+    return eager.Choice(experts, probability, lse)
 
 
 def permute(kernels, index, experts):
@@ -48,7 +48,7 @@ def permute(kernels, index, experts):
 def test_route_is_the_torch_form(kernels, T, E, K, dtype):
     torch.manual_seed(E)
     z = torch.randn(T, E, dtype=dtype) * 3
-    ours, theirs = route(kernels, z, K), form.choose(z, K)
+    ours, theirs = route(kernels, z, K), eager.choose(z, K)
     assert torch.equal(ours.experts, theirs.experts)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(ours.probability, theirs.probability, rtol=20 * eps, atol=eps**2)
@@ -67,7 +67,7 @@ def test_ties_broken_rows_and_forbidden_experts(kernels, E):
     z[4, 3] = 200.0
     z[5] = -torch.inf
     z[6, E - 1] = 1e-3
-    ours, theirs = route(kernels, z, 3), form.choose(z, 3)
+    ours, theirs = route(kernels, z, 3), eager.choose(z, 3)
     assert torch.equal(ours.experts, theirs.experts)
     torch.testing.assert_close(ours.probability, theirs.probability, rtol=1e-5, atol=0, equal_nan=True)
     finite = theirs.lse.isfinite()
@@ -83,7 +83,7 @@ def test_permutation_is_the_torch_form(kernels, N, E):
     torch.manual_seed(N)
     index = torch.randint(E, (N, 1))
     for chosen in (index, torch.full_like(index, E - 1), torch.arange(N)[:, None] % E):
-        ours, theirs = permute(kernels, chosen, E), form.permute(chosen, E)
+        ours, theirs = permute(kernels, chosen, E), eager.permute(chosen, E)
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
 
@@ -113,7 +113,7 @@ def test_route_names_the_bad_argument(kernels, change, message):
 
 @pytest.fixture
 def as_cuda(kernels):
-    """The kernels as the operators call them, on the CPU too."""
+    """Lets the operators call these kernels, also on the CPU."""
     if DEVICE == "cuda":
         yield
         return

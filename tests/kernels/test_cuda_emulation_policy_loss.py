@@ -8,14 +8,13 @@ from cuda_emulator import DEVICE, as_cuda_backend, needs_gpu
 from policy_cases import bounds, grid, make, run
 
 from prism_kernels import policy_loss
-from prism_kernels.ops.policy_loss.options import AGGREGATES, CORRECTIONS, RATIOS
-from prism_kernels.ops.policy_loss.options import options as checked
+from prism_kernels.ops.policy_loss.options import AGGREGATES, CORRECTIONS, RATIOS, checked_options
 from prism_kernels.ops.policy_loss.reference import policy_loss_reference
 from prism_kernels.testing import assert_close, double
 
 pytestmark = pytest.mark.slow
 
-# pieces of one run of tokens, of several, and none; a sequence over many runs
+# sequences within one run of tokens, across several runs, and without a token
 LENGTHS = (300, 0, 1, 700, 33, 0, 260, 2)
 
 
@@ -27,7 +26,7 @@ def emulated(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cuda_backend(monkeypatch):
     monkeypatch.setattr("prism_kernels.ops.policy_loss.resolve", lambda *_: "cuda")
-    # as on a GPU, also where the kernel is emulated
+    # as on a GPU, even where the kernel is emulated
     monkeypatch.setattr("prism_kernels.check.reads_values", lambda _: False)
 
 
@@ -56,7 +55,7 @@ def compare(batch, cu, tiny, **options):
     batch, cu = cpu(batch), cu.cpu()
     exact, wanted, totals = run(policy_loss_reference, double(batch), cu, **options)
     plain, plain_grads, _ = run(policy_loss_reference, batch, cu, **options)
-    # terms of about 1 and of both signs cancel in it
+    # terms of about 1 and of both signs cancel
     assert_close(loss.cpu(), plain, exact, name="loss", tiny=4 * tiny * max(1, 1 / max(float(exact.abs()), 1e-3)))
     leaves = [x for x in (batch["logp"], batch["entropy"]) if x is not None]
     for leaf, ours, p, w in zip(leaves, grads, plain_grads, wanted):
@@ -83,7 +82,7 @@ def test_all_options(number):
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("bare", [False, True], ids=["full", "plain"])
 def test_each_normalisation_with_and_without_a_denominator(aggregate, ratio, masked, bare):
-    """Which passes the kernel makes depends on these."""
+    """These options decide which passes the kernel makes."""
     for denominator in (None, 37.0, torch.tensor(11.0), torch.tensor(13)):
         batch, cu = case(LENGTHS, masked=masked)
         if bare:
@@ -216,14 +215,14 @@ def test_nan_stays_in_its_token():
 def test_bad_bounds_give_nan(cu, uncovered, ratio):
     tokens = torch.zeros(300, device=DEVICE)
     cu = torch.tensor(cu, dtype=torch.int32, device=DEVICE)
-    options = checked("policy_loss", ratio=ratio, clip=(0.2, 0.2), dual_clip=None, objective="clip",
+    options = checked_options("policy_loss", ratio=ratio, clip=(0.2, 0.2), dual_clip=None, objective="clip",
                       log_ratio_bound=20.0, aggregate="token_mean", denominator=None, horizon=None, kl_coef=0.0,
                       kl_estimator="k1", correction=None, correction_bounds=(0.5, 2.0), entropy_coef=0.0,
                       per_token=False)  # fmt: skip
     advantage = torch.ones(cu.numel() - 1, device=DEVICE)
     columns = (tokens, tokens, advantage, cu, tokens == 0, None, None, None, None)
     loss, grad, _, _ = torch.ops.prism_kernels.policy_loss_fwd.cuda(*columns, *options.encoded())
-    # bounds beyond the batch end with it
+    # bounds beyond the batch are clamped to it
     if cu.tolist() != [-70, 200, 5000]:
         assert loss.isnan()
     if uncovered is not None:
@@ -232,10 +231,10 @@ def test_bad_bounds_give_nan(cu, uncovered, ratio):
 
 def test_bad_arguments():
     batch, cu = case(LENGTHS)
-    encoded = checked("policy_loss", **next(iter(grid(1))), per_token=False).encoded()
+    encoded = checked_options("policy_loss", **next(iter(grid(1))), per_token=False).encoded()
     columns = [batch["logp"].detach(), batch["old_logp"], batch["advantage"], cu, None, None, None, None, None]
     op = torch.ops.prism_kernels.policy_loss_fwd.cuda
-    for place, value, message in (
+    for index, value, message in (
         (1, batch["old_logp"][1:], r"expected old_logp of shape \(1296\), got \(1295\)"),
         (2, torch.ones(8, dtype=torch.int64, device=DEVICE), "expected advantage of dtype Float"),
         (3, cu.float(), "expected cu_seqlens of dtype Long or Int, got Float"),
@@ -244,7 +243,7 @@ def test_bad_arguments():
         (8, torch.ones(1, device=DEVICE), r"expected denominator of shape \(\)"),
     ):
         with pytest.raises(RuntimeError, match="policy_loss_fwd: " + message):
-            op(*columns[:place], value, *columns[place + 1 :], *encoded)
+            op(*columns[:index], value, *columns[index + 1 :], *encoded)
 
 
 def test_compiles_whole():
@@ -275,7 +274,7 @@ def test_values_are_checked_where_they_are_read(monkeypatch):
 
 def test_opcheck():
     for options in itertools.islice(grid(60), 0, 60, 13):
-        encoded = checked("policy_loss", **options, per_token=False).encoded()
+        encoded = checked_options("policy_loss", **options, per_token=False).encoded()
         batch, cu = case(dtype=torch.float32)
         names = ("ref_logp", "rollout_logp", "entropy")
         columns = [batch[k].detach() for k in ("logp", "old_logp", "advantage")]
@@ -283,8 +282,6 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.prism_kernels.policy_loss_fwd.cuda, (*columns, *encoded))
         torch.library.opcheck(torch.ops.prism_kernels.policy_loss_fwd.default, (*columns, *encoded, "cuda"))
 
-
-# ---- on a GPU alone
 
 FULL = {"ratio": "sequence", "correction": "geometric_tis", "kl_coef": 0.1, "entropy_coef": 0.1}
 
@@ -300,7 +297,7 @@ def gpu_call(lengths=(4000, 1, 300, 9000, 0, 700), **options):
 @needs_gpu
 @pytest.mark.parametrize("options", [{}, FULL, {"aggregate": "seq_mean_token_mean"}], ids=str)
 def test_no_synchronisation_and_one_kernel(options):
-    # or else every allocation is filled, by a kernel of its own
+    # otherwise a separate kernel fills every allocation
     torch.use_deterministic_algorithms(False)
     leaves, call = gpu_call(**options)
     torch.autograd.grad(call()[0], leaves)

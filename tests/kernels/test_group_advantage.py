@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from prism_kernels import group_advantage, use_backend
 from prism_kernels.backend import backend_status
+from prism_kernels.ops.group_advantage.op import BASELINES, SCALES
 from prism_kernels.ops.group_advantage.reference import group_advantage_reference
-from prism_kernels.ops.group_advantage.registration import BASELINES, SCALES
 
 BACKENDS = [
     s.backend for s in backend_status() if s.op == "group_advantage" and s.reason is None and s.backend != "cuda"

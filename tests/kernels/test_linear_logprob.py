@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_kernels import linear_logprob, use_backend
-from prism_kernels.ops.linear_logprob import blocks
+from prism_kernels.ops.linear_logprob import eager
 from prism_kernels.ops.linear_logprob.reference import linear_logprob_reference
 from prism_kernels.testing import assert_close, confident_inputs, double, gradients, head_inputs, relative_error
 
@@ -425,9 +425,9 @@ def test_linear_logprob_with_products_of_low_precision(monkeypatch, dtype, names
         exact = a.float() @ b.float()
         out.copy_(out + exact if add else exact)
 
-    monkeypatch.setattr(blocks, "operand", lambda hidden: hidden.dtype)
-    monkeypatch.setattr(blocks, "multiply", multiply)
-    monkeypatch.setattr(blocks, "CPU_SCRATCH", 2**17)
+    monkeypatch.setattr(eager, "operand", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(eager, "multiply", multiply)
+    monkeypatch.setattr(eager, "CPU_SCRATCH", 2**17)
     rows, columns, width = 90, 1300, 32
     hidden, weight, target = head_inputs(rows, columns, width, dtype=dtype, scale=3)
     target[::7] = -100
@@ -449,7 +449,7 @@ def test_linear_logprob_with_products_of_low_precision(monkeypatch, dtype, names
 @pytest.mark.parametrize("names", OPTIONS, ids="+".join)
 def test_linear_logprob_sums_over_blocks_of_columns(backend, device, monkeypatch, dtype, names):
     """Wide heads on the cpu: a row's sums are merged from blocks of columns, some far above the target, some -inf."""
-    monkeypatch.setattr(blocks, "COLUMNS", 64)
+    monkeypatch.setattr(eager, "COLUMNS", 64)
     rows, columns, width = 70, 515, 48
     hidden, weight, target = head_inputs(rows, columns, width, dtype=dtype, device=device, scale=3)
     target[::7] = -100

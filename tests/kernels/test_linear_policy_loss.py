@@ -9,7 +9,7 @@ from policy_cases import bounds, grid
 
 from prism_kernels import linear_logprob, linear_policy_loss, policy_loss
 from prism_kernels.ops.linear_policy_loss.reference import linear_policy_loss_reference
-from prism_kernels.ops.policy_loss.options import options as checked
+from prism_kernels.ops.policy_loss.options import checked_options
 from prism_kernels.testing import assert_close, double, head_inputs, poison_allocations
 
 LENGTHS = (5, 0, 7, 1, 12, 3)
@@ -231,7 +231,7 @@ def test_opcheck(backend, device):
     rank = torch.randn(28, R, device=device), torch.randn(V, R, device=device)
     for i, case in enumerate(itertools.islice(grid(60), 0, 60, 11)):
         denominator = case["denominator"]
-        encoded = checked("linear_policy_loss", **case, per_token=False).encoded()
+        encoded = checked_options("linear_policy_loss", **case, per_token=False).encoded()
         names = ("old_logp", "advantage", "cu_seqlens", "mask", "ref_logp", "rollout_logp")
         head = [batch[k].detach() for k in ("hidden", "weight", "bias")]
         arguments = (

@@ -1,4 +1,4 @@
-"""moe_experts against its float64 reference: values, each gradient, what it keeps."""
+"""moe_experts against its float64 reference: values, each gradient, saved memory."""
 
 import re
 
@@ -27,7 +27,7 @@ def make(T=29, E=5, K=2, D=12, F=7, *, choice="random", dtype=torch.float32, see
     if choice == "random":
         index = torch.rand(T, E, generator=rng).argsort(dim=1)[:, :K]
     else:
-        # the last experts of all, so that the others are empty
+        # every token chooses the last experts; the others are empty
         index = torch.arange(E - K, E).expand(T, K)
     return (x, weight.requires_grad_(), gate_up, down), index.contiguous()
 
@@ -66,7 +66,7 @@ TINY = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.f
 @pytest.mark.parametrize("choice", ["random", "last"])
 @pytest.mark.parametrize("T, E, K, D, F", [(29, 5, 2, 12, 7), (64, 4, 2, 32, 48), (33, 8, 8, 16, 8), (1, 3, 1, 1, 1)])
 def test_experts_match_float64(T, E, K, D, F, choice, dtype):
-    # of a single number, which plain torch may round exactly by chance, no more than its rounding can be asked
+    # plain torch may compute a single number exactly by chance: allow one rounding
     tiny = TINY[dtype] if T > 1 else max(TINY[dtype], torch.finfo(dtype).eps)
     compare(*make(T, E, K, D, F, choice=choice, dtype=dtype), tiny)
 
@@ -261,7 +261,7 @@ def test_opcheck():
     "T, E, K, D, F", [(300, 4, 2, 64, 96), (300, 8, 3, 40, 20), (33, 5, 2, 13, 7), (0, 4, 2, 64, 96)]
 )
 def test_on_a_gpu(T, E, K, D, F, choice, dtype, backend):
-    """Where grouped_mm runs, where its alignment is not met, and where its dtype is not."""
+    """Shapes and dtypes that grouped_mm takes, and those that its alignment or its dtype excludes."""
     leaves, index = make(T, E, K, D, F, choice=choice, dtype=dtype)
     leaves = tuple(leaf.detach().cuda().requires_grad_() for leaf in leaves)
     index = index.cuda()

@@ -17,7 +17,7 @@ LEAVES = ("x", "router_weight", "kind_bias")
 
 
 def make(T=37, E=6, D=12, *, kinds=3, bias=True, weighted=True, dtype=torch.float32, seed=0):
-    """Leaves that want gradients and options; a token in four weighs 0."""
+    """Returns leaves that want gradients, and options; about a quarter of the tokens have weight 0."""
     rng = torch.Generator().manual_seed(seed)
     leaves = {
         "x": torch.randn(T, D, generator=rng).to(dtype).requires_grad_(),
@@ -78,7 +78,7 @@ def test_route_any_shape(T, E, kinds, seed, data):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_halves_are_routed_in_fp32(dtype):
-    """The logits of a half's products are exact in fp32; a plain router rounds them to x's dtype."""
+    """Products of halves are exact in fp32; a plain router rounds the logits to x's dtype."""
     leaves, options = make(dtype=dtype)
     ours, grads = run(moe_route, leaves, 2, options)
     exact, wanted = run(moe_route_reference, double(leaves), 2, options)
@@ -135,7 +135,7 @@ def test_each_output_alone_has_its_gradient():
 
 
 def test_balance_is_the_transformers_loss_of_one_layer_and_k_at_balance():
-    """E * sum_e f_e P_e with f summing to K: K where all experts are alike."""
+    """E * sum_e f_e P_e, where f sums to K, is K where all experts are alike."""
     T, E, K = 60, 4, 2
     x = torch.eye(E).repeat(15, 1)
     routing = moe_route(x, torch.zeros(E, E), K)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_kernels import pair_loss
-from prism_kernels.ops.pair_loss.metrics import NAMES
+from prism_kernels.metrics import PAIR_TOTALS
 from prism_kernels.ops.pair_loss.reference import pair_loss_reference
 from prism_kernels.testing import assert_close, double
 
@@ -52,7 +52,7 @@ def test_pair_loss_matches_float64(grouped, masked, soft_clip, regularisation, d
         for name, g, p, w in zip(("preferred", "other"), grads, plain_grads, wanted):
             assert g.dtype == dtype
             assert_close(g, p, w, name=name, tiny=tiny)
-        for name in NAMES:
+        for name in PAIR_TOTALS:
             assert float(getattr(metrics, name)) == pytest.approx(float(totals[name]), rel=10 * tiny), name
 
 
@@ -102,7 +102,7 @@ def test_no_valid_pair_teaches_nothing():
 
 
 def test_huge_differences_are_finite():
-    """Where exp(-x) overflows; and the soft clip never takes the whole gradient away, as a clip at 10 does."""
+    """Where exp(-x) overflows; the soft clip keeps a gradient where a clip at 10 has none."""
     preferred = torch.tensor([-500.0, 500.0, 0.0]).requires_grad_()
     other = torch.tensor([500.0, -500.0, 0.0]).requires_grad_()
     loss, grads, _ = run(pair_loss, preferred, other)

@@ -15,7 +15,7 @@ def padded(x, cu, fill=0.0):
 
 
 class Padded:
-    """The matrices of a packed batch, the way a padded trainer holds them."""
+    """The padded matrices (S, L) of a packed batch, as a trainer with padding has them."""
 
     def __init__(self, seed=0):
         self.batch, self.cu = make((5, 7, 3, 12), masked=False, seed=seed)
@@ -76,7 +76,7 @@ def test_gspo_token():
 
 
 def test_dr_grpo():
-    """Liu et al. 2025: no division by the length nor by the std; the sum over tokens over a fixed length."""
+    """Liu et al. 2025: no division by the length or the std; the sum over tokens is divided by a fixed length."""
     p = Padded(4)
     reward = torch.tensor([1.0, 0.0, 0.5, 0.0], dtype=torch.float64)
     p.packed["advantage"] = group_advantage(reward, torch.zeros(4, dtype=torch.int64), scale="none")
@@ -87,7 +87,7 @@ def test_dr_grpo():
 
 
 def test_rloo():
-    """Ahmadian et al. 2024: REINFORCE on whole sequences, baseline the mean of the other samples' rewards."""
+    """Ahmadian et al. 2024: REINFORCE on whole sequences; the baseline is the mean of the other samples' rewards."""
     p = Padded(5)
     reward = torch.tensor([1.0, 0.25, 0.5, 0.0], dtype=torch.float64)
     others = torch.stack([torch.cat((reward[:i], reward[i + 1 :])).mean() for i in range(4)])
@@ -121,7 +121,7 @@ def test_reinforce_plus_plus():
 
 
 def test_dual_clip():
-    """Ye et al. 2020: where the advantage is negative the surrogate is at least c times it."""
+    """Ye et al. 2020: where the advantage is negative, the surrogate is at least c times the advantage."""
     p = Padded(8)
     gain = surrogate((p.x - p.old).exp(), p.a, 0.2, 0.2)
     gain = torch.where(p.a < 0, torch.maximum(gain, 1.4 * p.a), gain)
@@ -131,7 +131,7 @@ def test_dual_clip():
 @pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
 @pytest.mark.parametrize("rule", ["tis", "mask"])
 def test_rollout_correction(level, rule):
-    """Truncated importance sampling (Yao et al. 2025), and masking of what lies outside the bounds."""
+    """Truncated importance sampling (Yao et al. 2025), and masking outside the bounds."""
     p = Padded(9)
     behind = (p.old - p.rollout) * p.mask
     if level != "token":
@@ -159,7 +159,7 @@ def test_kl_gradients_are_those_of_the_reverse_kl():
     exact = float((pi * (logp.detach() - ref)).sum())
     for estimator, gradient in wanted.items():
         leaf = logp.detach().requires_grad_()
-        # one token a sequence; the reward is 0, and only the KL term remains
+        # one token per sequence; the reward is 0, so only the KL term remains
         loss, metrics = policy_loss(leaf, None, torch.zeros(9), bounds([1] * 9), ref_logp=ref, kl_coef=1.0,
                                     kl_estimator=estimator, denominator=1.0)  # fmt: skip
         (slope,) = torch.autograd.grad(loss, leaf)

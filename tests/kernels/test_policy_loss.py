@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from policy_cases import BACKENDS, LENGTHS, bounds, grid, make, run, surrogate
 
 from prism_kernels import policy_loss
-from prism_kernels.ops.policy_loss.metrics import NAMES, PolicyMetrics
-from prism_kernels.ops.policy_loss.options import AGGREGATES, RATIOS
-from prism_kernels.ops.policy_loss.options import options as checked
+from prism_kernels.metrics import POLICY_TOTALS, PolicyMetrics
+from prism_kernels.ops.policy_loss.options import AGGREGATES, RATIOS, checked_options
 from prism_kernels.ops.policy_loss.reference import policy_loss_reference
 from prism_kernels.testing import assert_close, double
 
@@ -34,7 +33,7 @@ def test_policy_loss_matches_float64(backend, options, per_token, dtype):
         exact, wanted, totals = run(policy_loss_reference, double(batch), cu, **options)
         plain, plain_grads, _ = run(policy_loss_reference, batch, cu, **options)
         tiny = 1e-13 if dtype == torch.float64 else 1e-6
-        # terms of both signs cancel in it
+        # terms of both signs cancel
         assert_close(loss, plain, exact, name="loss", tiny=4 * tiny)
         for name, ours, p, w in zip(("logp", "entropy"), grads, plain_grads, wanted):
             assert ours.dtype == dtype
@@ -66,7 +65,7 @@ def test_policy_loss_any_shape(lengths, case, per_token, masked, seed):
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("objective", ["clip", "reinforce"])
 def test_policy_loss_gradcheck(backend, aggregate, ratio, objective):
-    """Where the loss has no constant parts by definition, its gradient is the derivative."""
+    """Where no part of the loss is constant by definition, the gradient is the derivative."""
     for estimator, correction in zip(("k1", "k2", "k3"), ("token_tis", "sequence_mask", "geometric_tis")):
         batch, cu = make(masked=False)
         old, advantage = batch["old_logp"], batch["advantage"]
@@ -80,9 +79,6 @@ def test_policy_loss_gradcheck(backend, aggregate, ratio, objective):
             )[0]  # fmt: skip
 
         assert torch.autograd.gradcheck(f, (batch["logp"], batch["entropy"]))
-
-
-# ---- where autograd forms fail
 
 
 def naive(logp, old, advantage, mask, low=0.2, high=0.2, dual=3.0):
@@ -103,10 +99,10 @@ def test_gradients_are_finite_where_autograd_gives_nan(backend, case):
     elif case == "masked nan":
         logp[1], old[1], mask[1] = torch.nan, torch.inf, False
     elif case == "log-ratio 90":
-        # the clip holds it, yet the branch not taken is inf
+        # clipped, but the branch that is not taken is inf
         old[0] = -91.0
     else:
-        # held by the dual clip, and the clip's own branch is inf
+        # clipped by dual_clip, and the branch of the clip is inf
         old[1], old[0] = -92.0, -92.0
     leaf = logp.clone().requires_grad_()
     value = naive(leaf, old, advantage, mask)
@@ -128,16 +124,13 @@ def test_gradients_are_finite_where_autograd_gives_nan(backend, case):
 
 
 def test_ratio_is_one_on_policy(backend):
-    """old_logp=None saves a forward: the same as passing logp itself."""
+    """old_logp=None gives the results of passing logp itself, without a forward pass for it."""
     batch, cu = make(masked=False)
     given = dict(batch, old_logp=batch["logp"].detach().clone())
     ours = run(policy_loss, dict(batch, old_logp=None), cu, backend=backend)
     wanted = run(policy_loss, given, cu, backend=backend)
     assert torch.equal(ours[0], wanted[0]) and torch.equal(ours[1][0], wanted[1][0])
     assert float(ours[2].ratio) == float(ours[2].tokens) == 28
-
-
-# ---- metrics
 
 
 def halves(batch, cu, at, per_token):
@@ -196,14 +189,11 @@ def test_metrics_of_no_token(backend):
     assert metrics.means()["ratio"] != metrics.means()["ratio"]
     _, _, whole = run(policy_loss, dict(batch, mask=None), cu, backend=backend)
     assert torch.equal((metrics + whole).totals, whole.totals)
-    assert len(NAMES) == metrics.totals.numel() and isinstance(metrics, PolicyMetrics)
-
-
-# ---- shapes, dtypes, strides, graphs
+    assert len(POLICY_TOTALS) == metrics.totals.numel() and isinstance(metrics, PolicyMetrics)
 
 
 def test_as_many_sequences_as_tokens_means_per_token(backend):
-    """S == T: the advantage is per token, also where sequences are of other lengths."""
+    """S == T: the advantage is per token, also where the sequences have other lengths than 1."""
     batch, cu = make((3, 0, 1), masked=False, per_token=True)
     cu = torch.tensor([0, 2, 2, 3, 4], dtype=torch.int32)
     ours, grads, _ = run(policy_loss, batch, cu, backend=backend)
@@ -306,7 +296,7 @@ def test_compiles_whole(backend):
 def test_opcheck(backend):
     for case in itertools.islice(grid(60), 0, 60, 7):
         denominator = case["denominator"]
-        encoded = checked("policy_loss", **case, per_token=False).encoded()
+        encoded = checked_options("policy_loss", **case, per_token=False).encoded()
         batch, cu = make(dtype=torch.float32)
         names = ("logp", "old_logp", "advantage")
         rest = (batch["ref_logp"], batch["rollout_logp"], batch["entropy"].detach())
@@ -320,8 +310,6 @@ def test_opcheck(backend):
             given = (*tensors, cu.long(), batch["mask"], *rest, 0.0, *encoded)
             torch.library.opcheck(torch.ops.prism_kernels.policy_loss_fwd.out, given, outputs)
 
-
-# ---- bad arguments
 
 BAD = [
     ({"logp": [1.0]}, TypeError, "expected logp to be a tensor, got list"),

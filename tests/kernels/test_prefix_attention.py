@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism_kernels import prefix_attention
-from prism_kernels.ops.prefix_attention.layout import pieces
+from prism_kernels.ops.prefix_attention.eager import attend_pieces, pieces
 from prism_kernels.ops.prefix_attention.reference import prefix_attention_reference, visible
-from prism_kernels.ops.prefix_attention.torch import attend_pieces
 from prism_kernels.ops.prefix_attention.varlen import attend_expanded, expansion
 from prism_kernels.packing import Branch, Kind, PrefixGroup, build_pack
 from prism_kernels.testing import assert_close, double
@@ -145,7 +144,7 @@ def test_gradcheck():
 
 
 def test_a_branch_is_blind_to_the_others():
-    """A NaN in one branch stays there, forward and backward; so does one in a group's prompt stay in its group."""
+    """A NaN in one branch stays in it, forward and backward; a NaN in a prompt stays in its group."""
     pack = make_pack(SHAPES)
     for poisoned in (pack.branch == 1, (torch.arange(len(pack.branch)) >= 23) & (torch.arange(len(pack.branch)) < 24)):
         leaves, upstream = make(pack)
@@ -222,7 +221,7 @@ def test_compiles_whole():
     def f(q, k, v, pack):
         return prefix_attention(q * 1.5, k, v, pack) + 1
 
-    # a second pack of as many tokens must not need another compilation's lengths
+    # a second pack of as many tokens must not run with the lengths of the first
     for pack in (make_pack(SHAPES), make_pack([*SHAPES[1:], SHAPES[0]])):
         out = f(*leaves, pack)
         wanted = prefix_attention(leaves[0] * 1.5, leaves[1], leaves[2], pack) + 1
@@ -257,7 +256,7 @@ def test_expansion_copies_the_prefix_before_each_branch():
     pack = make_pack([(2, (1, 2)), (1, ()), (0, (2,))])
     plan = expansion(pack.layout, torch.device("cpu"))
     assert plan.source.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6, 7]
-    assert plan.source[plan.own].tolist() == list(range(8))
+    assert plan.source[plan.in_piece].tolist() == list(range(8))
     assert plan.cu_query.tolist() == [0, 2, 3, 5, 6, 8] and plan.cu_key.tolist() == [0, 2, 5, 9, 10, 12]
     assert (plan.max_query, plan.max_key) == (2, 4)
     ((prefix, copies),) = plan.copies

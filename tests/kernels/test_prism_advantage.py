@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from prism_kernels import prism_advantage, use_backend
 from prism_kernels.backend import backend_status
+from prism_kernels.ops.prism_advantage.op import INVALID, MODES, NORMALIZE
 from prism_kernels.ops.prism_advantage.reference import prism_advantage_reference
-from prism_kernels.ops.prism_advantage.registration import INVALID, MODES, NORMALIZE
 
 BACKENDS = [
     s.backend for s in backend_status() if s.op == "prism_advantage" and s.reason is None and s.backend != "cuda"
@@ -86,7 +86,7 @@ def test_prism_advantage_any_groups(sizes, mode, invalid, normalize, seed):
         torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
 
 
-# ---- the published rules, on one group of four: a right one, a wrong one, one of bad format, another right one
+# the published rules on one group of four: a right answer, a wrong one, one of bad format, another right one
 
 P = torch.tensor([0.5, -1.0, 9.0, 2.0], dtype=torch.float64)
 R = torch.tensor([1.5, 0.0, -7.0, 1.0], dtype=torch.float64)
@@ -139,7 +139,7 @@ def test_excluded_samples_leave_the_statistics_alone(mode):
     torch.testing.assert_close(call(mode), published(aligned)[mode])
 
 
-# ---- the published code's treatment of many groups at once, in plain Python, one sample after the other
+# the published code's treatment of many groups, in plain Python, one sample after the other
 
 
 def published_groups(perception, reasoning, group, ok, accuracy, mode, normalize, k):
@@ -200,16 +200,16 @@ def test_published_groups(mode, normalize):
     perception[ids == 6], reasoning[ids == 6] = 0.25, -0.5
     accuracy = torch.randint(-1, 3, (len(ids),), generator=rng).double() / 2
     accuracy[ids == 6] = 0.5
-    # a bad format that answers right, and a wrong answer in good format
+    # a right answer in bad format, and a wrong answer in good format
     accuracy[2], accuracy[0] = 1.0, 0.0
     order = torch.randperm(len(ids), generator=rng)
     perception, reasoning, ids, ok, accuracy = (x[order] for x in (perception, reasoning, ids, ok, accuracy))
     wanted = published_groups(*(x.tolist() for x in (perception, reasoning, ids, ok, accuracy)), mode, normalize,
                               COEFFICIENTS)  # fmt: skip
     perception[~ok], reasoning[~ok] = torch.nan, torch.inf
-    found = prism_advantage(perception, reasoning, ids, format_ok=ok, accuracy=accuracy, mode=mode,
-                            normalize=normalize, invalid="below_min", **COEFFICIENTS)  # fmt: skip
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    ours = prism_advantage(perception, reasoning, ids, format_ok=ok, accuracy=accuracy, mode=mode,
+                           normalize=normalize, invalid="below_min", **COEFFICIENTS)  # fmt: skip
+    torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_groups_of_one():
@@ -227,7 +227,7 @@ def test_groups_of_one():
 
 
 def test_invalid_samples_do_not_squash_the_others():
-    """What the published rule does to two good samples when their group fills up with invalid ones."""
+    """The published rule's effect on two valid samples as their group fills up with invalid ones."""
     p = torch.tensor([1.0, 1.1, 0, 0, 0, 0, 0, 0], dtype=torch.float64)
     ok = torch.tensor([True, True] + [False] * 6)
     ids = torch.zeros(8, dtype=torch.int64)

@@ -12,8 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from prism_kernels.ops.anchored_rows import triton as rows
-from prism_kernels.ops.linear_logprob import triton as head
+from prism_kernels.ops.anchored_rows import kernels as rows
+from prism_kernels.ops.linear_logprob import kernels as head
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="under TRITON_INTERPRET=1 kernels are not compiled"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_triton_aot import ARCHITECTURES, compiled, pointer, table  # noqa: F401
 
-from prism_kernels.ops.moe_experts import triton as experts
+from prism_kernels.ops.moe_experts import kernels as experts
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="under TRITON_INTERPRET=1 kernels are not compiled"
@@ -72,7 +72,7 @@ def test_combine(compiled, architecture, dtype, weighted, top_k):  # noqa: F811
     accumulator = "fp64" if dtype == "fp64" else "fp32"
     arguments = {
         "rows": pointer(dtype),
-        "place": "*i32:16",
+        "row": "*i32:16",
         "weight": pointer(accumulator if weighted else None),
         "out": pointer(dtype),
         "TOP_K": top_k,

@@ -15,8 +15,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from bench.end_to_end import openrlhf_stand_in
+from prism_kernels.integrations import head, patching
 from prism_kernels.integrations import openrlhf as ours
-from prism_kernels.integrations import patching
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -92,8 +92,8 @@ def test_no_logits_are_made(package, monkeypatch):
     actor = make_actor(package, language_model())
     monkeypatch.setattr(actor.model.lm_head, "forward", None)
     calls = []
-    published = ours.linear_logprob
-    monkeypatch.setattr(ours, "linear_logprob", lambda *a, **o: calls.append(1) or published(*a, **o))
+    published = head.linear_logprob
+    monkeypatch.setattr(head, "linear_logprob", lambda *a, **o: calls.append(1) or published(*a, **o))
     with ours.patch():
         actor(ids, attention_mask=attention, return_logprobs=True, return_output=True, return_entropy=True)
     assert len(calls) == 1
@@ -224,7 +224,7 @@ def test_undo_and_refusals(package, monkeypatch):
     with ours.patch(losses=True):
         changed = [key for key, value in attributes().items() if value is not before[key]]
         assert len(changed) == 6
-        with pytest.raises(RuntimeError, match="it is patched already"):
+        with pytest.raises(RuntimeError, match="one that is patched already"):
             ours.patch()
         with pytest.raises(NotImplementedError, match="policy_loss_type=\"ppo\" with losses=True, got 'gspo'"):
             package[3].PolicyLoss(policy_loss_type="gspo")(*[torch.zeros(1, 1)] * 4)

@@ -33,7 +33,7 @@ from trl import (
 
 from prism.config import TinySize
 from prism.models.tiny import tiny_image_processor, tiny_policy
-from prism_kernels.integrations import patching
+from prism_kernels.integrations import head, patching
 from prism_kernels.integrations import trl as ours
 
 LANGUAGE = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "heads": 2, "key_value_heads": 1}
@@ -158,7 +158,7 @@ def largest_difference(mine, theirs):
 
 def scaled(monkeypatch, factor):
     """Makes our op's gradients wrong by a factor; its values stay."""
-    published = ours.linear_logprob
+    published = head.linear_logprob
 
     @functools.wraps(published)
     def wrong(*args, **options):
@@ -166,7 +166,7 @@ def scaled(monkeypatch, factor):
         logp, entropy = (x if x is None else x.detach() * (1 - factor) + x * factor for x in result[:2])
         return result._replace(logp=logp, entropy=entropy)
 
-    monkeypatch.setattr(ours, "linear_logprob", wrong)
+    monkeypatch.setattr(head, "linear_logprob", wrong)
 
 
 # ---- the same training
@@ -445,7 +445,7 @@ def untouched():
 def test_patched_already(untouched):
     with ours.patch():
         during = attributes()
-        with pytest.raises(RuntimeError, match="as it was published, got it is patched already"):
+        with pytest.raises(RuntimeError, match="as published, got one that is patched already"):
             ours.patch()
         assert all(value is during[key] for key, value in attributes().items())
 

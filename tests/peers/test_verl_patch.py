@@ -25,7 +25,7 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl_cases import ADVANTAGES, GROUP, LOSSES, REWARD, advantage, loss
 
 from prism_kernels import group_advantage, prism_advantage
-from prism_kernels.integrations import patching
+from prism_kernels.integrations import padded, patching
 from prism_kernels.integrations import verl as ours
 
 BATCHES = peer_cases.batches()
@@ -65,8 +65,8 @@ def test_losses_in_its_own_loss(name, registered):
 
 def test_the_comparison_sees_a_wrong_sign(registered, monkeypatch):
     case, call = LOSSES["vanilla-plain"]
-    published = ours.policy_loss
-    monkeypatch.setattr(ours, "policy_loss", lambda logp, *a, **o: published(2 * logp.detach() - logp, *a, **o))
+    published = padded.policy_loss
+    monkeypatch.setattr(padded, "policy_loss", lambda logp, *a, **o: published(2 * logp.detach() - logp, *a, **o))
     mine = loss(BATCHES[case.batch], replace(call, mode="prism_grpo"))
     with pytest.raises(AssertionError, match="grad"):
         assert_equal(mine, loss(BATCHES[case.batch], call))
@@ -304,7 +304,7 @@ def test_registration_and_undo():
     with ours.register():
         assert {"prism", "prism_grpo"} <= core_algos.ADV_ESTIMATOR_REGISTRY.keys()
         assert {"prism_grpo", "prism_dapo", "prism_gspo"} <= core_algos.POLICY_LOSS_REGISTRY.keys()
-        with pytest.raises(RuntimeError, match="'prism' in the registry, got it is registered already"):
+        with pytest.raises(RuntimeError, match="'prism' in the registry, got one"):
             ours.register()
     assert before == (core_algos.ADV_ESTIMATOR_REGISTRY, core_algos.POLICY_LOSS_REGISTRY)
     core_algos.POLICY_LOSS_REGISTRY["prism_gspo"] = None
@@ -319,7 +319,7 @@ def test_registration_and_undo():
 
 def test_patched_already():
     before = attributes()
-    with ours.patch(), pytest.raises(RuntimeError, match="it is patched already"):
+    with ours.patch(), pytest.raises(RuntimeError, match="one that is patched already"):
         ours.patch()
     assert same(before, attributes())
 

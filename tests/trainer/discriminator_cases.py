@@ -1,4 +1,4 @@
-"""Packs of random text with images, and the separate transformers forwards that they stand for."""
+"""Packs of random text with images, and the separate transformers forwards that they must equal."""
 
 import copy
 
@@ -14,14 +14,14 @@ TOKENIZER = train_tokenizer()
 IMAGE = TOKENIZER.convert_tokens_to_ids("<|image_pad|>")
 SIZE = TinyMoeSize(hidden_size=64, layers=3, intermediate_size=96, expert_intermediate_size=48)
 
-# prompt length before and behind its images, their grids, and the lengths of the branches
+# prompt tokens before and after the images, the images' grids in patches, and the lengths of the branches
 GROUPS = (
     (5, [(1, 4, 6)], 3, (4, 1, 9, 4)),
     (3, [], 4, (2, 7)),
     (1, [(1, 2, 2), (1, 8, 4)], 2, (1,)),
     (6, [(1, 4, 6)], 1, (3, 3, 1, 6, 2)),
 )
-TEXT_GROUPS = tuple((before, [], behind, branches) for before, _, behind, branches in GROUPS)
+TEXT_GROUPS = tuple((before, [], after, branches) for before, _, after, branches in GROUPS)
 
 
 def make_groups(shapes=GROUPS, seed=0):
@@ -31,13 +31,13 @@ def make_groups(shapes=GROUPS, seed=0):
         return torch.randint(0, 250, (length,), generator=rng).tolist()
 
     groups = []
-    for before, grids, behind, lengths in shapes:
+    for before, grids, after, lengths in shapes:
         prompt = text(before)
         for _, h, w in grids:
             prompt += [IMAGE] * (h * w // 4) + text(2)
         kinds = (Kind.PERCEPTION, Kind.REASONING)
         branches = [Branch(text(n), kinds[i % 2]) for i, n in enumerate(lengths)]
-        groups.append(PrefixGroup(prompt + text(behind), branches, image_grids=grids))
+        groups.append(PrefixGroup(prompt + text(after), branches, image_grids=grids))
     return groups
 
 
@@ -55,37 +55,37 @@ def pack_of(groups):
 def make_backbone(dense=False, dtype=torch.float32, size=SIZE, seed=0):
     build = tiny_policy if dense else tiny_discriminator_base
     model, _ = build(size, tokenizer=TOKENIZER, seed=seed)
-    # larger than at initialisation, so that every part of the model matters to the score
+    # larger weights than at initialisation, so that every part of the model changes the score
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name:
                 parameter.mul_(3.0)
-    # the default has no float64
+    # the default implementation has no float64
     model.set_experts_implementation("eager")
     return model.model.to(dtype)
 
 
 def make_pair(**options):
-    """A stock transformers backbone and a discriminator with the same weights."""
+    """Returns a stock transformers backbone and a discriminator with the same weights."""
     stock = make_backbone(**options)
     weight = torch.randn(1, stock.config.text_config.hidden_size, generator=torch.Generator().manual_seed(5))
     return stock, Discriminator(copy.deepcopy(stock), value_weight=weight)
 
 
 def separate_scores(stock, value_weight, groups, pixels, grids):
-    """Each branch with its own copy of the prompt and its images, through transformers' own forward."""
+    """Returns the score of each branch by transformers' forward over a copy of its prompt and images."""
     scores = []
     patches = images = 0
     for group in groups:
-        own = torch.tensor(group.image_grids, dtype=torch.int64).reshape(-1, 3)
-        count = int(own.prod(-1).sum())
+        group_grids = torch.tensor(group.image_grids, dtype=torch.int64).reshape(-1, 3)
+        count = int(group_grids.prod(-1).sum())
         inputs = {}
-        if len(own):
+        if len(group_grids):
             inputs = {
                 "pixel_values": pixels[patches : patches + count],
-                "image_grid_thw": grids[images : images + len(own)],
+                "image_grid_thw": grids[images : images + len(group_grids)],
             }
-        patches, images = patches + count, images + len(own)
+        patches, images = patches + count, images + len(group_grids)
         for branch in group.branches:
             ids = torch.tensor([[*group.prompt_ids, *branch.token_ids]])
             stock.rope_deltas = None
@@ -101,7 +101,7 @@ def separate_scores(stock, value_weight, groups, pixels, grids):
 
 
 def widen(monkeypatch):
-    """Lets transformers compute in float64 where it casts to float32, so that float64 can be compared at all."""
+    """Makes transformers compute in float64 where it casts to float32, so that float64 results can be compared."""
 
     def rms_norm(self, hidden):
         return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)

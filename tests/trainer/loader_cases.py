@@ -15,12 +15,12 @@ def picture(width=32, height=32, seed=0):
 
 
 def with_size(png_bytes, width, height):
-    """A PNG whose header promises another size."""
+    """Returns a PNG whose header claims another size."""
     header = b"IHDR" + struct.pack(">II", width, height) + png_bytes[24:29]
     return png_bytes[:12] + header + struct.pack(">I", zlib.crc32(header)) + png_bytes[33:]
 
 
-# what would not fit into memory
+# an image that would not fit into memory
 HUGE = with_size(picture(), 30000, 20000)
 GOOD, LARGE, THIN, DOT = picture(), picture(64, 64), picture(width=900, height=4), picture(width=1, height=1)
 
@@ -36,7 +36,7 @@ def write_images(folder):
 
 
 def write_lines(path, rows):
-    """Rows as they are, bytes where they are not to be written as JSON."""
+    """Writes rows as lines of JSON; bytes are written as they are."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path

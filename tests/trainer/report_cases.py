@@ -1,4 +1,4 @@
-"""The folders of runs that were never run: their files hold what a run would have written."""
+"""Folders of runs that never ran, with the files that a run would have written."""
 
 import json
 
@@ -53,7 +53,7 @@ DISCRIMINATOR = {
 
 
 def evaluation(accuracy):
-    # reasoning errors are not known here
+    # without reasoning errors, which the report must show as not measured
     shares = {"accuracy": accuracy, "accuracy_se": 0.05, "format": 0.9, "perception_error": 0.2}
     found = {"samples": 100, "length": 71.5, **shares, "drift_perception": 0.75, "drift_reasoning": 0.5}
     return {"split": "validation", **found, "sampled": {**found, "accuracy": accuracy / 2, "drift_perception": 1.25}}
@@ -65,7 +65,7 @@ def lines(path, rows):
 
 
 def build(folder, stages=tuple(STAGES), count=6, finished=True):
-    """A run's folder in which some stages were reached."""
+    """Writes the folder of a run that reached some stages, and returns it."""
     changes = {"run.folder": str(folder), "run.seed": 7, "run.stages": STAGES}
     config = load_config(None, {**changes, **{f"optimiser.{stage}.steps": 6 for stage in STAGES}})
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,13 +11,13 @@ IMAGE, START, END, STOP = TOKENIZER.convert_tokens_to_ids(
     ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>"]
 )
 SIZE = TinyMoeSize(hidden_size=64, layers=3, intermediate_size=96, expert_intermediate_size=48, vision_hidden_size=32)
-# tokens before and behind the images, and the images' grids in patches
+# tokens before and after the images, and the images' grids in patches
 SHAPES = ((5, [(1, 4, 6)], 7), (9, [], 4), (2, [(1, 2, 2), (1, 8, 4)], 3), (1, [], 2))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """The tensors here are so small that threads only wait for each other."""
+    """Runs torch on one thread: the tensors are so small that more would only wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -27,7 +27,7 @@ def one_thread():
 def make_model(dtype=torch.float32, dense=True, seed=0):
     build = tiny_policy if dense else tiny_discriminator_base
     model, _ = build(SIZE, tokenizer=TOKENIZER, seed=seed)
-    # larger than at initialisation, so that every part matters and distributions are far from uniform
+    # larger weights than at initialisation, so that every part matters and distributions are far from uniform
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -44,12 +44,12 @@ def make_prompts(shapes=SHAPES, seed=0):
         return torch.randint(0, 250, (length,), generator=rng).tolist()
 
     prompts = []
-    for before, grids, behind in shapes:
+    for before, grids, after in shapes:
         ids = text(before)
         for _, h, w in grids:
             ids += [START, *[IMAGE] * (h * w // 4), END, *text(2)]
         pixels = torch.randn(sum(h * w for _, h, w in grids), 1536, generator=rng) if grids else None
-        prompts.append(EncodedPrompt(ids + text(behind), pixels, torch.tensor(grids) if grids else None))
+        prompts.append(EncodedPrompt(ids + text(after), pixels, torch.tensor(grids) if grids else None))
     return prompts
 
 

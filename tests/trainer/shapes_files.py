@@ -1,4 +1,4 @@
-"""Writes samples of the shapes world as files in the schemas that real data has."""
+"""Samples of the shapes world as files in the schemas of real data."""
 
 import io
 import json
@@ -18,7 +18,7 @@ _ROW_GROUP = 256
 
 
 def write_sft(path: str | Path, samples: Iterable[ShapesSample]) -> int:
-    """Writes sharegpt-multimodal rows and returns how many: JSONL with PNG files beside it, or parquet by its name."""
+    """Writes sharegpt-multimodal rows, as JSONL with PNG files or as parquet by the name, and returns their number."""
     path = Path(path)
 
     def row(sample: ShapesSample) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def write_sft(path: str | Path, samples: Iterable[ShapesSample]) -> int:
 
 
 def write_warmup(path: str | Path, pairs: Iterable[tuple[ShapesSample, Sections, Sections]]) -> int:
-    """Writes rows for the discriminator's warm-up, a teacher's and a student's sections for each sample."""
+    """Writes rows for the discriminator's warm-up: each sample with a teacher's and a student's sections."""
     path = Path(path)
 
     def row(pair: tuple[ShapesSample, Sections, Sections]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def write_warmup(path: str | Path, pairs: Iterable[tuple[ShapesSample, Sections,
 
 
 def write_problems(path: str | Path, samples: Iterable[ShapesSample]) -> int:
-    """Writes problems for alignment and RLVR, with the samples' responses as the teacher's."""
+    """Writes problems for alignment and RLVR; the samples' responses are the teacher's."""
     path = Path(path)
 
     def row(sample: ShapesSample) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _cot(sections: Sections) -> str:
 
 
 def _image(path: Path, sample: ShapesSample) -> Any:
-    """Returns an image as the file holds it: bytes in parquet, in JSONL the name of a file beside it."""
+    """Returns an image as a row refers to it: its bytes in parquet, the name of its file in JSONL."""
     if path.suffix == ".parquet":
         return {"bytes": png(sample.image), "path": None}
     folder = path.parent / "images"

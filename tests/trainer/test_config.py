@@ -74,12 +74,12 @@ def test_the_papers_settings(tmp_path):
 
 
 def test_defaults_and_choices_are_those_of_the_code_that_takes_them():
-    from prism_kernels.ops.group_advantage.registration import BASELINES, SCALES
+    from prism_kernels.ops.group_advantage.op import BASELINES, SCALES
     from prism_kernels.ops.linear_policy_loss import linear_policy_loss
     from prism_kernels.ops.policy_loss import policy_loss
     from prism_kernels.ops.policy_loss.options import AGGREGATES, CORRECTIONS, ESTIMATORS, OBJECTIVES, RATIOS
     from prism_kernels.ops.prism_advantage import prism_advantage
-    from prism_kernels.ops.prism_advantage.registration import INVALID, MODES, NORMALIZE
+    from prism_kernels.ops.prism_advantage.op import INVALID, MODES, NORMALIZE
 
     def choices(model, name):
         found = model.model_fields[name].annotation

@@ -36,7 +36,7 @@ def test_packed_scores_and_gradients_equal_separate_forwards(dense, dtype, monke
     of_scores, of_gradients = TOLERANCE[dtype]
     assert got.dtype == dtype and got.shape == (12,)
     assert (got - expected).abs().max() <= of_scores * max(1.0, float(expected.detach().abs().max()))
-    # what they are compared on is not all the same
+    # the scores are not all the same
     assert expected.detach().std() > 0.1
 
     pull = torch.randn(12, dtype=dtype, generator=torch.Generator().manual_seed(3))
@@ -44,7 +44,7 @@ def test_packed_scores_and_gradients_equal_separate_forwards(dense, dtype, monke
     (got * pull).sum().backward()
     theirs = dict(stock.named_parameters())
     compared = 0
-    for name, parameter in plain_parameters(model):
+    for name, parameter in model.backbone.named_parameters():
         if theirs[name].grad is None:
             assert parameter.grad is None or not parameter.grad.any(), name
             continue
@@ -52,10 +52,6 @@ def test_packed_scores_and_gradients_equal_separate_forwards(dense, dtype, monke
         compared += bool(theirs[name].grad.any())
     assert compared > 60
     assert relative_error(model.value_head.weight.grad, value.grad) <= max(of_gradients, 1e-6)
-
-
-def plain_parameters(model):
-    return [(name, p) for name, p in model.backbone.named_parameters()]
 
 
 def test_text_only_prompts_need_no_images():
@@ -90,7 +86,7 @@ def test_images_and_deepstack_reach_the_scores():
         other = pixels.clone()
         other[:24] = torch.randn(24, 1536)
         changed = (model(pack_of(groups), other, grids) - before).abs()
-        # the first group's image changed, and nobody else's
+        # only the first group's image changed
         assert changed[:4].min() > 1e-3 and changed[4:].max() < 1e-5
         for parameter in model.backbone.visual.deepstack_merger_list.parameters():
             parameter.zero_()
@@ -139,13 +135,13 @@ def test_routers_see_kinds_and_weights():
     pack, (pixels, grids) = pack_of(groups), make_images(groups, torch.float32)
     with collect_routing(biased) as routings:
         scores = biased(pack, pixels, grids)
-    # at first the biases are 0 and nothing changes
+    # the initial biases are 0 and change nothing
     torch.testing.assert_close(scores, plain(pack, pixels, grids), rtol=1e-5, atol=1e-6)
     assert [routing.counts.shape for routing in routings] == [(5, 4)] * 3
     kinds = torch.bincount(pack.kind, minlength=5)
     for routing in routings[:-1]:
         assert torch.equal(routing.counts.sum(1), 2.0 * kinds)
-    # the top layer computes the scored tokens alone
+    # the top layer computes only the scored tokens
     assert torch.equal(routings[-1].counts.sum(1), 2.0 * torch.bincount(pack.kind[pack.last_index], minlength=5))
 
     scores.sum().backward()

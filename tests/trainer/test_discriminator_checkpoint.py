@@ -23,7 +23,7 @@ def make_discriminator(**options):
 
 
 def square_backbone():
-    """I = D / 2: (E, D, 2I) and (E, 2I, D) have one shape, in which the loader of transformers sees nothing to do."""
+    """Returns a backbone with I = D / 2, so that (E, D, 2I) and (E, 2I, D) are one shape, which loads unchanged."""
     backbone, _ = tiny_discriminator_base(SIZE, tokenizer=TOKENIZER)
     config = backbone.config
     config.text_config.moe_intermediate_size = D // 2
@@ -81,7 +81,7 @@ def test_layouts_are_the_documented_ones(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_is_told_by_the_tag_where_the_shape_cannot(layout, tmp_path):
+def test_the_tag_names_the_layout_where_the_shape_does_not(layout, tmp_path):
     model = Discriminator(square_backbone(), value_weight=torch.ones(1, D))
     save_discriminator(model, tmp_path, layout=layout)
     assert load_file(tmp_path / "model.safetensors")[EXPERTS + "gate_up_proj"].shape == (E, D, D)
@@ -89,7 +89,7 @@ def test_layout_is_told_by_the_tag_where_the_shape_cannot(layout, tmp_path):
     untag(tmp_path)
     assert_same(model, load_discriminator(tmp_path, layout=layout))
 
-    # by shape alone two of the three layouts come out as another model, without a word
+    # a loader that goes by the shape silently loads two of the three layouts as another model
     guessed = AutoModelForImageTextToText.from_pretrained(tmp_path).model.state_dict()
     name = (EXPERTS + "gate_up_proj").removeprefix("model.")
     assert torch.equal(guessed[name], model.backbone.state_dict()[name]) == (layout == "transformers")
@@ -148,7 +148,7 @@ def test_bad_tensors_are_named_with_both_shapes(tmp_path):
 def test_published_value_head_keys_are_read(key, tmp_path):
     model = make_discriminator()
     save_discriminator(model, tmp_path, layout="published")
-    # the published checkpoints have no tag of ours, keep the language-model head, and name the head in either way
+    # published checkpoints have no layout tag, keep the language-model head, and name the value head in either way
     untag(tmp_path)
 
     def publish(tensors):

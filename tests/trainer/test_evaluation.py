@@ -7,6 +7,7 @@ import torch
 from discriminator_cases import SIZE, TOKENIZER
 
 from prism.config import load_config
+from prism.data.drift import drift, wasserstein
 from prism.data.problem import Problem
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import TextBranches, score_groups, score_limits
@@ -15,7 +16,6 @@ from prism.evaluation import assessment
 from prism.evaluation.assessment import evaluate
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
-from prism.rollout.batch import drift, wasserstein
 from prism.rollout.engine import Rollout
 from prism.worlds.shapes.counters import judge, read_caption
 from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
@@ -30,7 +30,7 @@ CONFIG = load_config(None, {"data.response_tokens": 400, "memory.score_pack_toke
 
 
 class Written:
-    """An engine that says what is written down, greedy and sampled apart."""
+    """An engine whose responses are given, for greedy and for sampled decoding."""
 
     def __init__(self, say):
         self.say = say
@@ -85,7 +85,7 @@ def test_errors_and_drift_are_those_that_were_put_in():
         ]
 
     found = evaluate(Written(say), PROBLEMS, ENCODER, max_new_tokens=200)
-    # a changed caption may contradict the answer, which then does not follow: that is no error of the last step's own
+    # a changed caption may contradict the answer, which then does not follow although the last step was right
     assert found.format == 0.75 and found.accuracy == 0.5
     assert found.perception_error == 0.5
     assert 0.5 <= found.reasoning_error <= 0.75
@@ -96,7 +96,7 @@ def test_what_is_not_known_is_left_out():
     found = evaluate(Written(the_teacher), known, ENCODER, max_new_tokens=200).as_json()
     assert found["accuracy"] == 1
     assert found.keys() == {"samples", "accuracy", "format", "length", "accuracy_se"}
-    # JSON knows no other numbers
+    # JSON has no NaN
     json.dumps(found, allow_nan=False)
 
 
@@ -126,7 +126,7 @@ def test_a_wrong_caption_has_one_item_changed_and_nothing_else(change):
         if change == "dropped" and len(items) > 1:
             assert (gone, new) == (1, 0)
         elif change == "colour" or len(items) == 1:
-            # of all items of that colour
+            # a colour is mistaken in all items of it
             assert gone == new >= 1
         else:
             assert (gone, new) == (1, 1)
@@ -159,7 +159,7 @@ def discriminator():
 
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_every_teachers_texts_can_be_scored(teacher):
-    """A token that reaches over a tag would make a text invalid for the discriminator alone."""
+    """A token that spans a tag and its neighbour would make a text invalid for the discriminator only."""
     world = ShapesWorld()
     texts = [world.respond(teacher, sample).sections.text for sample in world.samples("validation", 200)]
     cut = TextBranches(ENCODER, score_limits(CONFIG)).cut(texts, texts)
@@ -174,7 +174,7 @@ def test_the_discriminator_is_seen_from_all_sides(discriminator):
     assert list(found) == ["pairs", "swapped images", "equal style"]
     # two of eight responses are valid, one of which is wrong in perception
     assert found["pairs"]["perception"]["pairs"] == 12 and found["pairs"]["perception"]["compared"] == 6
-    # a new value head is 0: everything is a tie
+    # a new value head is 0, so all pairs tie
     for view in found.values():
         assert all(one["accuracy"] == 0.5 and one["gap"] == 0 for one in view.values())
     assert found["equal style"]["perception"]["by_change"] == dict.fromkeys(CHANGES, 0.5)
@@ -183,7 +183,7 @@ def test_the_discriminator_is_seen_from_all_sides(discriminator):
 
 
 def test_equal_style_reads_each_channel_from_the_text_that_is_wrong_in_it(discriminator, monkeypatch):
-    """Scored by a judge that knows captions alone, perception is told apart and reasoning is not; and the reverse."""
+    """A judge of captions only tells perception apart and not reasoning; and a judge of reasoning the reverse."""
     real = score_groups
 
     def judged_by(channel):

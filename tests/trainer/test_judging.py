@@ -1,4 +1,4 @@
-"""What the base is asked to judge: verdicts that the counters confirm, on parts as the discriminator reads them."""
+"""The base's problems of judging: the counters confirm the verdicts, the discriminator reads the same parts."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def test_verdicts_are_true():
             right = not reasoning_error(answer, truth, sample.question).wrong
         assert verdict == VERDICTS[right]
         seen[part[:4], right] += 1
-    # each part and verdict as often: a quarter of 600, within four standard deviations
+    # parts and verdicts are equally frequent: a quarter of 600, within four standard deviations
     assert len(seen) == 4 and all(abs(number - 150) < 4 * 10.7 for number in seen.values())
 
 
@@ -55,10 +55,10 @@ def test_parts_are_written_as_the_discriminator_reads_them():
 @pytest.mark.parametrize(("share", "number"), [(0.0, 0), (0.5, 20), (0.7, 28), (1.0, 40)])
 def test_their_share_is_as_set(share, number):
     problems = ShapesProblems(WORLD, "base", 40, share).take(range(40))
-    assert sum(problem.said is not None for problem in problems) == number
+    assert sum(problem.prefix is not None for problem in problems) == number
 
 
 def test_the_shipped_base_knows_the_tokenizer():
-    """Its rows are tokens: other texts to learn from, or in another order, would give them other meanings."""
+    """The vocabulary is learnt from these texts in this order: a change would give the base's rows other meanings."""
     vocabulary = json.dumps(sorted(train_tokenizer().get_vocab().items()))
     assert hashlib.sha256(vocabulary.encode()).hexdigest()[:16] == "871ebb85eb08c664"

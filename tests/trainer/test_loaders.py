@@ -1,4 +1,4 @@
-"""The loaders on good files: every schema, the shapes world written out and read back, order, resume, memory."""
+"""The loaders on good files: every schema, the shapes world written and read back, order, resuming, memory."""
 
 import json
 import threading
@@ -51,7 +51,7 @@ def test_sharegpt_in_all_its_spellings(tmp_path):
 
 
 def test_characters_that_json_spells_in_halves(tmp_path):
-    """An escaped pair of surrogates is one character, and stays."""
+    """An escaped pair of surrogates is one character and is kept."""
     turns = [chat()["messages"][0], {"role": "assistant", "content": "\U0001f600"}]
     (row,) = read(tmp_path, "chat", chat(messages=turns))
     assert row.messages[1][1] == "\U0001f600"
@@ -62,7 +62,7 @@ def test_plain_chat(tmp_path):
     more = {"messages": plain["messages"] * 2, "images": None, "other": 3}
     one, two = read(tmp_path, "chat", plain, more)
     assert one.images == two.images == () and len(two.messages) == 4
-    # a row without an id is called by its place
+    # a row without an id is named by its file and number
     assert one.id == "rows-1" and two.id == "rows-2"
 
 
@@ -159,7 +159,7 @@ def test_order_is_seeded_and_complete(tmp_path):
         assert order == ids(RowStream(folder, "chat", LoadOptions(seed=3, buffer=buffer)))
         assert order != ids(RowStream(folder, "chat", LoadOptions(seed=4, buffer=buffer))) or buffer == 1
     assert ids(RowStream(folder, "chat", LoadOptions(buffer=0))) == list(range(101))
-    # all of it mixed, not only neighbours
+    # rows far apart are mixed, not only neighbours
     order = ids(RowStream(folder, "chat", LoadOptions(buffer=500)))
     assert np.mean(np.abs(np.diff(order))) > 20
     twice = ids(RowStream(folder, "chat", LoadOptions(epochs=2, buffer=16)))
@@ -169,7 +169,7 @@ def test_order_is_seeded_and_complete(tmp_path):
 
 @pytest.mark.parametrize("buffer", [0, 1, 9, 1000])
 def test_resume_at_every_row(tmp_path, buffer):
-    """A stream that goes on from a position, through JSON, gives the same rows and counts."""
+    """A stream that resumes from a position, saved as JSON, gives the same rows and counts."""
     folder = write_many(tmp_path, 24, 17, bad={11, 30})
     options = LoadOptions(epochs=2, buffer=buffer, seed=5)
     whole = RowStream(folder, "chat", options)
@@ -196,7 +196,7 @@ def test_resume_does_not_log_twice(tmp_path):
     stream = RowStream(folder, "chat", options)
     ids(stream, 40)
     state = stream.state_dict()
-    # goes on, and is lost
+    # these rows are read after the checkpoint and lost
     ids(stream)
     whole = log.read_text()
     assert len(whole.splitlines()) == 3 and "older" not in whole

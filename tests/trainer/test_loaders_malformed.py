@@ -1,4 +1,4 @@
-"""Malformed rows and files: each is a counted skip, or an error, that names file, row and field."""
+"""Malformed rows and files: each is skipped and counted, or raises an error that names file, row and field."""
 
 import json
 
@@ -86,7 +86,7 @@ NAMES = [f"{i}-{schema}-{cause}-{field}" for i, (schema, _, cause, field, _) in 
 
 @pytest.mark.parametrize(("schema", "row", "cause", "field", "reason"), ROWS, ids=NAMES)
 def test_malformed_rows(tmp_path, schema, row, cause, field, reason):
-    """Between good rows: skipped and logged, or an error; the good ones come all, none in its place."""
+    """A malformed row among good ones is skipped and logged, or raises; all good rows come, none in its stead."""
     write_images(tmp_path)
     good = [GOOD[schema](number) for number in range(30)]
     path = write_lines(tmp_path / "rows.jsonl", [*good[:6], row, *good[6:]])
@@ -157,7 +157,7 @@ def many(tmp_path, bad, good):
 
 
 def test_too_many_skipped_rows_stop(tmp_path):
-    """At the end of an epoch exactly, and before it as soon as that is certain to matter."""
+    """The share of skipped rows stops the stream at the end of an epoch, and from the 200th row on."""
     assert len(list(RowStream(many(tmp_path, 5, 95), "chat"))) == 95
     with pytest.raises(DataError, match=r"at most 5% of the rows to be skipped, got 6 of 100 \(missing field 6\)") as e:
         list(RowStream(many(tmp_path, 6, 94), "chat"))

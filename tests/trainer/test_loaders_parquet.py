@@ -1,4 +1,4 @@
-"""Parquet: bytes and paths, row groups, resume, damaged files, and what is said where pyarrow is missing."""
+"""Parquet: bytes and paths, row groups, resuming, damaged files, and the message without pyarrow."""
 
 import sys
 from itertools import islice
@@ -46,7 +46,7 @@ def test_paths_bytes_and_missing_values(tmp_path):
     write_images(tmp_path)
     paths = write(tmp_path / "paths.parquet", [problem(), problem(1, teacher_response=None)])
     assert [row.teacher for row in RowStream(paths, "problem", LoadOptions(buffer=0))] == [RESPONSE, None]
-    # as `datasets` writes them: one field of bytes, one of a path
+    # as `datasets` writes images: a field of bytes and a field of a path
     images = [[{"bytes": picture(), "path": None}], [{"bytes": None, "path": "images/good.png"}]]
     both = write(tmp_path / "both.parquet", [problem(i, images=image) for i, image in enumerate(images)])
     assert all(row.images[0].size == (32, 32) for row in RowStream(both, "problem"))
@@ -106,7 +106,7 @@ def test_malformed_rows_and_files(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(good[: len(good) // 2])
     with pytest.raises(DataError, match="expected a parquet file"):
         dry_run(tmp_path / "cut.parquet", "problem")
-    # the end is whole, a page in the middle is not
+    # the footer is intact, a page in the middle is damaged
     (tmp_path / "cut.parquet").write_bytes(good[:40] + bytes(200) + good[240:])
     with pytest.raises(DataError, match="expected a parquet file"):
         dry_run(tmp_path / "cut.parquet", "problem")

@@ -16,7 +16,7 @@ VOID = {"meta", "img", "line", "path", "rect", "circle"}
 
 
 class Page(HTMLParser):
-    """The elements of a page, its text, and whether every element ends where it should."""
+    """The elements and the text of a page; checks that every element is closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -116,7 +116,7 @@ def test_drift_before_and_after(whole):
 
 
 def test_drift_of_recorded_responses(whole):
-    """A third of the responses is the teachers' own, a third has one item and one step, a third is invalid."""
+    """A third of the responses are the teachers', a third have one item and one step, a third are invalid."""
     texts = {"alignment": [s.response.text for s in ShapesWorld().samples("alignment", 9)]}
     items = [len(re.findall(r"^[-•*]", text, re.MULTILINE)) for text in texts["alignment"]]
     for first, where in ((1, "at first"), (4, "at last")):
@@ -167,10 +167,10 @@ def test_an_unfinished_run(tmp_path, reached):
     assert "This run is not finished." in page.text
     for stage in STAGES:
         assert f"{stage}: {2 if stage in stages else 0} of 6 steps" in page.text
-    # what is known of the stages before comes from the checkpoint
+    # earlier evaluations come from the checkpoint
     assert "startgreedy100 of validation0.125" in page.text
-    assert ("Not measured: the run has not come to alignment." in page.text) == (reached < 3)
-    assert ("Not measured: the run has not come to the end of the warm-up." in page.text) == (reached < 3)
+    assert ("Not measured: the run has not reached alignment." in page.text) == (reached < 3)
+    assert ("Not measured: the run has not finished the warm-up." in page.text) == (reached < 3)
 
 
 def test_a_run_that_has_only_begun(tmp_path):
@@ -194,7 +194,7 @@ def test_what_was_not_finite_and_not_taken_shows(tmp_path):
     }
     lines(folder / "metrics.jsonl", rows)
     page = read(folder)
-    assert "align21step 3: drift_perception not finite, loss not finite, 1 optimiser step not taken" in page.text
+    assert "align21step 3: drift_perception not finite, loss not finite, 1 optimiser step skipped" in page.text
     marks = [attributes for tag, attributes in page.elements if attributes.get("class") == "bad"]
     # in the charts of the drift and of the loss
     assert len(marks) == 2
@@ -222,7 +222,7 @@ def test_loads_memory_and_environment_where_they_are_recorded(tmp_path):
     page = read(folder)
     assert "perception tokens, expert 1: 0.700" in page.text
     assert "answer tokens, expert 4: 0.500" in page.text
-    assert re.search(r"align3 of 6.*?3Of the steps", page.text)
+    assert re.search(r"align3 of 6.*?3Times of the steps", page.text)
     assert "versionstorch 2.13devicecpu" in page.text
 
 
@@ -242,7 +242,7 @@ def test_problems_of_another_world_have_no_image(tmp_path):
     page = read(folder)
     assert page.all("img") == []
     assert "image: not drawn" in page.text
-    assert "the teachers' responses are not among the recorded ones" in page.text
+    assert "the teachers' responses are not available" in page.text
 
 
 def damaged(name, text):
@@ -284,7 +284,7 @@ def test_settings_of_another_version(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["data"]["shapes"]["carelessness"]["haste"] = 1.0
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DataError, match="write the report with the version that the run was made with"):
+    with pytest.raises(DataError, match="write the report with the version that made the run"):
         write_report(folder)
 
 
@@ -331,5 +331,5 @@ def test_any_values_can_be_drawn(values):
     numbers = [float(n) for d in re.findall(r' d="([^"]*)"', drawn) for n in re.findall(r"-?\d+\.?\d*", d)]
     assert numbers and all(0 <= n <= 360 for n in numbers)
     assert len(drawn) < 20_000
-    # a longer one would be cut at the left edge
+    # a longer label would be cut at the left edge
     assert all(len(label) <= 7 for label in re.findall(r'text-anchor="end">([^<]*)<', drawn))

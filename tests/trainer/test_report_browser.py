@@ -1,4 +1,4 @@
-"""The report in a real browser, opened from the disk: it is drawn, the console is empty, nothing is fetched."""
+"""The report opened from disk in a real browser: it is drawn, the console is empty, nothing is fetched."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from report_cases import build
 from prism.report import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-# port 9 is nobody's: what is asked for does not come
+# nothing listens on port 9: requests fail
 QUIET = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--hide-scrollbars --enable-logging=stderr --proxy-server=http://127.0.0.1:9"
@@ -29,7 +29,7 @@ def browser():
 
 
 def shown(browser, page, folder):
-    """The picture of a page, what it said on the console, and the addresses that it asked for."""
+    """Returns a picture of a page, its messages on the console, and the addresses that it requested."""
     picture, log = folder / "page.png", folder / "net.json"
     options = [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}"]
     options += [f"--screenshot={picture}", "--window-size=1200,3000"]
@@ -37,7 +37,7 @@ def shown(browser, page, folder):
         [browser, *QUIET.split(), *options, page.as_uri()], capture_output=True, text=True, timeout=90
     )
     assert done.returncode == 0, done.stderr
-    # the browser's own requests have no page as their origin
+    # requests of the browser itself have no page as their origin
     started = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
     asked = [one["url"] for one in started if one.get("initiator", "not an origin") != "not an origin"]
     return np.asarray(Image.open(picture).convert("RGB")), re.findall(r"CONSOLE.*", done.stderr), asked
@@ -56,7 +56,7 @@ def test_the_report_opens_from_the_disk(browser, tmp_path):
     pixels, said, asked = shown(browser, page, tmp_path)
     assert said == [] and asked == []
     assert pixels.shape == (3000, 1200, 3)
-    # down to the last row of the window there is text or a drawing within any 400 pixels
+    # text or drawings appear in every 400 pixels of the window's height
     drawn = np.flatnonzero((pixels != pixels[0, 0]).any((1, 2)))
     assert drawn[0] < 100 and np.diff(drawn).max() < 400 and drawn[-1] > 2600
     # nothing is cut off at the right edge: the page's margin is empty

@@ -17,7 +17,7 @@ def sampled(one, drift):
     return {**one, "sampled": {**evaluation(0.5, drift), "split": None}}
 
 
-# every stage does here what it is for
+# every stage reaches its goals
 GOOD = {
     "start": evaluation(0.25, format=0.5),
     "sft": sampled(evaluation(0.50), (0.8, 0.7)),
@@ -64,7 +64,7 @@ def test_a_run_whose_stages_do_what_they_are_for():
     # sqrt(0.6 * 0.4 / 1024 + 0.66 * 0.34 / 1024), of the test split and not of the validation split
     assert found[-1].figures["standard_error"] == pytest.approx(0.02130, abs=1e-5)
     assert (found[-1].figures["before"], found[-1].figures["after"], found[-1].figures["samples"]) == (0.60, 0.66, 1024)
-    # of the responses at temperature 1
+    # drift at temperature 1
     assert found[4].figures == {"before": 0.8, "after": 0.7}
 
 
@@ -79,7 +79,7 @@ def test_a_run_whose_stages_do_what_they_are_for():
         (("align", "sampled", "drift_reasoning"), 0.71, 5),
         (("align", "accuracy"), 0.40, 6),
         (("rlvr", "test", "accuracy"), 0.64, 7),
-        # what is not measured does not hold
+        # a goal without its figures is not reached
         (("sft", "accuracy_se"), None, 1),
         (("warmup", "discriminator"), None, (2, 3)),
         (("align", "sampled", "drift_perception"), None, 4),
@@ -98,7 +98,7 @@ def test_what_cannot_be_better_is_not_asked_to_rise():
     found = changed(("sft", "format"), 0.995)
     found["start"]["format"] = 1.0
     assert improvements(found)[0].holds
-    # nothing is lower where all is right, though its standard error is 0
+    # all right before and after: not lower, though the standard error is 0
     both = {"warmup": evaluation(1.0), "align": evaluation(1.0)}
     assert improvements(both)[-1].holds
     assert not improvements({"align": evaluation(1.0), "rlvr": evaluation(1.0)})[-1].holds
@@ -112,7 +112,7 @@ def test_greedy_drift_where_nothing_was_sampled():
 def test_stages_that_were_not_reached_are_not_judged():
     assert improvements({}) == [] and improvements({"start": GOOD["start"]}) == []
     assert {one.stage for one in improvements({"start": GOOD["start"], "sft": GOOD["sft"]})} == {"sft"}
-    # other stages promise nothing here
+    # other stages have no goals
     assert improvements({"start": GOOD["start"], "base": GOOD["sft"]}) == []
 
 

@@ -22,7 +22,7 @@ from prism.models.tiny import TEXT_TOKENS
 from prism.rollout.engine import Engine
 
 PATHS = pytest.mark.parametrize("path", ["lean", "stock"])
-# the letters and digits: with them as stop tokens responses end early, at many lengths
+# letters and digits: with these stop tokens, responses end early, at many lengths
 MANY_STOPS = tuple(range(15, 65))
 
 
@@ -90,9 +90,9 @@ def test_log_probs_equal_those_of_the_training_forward(model, prompts, path, sam
         if sampling.top_k is not None:
             kth = logits.topk(sampling.top_k).values[:, -1:]
             logits[logits < kth] = -torch.inf
-            ordered, places = logits.softmax(-1).sort(descending=True)
+            ordered, order = logits.softmax(-1).sort(descending=True)
             cut = ordered.cumsum(-1) - ordered >= sampling.top_p
-            logits[torch.zeros_like(cut).scatter(1, places, cut)] = -torch.inf
+            logits[torch.zeros_like(cut).scatter(1, order, cut)] = -torch.inf
         expected = logits.log_softmax(-1).gather(1, ids)[:, 0]
         torch.testing.assert_close(rollout.log_probs, expected, rtol=0, atol=1e-5)
         assert (rollout.log_probs >= rollout.model_log_probs - 1e-5).all()
@@ -130,13 +130,13 @@ def test_rollouts_do_not_depend_on_the_batch(model, prompts, path):
     engine = Engine(model, TOKENIZER, path=path)
     sampling = Sampling(group=4, max_new_tokens=16)
     whole = engine.generate(prompts, sampling, stop_token_ids=MANY_STOPS[:20])
-    # a part of the batch in another order, by the prompts' own keys
+    # some of the prompts in another order, with the same keys
     part = engine.generate([prompts[2], prompts[0]], sampling, stop_token_ids=MANY_STOPS[:20], keys=[2, 0])
     same(part, whole[8:12] + whole[:4])
     # fewer rollouts of each, and shorter ones
     fewer = engine.generate(prompts, Sampling(group=1, max_new_tokens=5), stop_token_ids=MANY_STOPS[:20])
     assert tokens_of(fewer) == [whole[4 * p].token_ids[:5] for p in range(4)]
-    # equal prompts have rollouts of their own
+    # equal prompts get different rollouts
     twice = engine.generate([prompts[1], prompts[1]], sampling, stop_token_ids=MANY_STOPS[:20])
     assert all(a != b for a, b in zip(tokens_of(twice[:4]), tokens_of(twice[4:])))
 
@@ -151,7 +151,7 @@ def test_small_caches_only_cut_the_batch(model, prompts):
     cut = Engine(model, TOKENIZER, cache_tokens=200).generate(prompts, sampling)
     watch.remove()
     same(whole, cut)
-    # two batches of two groups, or more: never the twelve rows of all
+    # batches of two groups at most, never the twelve rows of all groups
     assert 6 in sizes and 12 not in sizes
 
 
@@ -159,7 +159,7 @@ def test_small_caches_only_cut_the_batch(model, prompts):
 def test_responses_end_at_the_first_stop_token(model, prompts, path):
     engine = Engine(model, TOKENIZER, path=path)
     steps = 24
-    # the same streams without an end: what each response would have been
+    # the same streams without stop tokens give the full responses
     endless = engine.generate(prompts, Sampling(group=6, max_new_tokens=steps), stop_token_ids=())
     assert {(len(r.token_ids), r.finish_reason) for r in endless} == {(steps, "length")}
     stopped = engine.generate(prompts, Sampling(group=6, max_new_tokens=steps), stop_token_ids=MANY_STOPS)
@@ -244,7 +244,7 @@ def test_training_is_not_disturbed(prompts, path):
     assert model.training and model.lm_head.training and not model.model.visual.training
     after = model(**inputs, use_cache=False).logits
     assert torch.equal(after, before)
-    # what comes back can take part in a loss
+    # a loss can use the rollouts' log-probabilities
     (after[0, : len(rollouts[0].log_probs), 0] * rollouts[0].log_probs.exp()).sum().backward()
     assert model.lm_head.weight.grad is not None and not rollouts[0].log_probs.requires_grad
 
@@ -265,7 +265,7 @@ def test_a_prompt_is_computed_once_and_finished_rows_leave(model, prompts):
     assert 16 < steps[0] <= 32 and steps[-1] < 16 and steps == sorted(steps, reverse=True)
     running = [sum(len(r.token_ids) > t + 1 for r in rollouts) for t in range(len(steps))]
     assert all(now <= step for now, step in zip(running, steps))
-    # an eighth of the rows may idle
+    # up to an eighth of the rows may be idle
     assert all(now > 7 / 8 * step or now == step for now, step in zip(running, steps))
 
 
@@ -330,7 +330,7 @@ def test_broken_weights_are_an_error(prompts):
         Sampling(max_new_tokens=3, temperature=0),
         Sampling(group=3, max_new_tokens=3, top_p=0.5),
     ):
-        with pytest.raises(FloatingPointError, match="expected finite logits behind prompt 0"):
+        with pytest.raises(FloatingPointError, match="expected finite logits after prompt 0"):
             Engine(model, TOKENIZER).generate(prompts, sampling)
 
 

@@ -73,14 +73,14 @@ def test_lean_step_runs_beside_the_attention_and_the_vision_tower_of_training():
 
 
 @torch.no_grad()
-def test_kept_rows_go_on_as_if_nothing_had_left():
+def test_kept_rows_continue_unchanged_when_others_leave():
     model, prompts = make_model(), make_prompts()
     tokens = random_tokens(len(prompts))
     whole = lean_logits(model, prompts, tokens)
     batch = LeanBatch(model, prompts, COPIES, STEPS)
     rows = torch.arange(len(tokens))
     for t in range(STEPS):
-        # rows leave at two steps: at first those of a whole group and of parts of others
+        # rows leave at two steps: first a whole group and parts of others
         for step, order in ((2, [0, 11, 2, 10, 7]), (4, [3, 1])):
             if t == step:
                 batch.keep(torch.tensor(order))
@@ -91,7 +91,7 @@ def test_kept_rows_go_on_as_if_nothing_had_left():
     assert rows.tolist() == [10, 11]
 
 
-def test_what_the_lean_step_does_not_know_is_named():
+def test_a_model_that_the_lean_step_does_not_know_is_named():
     config = Qwen3Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16)
     assert "written for Qwen3VLForConditionalGeneration" in why_not_lean(Qwen3ForCausalLM(config))
     model = make_model()
@@ -100,7 +100,7 @@ def test_what_the_lean_step_does_not_know_is_named():
     assert "rope_type 'dynamic' changes with the length" in why_not_lean(model)
 
 
-def test_modules_that_are_no_plain_linear_layers_are_called_as_they_are():
+def test_modules_other_than_plain_linear_layers_are_called():
     model, prompts = make_model(), make_prompts()
     tokens = random_tokens(len(prompts))
     plain = lean_logits(model, prompts, tokens)

@@ -21,7 +21,7 @@ def even(count):
 
 
 def brute_force(logits, sampling, banned):
-    """Returns each token's probability, by the definitions, in Python's floats."""
+    """Returns each token's probability by the definitions, in Python floats."""
     scaled = [-math.inf if i in banned else x / sampling.temperature for i, x in enumerate(logits)]
     order = sorted((i for i in range(len(scaled)) if scaled[i] > -math.inf), key=lambda i: -scaled[i])
     order = order[: sampling.top_k or len(order)]
@@ -41,10 +41,10 @@ def test_samples_follow_the_distribution(temperature):
     logits = torch.randn(V, generator=torch.Generator().manual_seed(3))
     draws = 20000
     uniform = uniforms(seed=7, keys=[3], n=draws, length=1)[:, 0]
-    found = draw(logits, Sampling(temperature=temperature), uniform).token.bincount(minlength=V)
+    counts = draw(logits, Sampling(temperature=temperature), uniform).token.bincount(minlength=V)
     expected = brute_force(logits.tolist(), Sampling(temperature=temperature), BANNED.tolist())
-    assert set(found.nonzero()[:, 0].tolist()) == set(expected) and len(expected) == 9
-    chi_square = sum((int(found[i]) - draws * p) ** 2 / (draws * p) for i, p in expected.items())
+    assert set(counts.nonzero()[:, 0].tolist()) == set(expected) and len(expected) == 9
+    chi_square = sum((int(counts[i]) - draws * p) ** 2 / (draws * p) for i, p in expected.items())
     # the 99.99 % point of 8 degrees of freedom
     assert chi_square < 31.8
 
@@ -87,7 +87,7 @@ def test_greedy_takes_the_largest_that_is_not_banned():
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=V), Sampling(top_p=0.999)])
 def test_banned_tokens_have_no_chance_at_the_ends_of_the_interval(sampling):
-    # banned ones first and last, and far larger than the others
+    # the first and the last token are banned, and have far larger logits than the others
     logits = torch.full((V,), -30.0).index_fill(0, BANNED, 80.0)
     ends = torch.tensor([0.0, 1 - 2.0**-53, 0.5, 2.0**-53], dtype=torch.float64)
     choice = draw(logits, sampling, ends)
@@ -108,7 +108,7 @@ def test_rare_tokens_are_drawn_as_often_as_they_should():
     rare = math.exp(-25) / (1 + math.exp(-25) + math.exp(-0.5))
     first = 1 / (1 + math.exp(-25) + math.exp(-0.5))
     uniform = first + rare * torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
-    # fp32 softmax places the first boundary to about 1e-7 only: 1e-11 wide, the rare token is right behind it
+    # fp32 softmax places the first boundary to about 1e-7 only: 1e-11 wide, the rare token comes right after it
     edge = logits.softmax(-1)[0].double() / (logits.log_softmax(-1).exp().double().sum())
     choice = draw(logits.double(), Sampling(), uniform, banned=torch.tensor([], dtype=torch.int64))
     assert choice.token.tolist() == [1, 1, 1]

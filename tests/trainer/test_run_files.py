@@ -12,13 +12,14 @@ from test_run import SMALL, SPENT, metrics_stage, weights
 
 from prism import cli
 from prism.commands.run import run_stages
-from prism.config import TinySize, load_config
+from prism.config import load_config
 from prism.data.files import DataError
 from prism.data.loader import dry_run
 from prism.data.problem import problem_reader
 from prism.data.sources import problems_of
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import (
+    TinyMoeSize,
     save_tiny,
     tiny_discriminator_base,
     tiny_image_processor,
@@ -30,7 +31,7 @@ from prism.runtime.runtime import InterruptedRunError, Runtime
 from prism.worlds.shapes.world import ShapesWorld
 
 STAGES = ("sft", "warmup", "align", "rlvr")
-SIZE = TinySize(
+SIZE = TinyMoeSize(
     hidden_size=32, intermediate_size=48, expert_intermediate_size=48, layers=2, heads=2, key_value_heads=1,
     vision_hidden_size=32,
 )  # fmt: skip

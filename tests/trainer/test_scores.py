@@ -22,7 +22,7 @@ def ids_of(text):
 
 
 def alone(stock, value_weight, sample, *parts):
-    """The score of a text behind a sample's prompt, by transformers' own forward."""
+    """Returns the score of a text after a sample's prompt, by transformers' own forward."""
     prompt = ENCODER.encode(sample.prompt, sample.images)
     branch = [token for part in parts for token in ids_of(part)] + [TERMINAL]
     ids = torch.tensor([[*prompt.input_ids, *branch]])
@@ -110,12 +110,12 @@ def test_pairs_are_those_with_both_sides_valid(model):
     assert prepared.teacher_reason == (None, None, "no teacher", "missing tag")
     scores = score_prepared(model, prepared)
     assert scores.teacher_perception.isnan().tolist() == [False, False, True, True]
-    # the student of a group without a teacher is scored all the same
+    # a student without a teacher has a score too
     assert scores.perception.isnan().tolist() == [False] * 5 + [True, False]
     for pack in prepared.packs:
         chosen = pack.pack.pair >= 0
         compared = pack.pack.pair[chosen]
-        # a branch and its teacher's are of one group and one channel
+        # a branch and its teacher's branch share group and channel
         assert torch.equal(pack.pack.branch_group[chosen], pack.pack.branch_group[compared])
         last = pack.pack.kind[pack.pack.last_index]
         assert torch.equal(last[chosen], last[compared])
@@ -153,8 +153,8 @@ def test_scores_carry_gradients_pack_by_pack():
     with torch.no_grad():
         expected = score_groups(parts, samples, ENCODER).perception
     # each score comes from one pack
-    found = torch.stack(rewards).isfinite().sum(0)
-    assert found.tolist() == expected.isfinite().int().tolist()
+    counts = torch.stack(rewards).isfinite().sum(0)
+    assert counts.tolist() == expected.isfinite().int().tolist()
 
 
 def test_text_only_discriminator_sees_no_images():
@@ -199,7 +199,7 @@ def test_text_that_spells_special_tokens_holds_none():
 
 
 def test_text_and_tokens_have_the_same_tags():
-    # the combining stroke makes another character of the bracket, as the tokenizer normalises it
+    # the tokenizer's normalisation makes one other character of bracket and combining stroke
     texts = ["<caption>\u0338first</caption>\u0338" + response("second"), response() + "</answer>\u0338"]
     cut = TextBranches(ENCODER, ScoreLimits()).cut(texts, ["one", "two"])
     assert cut == ["text outside", "text outside"]

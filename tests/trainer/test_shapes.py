@@ -1,4 +1,4 @@
-"""The shapes world: the same for everyone, images that show their scenes, teachers as careless as they should be."""
+"""The shapes world: the same on every machine, images that show their scenes, teachers that err at their rates."""
 
 import hashlib
 import subprocess
@@ -20,7 +20,7 @@ from prism.worlds.shapes.world import SPLITS, ShapesWorld, split_of
 from prism_kernels.grammar import caption_items, reasoning_steps, split_response
 
 WORLD = ShapesWorld()
-# of the first 64 samples of every split; a change of it changes everyone's data
+# fingerprint of the first 64 samples of every split; if it changes, everyone's data have changed
 GOLDEN = "264bcb77d98d191c"
 
 
@@ -79,13 +79,13 @@ def test_scenes_lie_in_the_splits_by_their_shares():
     number = Counter(split_of(scene) for scene in scenes_of(4000))
     for split, (share, _, _) in SPLITS.items():
         p = share / 100
-        # 1 / 256: the grain of the hash
+        # the hash decides in steps of 1 / 256
         assert abs(number[split] / 4000 - p) < 4 * sqrt(p * (1 - p) / 4000) + 1 / 256
     assert sum(share for share, _, _ in SPLITS.values()) == 100
 
 
 def test_images_show_their_scenes():
-    """Colour at the middle of each cell, and which rows of the cell are how wide, tell every item."""
+    """The colour at the middle of a cell and the widths of its rows identify every item."""
     scenes = scenes_of(600)
     for scene, image in zip(scenes, draw(scenes)):
         assert image.shape == (SIDE, SIDE, 3) and image.dtype == np.uint8
@@ -120,7 +120,7 @@ def test_same_scene_same_image_other_scenes_other_looks():
 
 
 def test_drawing_has_no_loop_over_pixels_or_shapes():
-    """A handful of Python and numpy calls an image: the pixels of all images are written by one of them."""
+    """Drawing takes a few Python and numpy calls per image: one call writes the pixels of all images."""
     scenes = scenes_of(512)
     # the tiles are made once
     draw(scenes[:1])
@@ -183,7 +183,7 @@ def test_careful_teachers_make_no_error_and_vary():
         for sample in WORLD.samples(split, 400):
             judged = judge(sample.response.sections.text, sample.scene, sample.question)
             assert judged.valid and judged.correct and not judged.perception.wrong and not judged.reasoning.wrong
-            # the form is what SFT teaches first
+            # the base does not know the tags, which SFT teaches
             assert (split_response(sample.response.text) is None) == (split == "base")
     sample = next(WORLD.samples("alignment", 1))
     assert len({WORLD.respond("curated", sample, draw=i).text for i in range(40)}) >= 10
@@ -193,12 +193,12 @@ def test_careful_teachers_make_no_error_and_vary():
 
 
 def within(number, of, rate):
-    """Four standard deviations of a binomial."""
+    """Whether a count lies within four standard deviations of a binomial."""
     return abs(number - of * rate) <= 4 * sqrt(of * rate * (1 - rate))
 
 
 def test_careless_teacher_errs_as_often_as_it_is_said_to():
-    """The exact counters find just the errors that were put in, each kind at its rate, independent of the reasoning."""
+    """The counters find exactly the errors that were put in, each kind at its rate, independent of reasoning."""
     rates, n = WORLD.carelessness, 5000
     assert (rates.colour, rates.dropped, rates.reasoning, rates.careful_style) == (0.80, 0.80, 0.20, 0.50)
     mistakes, of, both, reasoning, careful = Counter(), Counter(), 0, 0, 0
@@ -218,7 +218,7 @@ def test_careless_teacher_errs_as_often_as_it_is_said_to():
         assert all(found == (kind == mistake) * wanted for kind, (found, wanted) in told.items())
         assert judged.reasoning.wrong == response.reasoning_error
         mistakes[mistake] += 1
-        # a response has one mistake at most: each is drawn where those before it were not made
+        # a response has at most one mistake: each is drawn only if the ones before it were not made
         of["colour"] += purple > 0
         of["dropped"] += len(items) == 5 and mistake != "colour"
         of["slips"] += mistake not in ("colour", "dropped")
@@ -232,7 +232,7 @@ def test_careless_teacher_errs_as_often_as_it_is_said_to():
         assert within(mistakes[kind], of[kind], getattr(rates, kind))
     for kind in ("invented", "kind", "place"):
         assert within(mistakes[kind], of["slips"], getattr(rates, kind))
-    # so often that who learns from it errs always where it does
+    # so often that a student of it always errs there
     assert 0.45 < 1 - mistakes[None] / n < 0.60
 
 
@@ -250,7 +250,7 @@ def test_rates_can_be_set():
 
 
 def test_styles_drift_in_both_channels():
-    """The careless teacher's own style has other numbers of caption items and of steps than the curated one's."""
+    """The careless teacher's style differs from the curated one in the numbers of caption items and of steps."""
 
     def means(split):
         sections = [sample.response.sections for sample in WORLD.samples(split, 400)]

@@ -1,4 +1,4 @@
-"""The exact counters against errors made by hand, of every kind and number, and against texts that cannot be read."""
+"""The exact counters on errors made by hand, of every kind and number, and on texts that cannot be read."""
 
 import dataclasses
 from random import Random
@@ -57,7 +57,7 @@ FIRST, SECOND, THIRD = "red circle northwest", "blue square centre", "green tria
             ("orange circle northwest", "blue square south", "red diamond east"),
             {"wrong_colour": 1, "wrong_place": 1, "missing": 1, "invented": 1},
         ),
-        # what is in a cell is compared with what is there first
+        # items in the same cell are compared first
         (("blue square northwest", "red circle centre", THIRD), {"wrong_colour": 2, "wrong_kind": 2}),
     ],
 )
@@ -70,7 +70,7 @@ def test_perception_errors_are_counted(lines, expected):
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 10**6), data=st.data())
 def test_perception_errors_are_counted_in_any_scene(seed, data):
-    """Errors of all kinds at once, each of another item, so that their numbers are known."""
+    """A caption has errors of all kinds at once, each in another item, so that their numbers are known."""
     scene = random_scene(Random(seed))
     faults = [data.draw(st.sampled_from(["none", "colour", "kind", "dropped"])) for _ in scene.items]
     told = []
@@ -81,7 +81,7 @@ def test_perception_errors_are_counted_in_any_scene(seed, data):
             item = dataclasses.replace(item, kind=CONFUSED[item.kind])
         if fault != "dropped":
             told.append(item)
-    # in cells that are empty, of a colour and kind that no item has
+    # invented items go to empty cells, with a colour and kind that no item has
     free = [cell for cell in range(9) if cell not in {item.cell for item in scene.items}]
     taken = {(item.colour, item.kind) for item in scene.items}
     strange = next((c, k) for c in COLOURS for k in KINDS if (c, k) not in taken)
@@ -163,7 +163,7 @@ SUM = Question("sum", ("circle", "2", "square", "3"))
         (WHERE, ("red circle north",), "south", True),
         (WHERE, ("blue circle north",), "none", False),
         (WHERE, ("blue circle north",), "north", True),
-        # either follows
+        # both answers follow
         (WHERE, ("red circle north", "red circle east"), "east", False),
         (WHERE, ("red circle north", "red circle east"), "west", True),
         (WHAT, ("teal diamond north",), "teal", False),
@@ -200,7 +200,7 @@ def test_a_right_inference_from_a_wrong_caption_is_an_error_of_perception_alone(
     think = "1. I see northwest centre.\n2. So 2."
     judged = judge(Sections(seen, think, "2").text, scene, COUNT)
     assert judged.perception == PerceptionError(wrong_colour=1) and not judged.reasoning.wrong and not judged.correct
-    # and the reverse: right by luck
+    # the reverse: a right answer by luck
     judged = judge(Sections(seen, think, "1").text, scene, COUNT)
     assert judged.perception.wrong and judged.reasoning.wrong and judged.correct
     right = caption("orange circle northwest", "red square centre")
@@ -247,7 +247,7 @@ def test_sections_are_strict(text):
     st.lists(st.sampled_from([*(f"<{end}{tag}>" for tag in TAGS for end in ("", "/")), "a", " ", "\n", "<", "\x0b"]))
 )
 def test_sections_are_those_of_the_kernels_grammar(pieces):
-    """The same texts are valid where a policy's tokens are cut."""
+    """`find_segments` on a policy's tokens accepts the same texts."""
     for text in ("".join(pieces), GOOD[:10] + "".join(pieces) + GOOD[10:]):
         ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
         reason = find_segments(ids, [0, len(ids)], TABLE).reason

@@ -55,7 +55,7 @@ def chat_image():
 
 @pytest.fixture(scope="module")
 def fresh_process(tmp_path_factory):
-    """What another process finds in the folders of two tiny models, and the tokenizer that it trains itself."""
+    """Two tiny models, the outputs of another process that loads them, and the tokenizer that it trains."""
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = train_tokenizer()
     built = {"policy": tiny_policy(tokenizer=tokenizer)[0], "moe": tiny_discriminator_base(tokenizer=tokenizer)[0]}
@@ -63,17 +63,17 @@ def fresh_process(tmp_path_factory):
     command = [sys.executable, "-c", FRESH_PROCESS, str(folder / "tokenizer"), *folders]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(found) == 2
-    return tokenizer, built, found, folder / "tokenizer"
+    outputs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(outputs) == 2
+    return tokenizer, built, outputs, folder / "tokenizer"
 
 
 def test_tiny_models_load_in_plain_transformers_in_a_fresh_process(fresh_process):
-    tokenizer, built, found, _ = fresh_process
+    tokenizer, built, outputs, _ = fresh_process
     encoder = PromptEncoder(tokenizer, tiny_image_processor())
     prompt = encoder.encode("How many?", [chat_image()])
     ids = torch.tensor([prompt.input_ids])
-    for model, there in zip(built.values(), found):
+    for model, output in zip(built.values(), outputs):
         with torch.no_grad():
             logits = model(
                 input_ids=ids,
@@ -81,9 +81,9 @@ def test_tiny_models_load_in_plain_transformers_in_a_fresh_process(fresh_process
                 pixel_values=prompt.pixel_values,
                 image_grid_thw=prompt.image_grid_thw,
             ).logits
-        assert prompt.input_ids == there["ids"]
-        assert logits.double().sum().item() == pytest.approx(there["sum"], rel=1e-5)
-        assert there["generated"] == len(there["ids"]) + 3
+        assert prompt.input_ids == output["ids"]
+        assert logits.double().sum().item() == pytest.approx(output["sum"], rel=1e-5)
+        assert output["generated"] == len(output["ids"]) + 3
 
 
 def test_tiny_models_share_their_tokenizer_and_differ_by_seed_alone(tmp_path):
@@ -108,12 +108,12 @@ def test_tiny_model_does_not_touch_the_global_generator():
 
 
 def test_tokenizer_has_the_same_bytes_in_every_process(fresh_process, tmp_path):
-    *_, there = fresh_process
+    *_, other = fresh_process
     train_tokenizer().save_pretrained(tmp_path)
-    files = sorted(path.name for path in there.iterdir())
+    files = sorted(path.name for path in other.iterdir())
     assert "tokenizer.json" in files and "chat_template.jinja" in files
     for file in files:
-        assert (there / file).read_bytes() == (tmp_path / file).read_bytes()
+        assert (other / file).read_bytes() == (tmp_path / file).read_bytes()
 
 
 def test_tokenizer_round_trips_any_text_and_keeps_special_tokens_whole(tmp_path):
@@ -126,7 +126,7 @@ def test_tokenizer_round_trips_any_text_and_keeps_special_tokens_whole(tmp_path)
         assert loaded(text)["input_ids"] == ids
     for token in (*SPECIAL_TOKENS, "<think>", "</think>"):
         assert len(tokenizer(token)["input_ids"]) == 1
-    # special tokens are empty to a decoder, the thinking's tags are text
+    # a decoder skips special tokens, but prints the tags of the thinking
     assert tokenizer.decode(tokenizer("<|im_end|><think>")["input_ids"], skip_special_tokens=True) == "<think>"
 
 

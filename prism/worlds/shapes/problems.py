@@ -101,4 +101,4 @@ def problem_of(sample: ShapesSample) -> Problem:
 def judged_problem(sample: ShapesSample) -> Problem:
     """Returns the problem to judge a part of a response to a sample: the next token is the verdict."""
     part, verdict = judged(sample)
-    return Problem(sample.id, sample.question.text, (Image.fromarray(sample.image),), teacher=verdict, said=part)
+    return Problem(sample.id, sample.question.text, (Image.fromarray(sample.image),), teacher=verdict, prefix=part)

@@ -1,1 +1,1 @@
-"""The kernels inside transformers. Each module registers what it offers when it is imported."""
+"""The kernels in transformers: `attention` and `experts` register themselves with it when they are imported."""

@@ -12,7 +12,7 @@ Importing this module registers it; then::
     )
     hidden = out.last_hidden_state[0, pack.last_index]
 
-No mask is built, and none may be passed: the pack says all.
+No mask is built, and none may be passed: the pack has the structure.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ from prism_kernels.ops.prefix_attention import prefix_attention
 
 NAME = "prism_prefix"
 
-# what some models ask of their attention beyond what prefix_attention computes
+# some models' options of attention, which prefix_attention does not compute
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
@@ -50,7 +50,7 @@ def prism_prefix_forward(
     prefix_pack: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Returns the output (1, T, H, d) of query (1, H, T, d), key and value (1, K, T, d); and no weights."""
+    """Returns the output (1, T, H, d) of query (1, H, T, d), key and value (1, K, T, d), and None for the weights."""
     if not getattr(module, "is_causal", True):
         check.fail(
             NAME,
@@ -74,13 +74,13 @@ def prism_prefix_forward(
     device = query.device.type
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if torch.is_autocast_enabled(device):
-        # as scaled_dot_product_attention does there: normalised queries and keys come in fp32, values do not
+        # as scaled_dot_product_attention does: under autocast normalised queries and keys come in fp32, values do not
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     return prefix_attention(q, k, v, prefix_pack, scale=scaling)[None], None
 
 
 def no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
-    """Returns no mask, for transformers' mask registry; a mask that was passed to the model is refused."""
+    """Returns None for transformers' mask registry; raises where a mask was passed to the model."""
     if attention_mask is not None:
         _refuse_mask(attention_mask)
 

@@ -12,13 +12,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 
 from prism_kernels.check import fail
 from prism_kernels.ops.moe_experts import moe_experts
-from prism_kernels.ops.moe_route.routing import Routing
+from prism_kernels.ops.moe_route import Routing
 
 NAME = 'experts_implementation="prism"'
 
 
 def check_experts(experts: nn.Module) -> None:
-    """Raises unless a module of transformers holds experts that `moe_experts` computes."""
+    """Raises unless `moe_experts` can compute the experts of a module of transformers."""
     who = type(experts).__name__
     activation = getattr(experts, "act_fn", None)
     gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
@@ -43,7 +43,7 @@ def check_experts(experts: nn.Module) -> None:
 def prism_experts_forward(
     experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Returns what the experts of a transformers' layer add up to, (T, D)."""
+    """Returns the weighted sum of the experts of a transformers layer, (T, D)."""
     check_experts(experts)
     gate_up, down = experts.gate_up_proj, experts.down_proj
     assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)

@@ -1,23 +1,22 @@
-"""Log-probabilities instead of logits from a transformers model, without the logits of all tokens in memory::
+"""Log-probabilities from a transformers model without the logits of all tokens in memory::
 
     patch_lm_head(model)
     out = model(input_ids=ids, attention_mask=mask, labels=labels, token_logprobs=True)
     loss = -(out.log_probs * advantage).sum() / out.mask.sum()
 
-Without `token_logprobs=True` the model is as it was, so that it generates as before. B sequences of L tokens.
+Without `token_logprobs=True` the model works as before, generation included. B sequences of L tokens.
 """
 
 import functools
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from prism_kernels.check import fail
-from prism_kernels.integrations.head import head_of, logit_settings, run_to_head
-from prism_kernels.integrations.patching import Undoable, require_version
-from prism_kernels.ops.linear_logprob import linear_logprob
+from prism_kernels.integrations.head import head_logprob, head_of, logit_settings, run_to_head
+from prism_kernels.integrations.patching import ForwardPatch, require_version
 
 NAME = "patch_lm_head"
 VERSIONS = ("5",)
@@ -25,7 +24,7 @@ VERSIONS = ("5",)
 
 @dataclass
 class LogProbsOutput(ModelOutput):
-    """What a patched model returns; each (B, L - 1) with `labels`, (B, L) with `shift_labels`, 0 where ignored."""
+    """A patched model's output, each (B, L - 1) with `labels`, (B, L) with `shift_labels`; 0 where ignored."""
 
     log_probs: Tensor | None = None
     # None unless asked for
@@ -36,31 +35,12 @@ class LogProbsOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-class HeadPatch(Undoable):
-    """A model whose forward was replaced."""
+def patch_lm_head(model: Any, *, cache_bytes: int | None = 0) -> ForwardPatch:
+    """Makes a model called with `token_logprobs=True` return log-probabilities; returns the patch, to undo it.
 
-    def __init__(self, model: nn.Module, forward: Any) -> None:
-        # a forward of the instance, as other wrappers leave one, or none: then the class's
-        self._model, self._before = model, vars(model).get("forward")
-        self._done = True
-        model.forward = forward
-
-    def undo(self) -> None:
-        """Gives the model its forward back; a second call does nothing."""
-        if not self._done:
-            return
-        self._done = False
-        del self._model.forward
-        if self._before is not None:
-            self._model.forward = self._before
-
-
-def patch_lm_head(model: Any, *, cache_bytes: int | None = 0) -> HeadPatch:
-    """Lets a model called with `token_logprobs=True` return log-probabilities; returns the patch, to undo it.
-
-    Then `forward` takes `labels` (as transformers does: a label belongs to the position before it, -100 is ignored) or
-    `shift_labels` (aligned already), `temperature`, a number or a tensor of the result's shape, and `entropy=True`, and
-    returns a LogProbsOutput. LoRA on the head, soft caps and logit scales are taken from the model.
+    Such a call takes `labels` (as transformers does: a label belongs to the position before it, -100 is ignored) or
+    `shift_labels` (aligned already), `temperature` (a number or a tensor of the result's shape) and `entropy=True`, and
+    returns a LogProbsOutput. LoRA on the head, soft caps and logit scales are the model's.
 
     Args:
         model: a causal language model, or a vision-language one, of transformers; under peft its `get_base_model()`.
@@ -72,7 +52,7 @@ def patch_lm_head(model: Any, *, cache_bytes: int | None = 0) -> HeadPatch:
         fail(NAME, "a model as transformers made it", "one that is patched already", RuntimeError)
     outputs = getattr(model, "get_output_embeddings", lambda: None)()
     head_of(NAME, outputs)
-    divisor, softcap = logit_settings(NAME, model.config)
+    settings = logit_settings(NAME, model.config)
     original = model.forward
 
     # generation validates its arguments against the original signature
@@ -83,18 +63,10 @@ def patch_lm_head(model: Any, *, cache_bytes: int | None = 0) -> HeadPatch:
         temperature, entropy = options.pop("temperature", 1.0), options.pop("entropy", False)
         labels, shifted = options.pop("labels", None), options.pop("shift_labels", None)
         hidden, target, head, balance = run_to_head(NAME, model, labels, shifted, args, options)
-        found = linear_logprob(
-            hidden,
-            head.weight,
-            target,
-            bias=head.bias,
-            temperature=temperature * divisor,
-            softcap=softcap,
-            lora=head.lora,
-            entropy=entropy,
-            cache_bytes=cache_bytes,
+        result = head_logprob(
+            hidden, target, head, settings, temperature=temperature, entropy=entropy, cache_bytes=cache_bytes
         )
-        return LogProbsOutput(log_probs=found.logp, entropy=found.entropy, mask=target != -100, aux_loss=balance)
+        return LogProbsOutput(log_probs=result.logp, entropy=result.entropy, mask=target != -100, aux_loss=balance)
 
     forward._prism_kernels = NAME  # type: ignore[attr-defined]
-    return HeadPatch(model, forward)
+    return ForwardPatch(model, forward)

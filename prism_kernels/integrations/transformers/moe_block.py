@@ -1,8 +1,8 @@
 """A Mixture-of-Experts block for transformers' models that knows the tokens' kinds and keeps its routing.
 
-B sequences of L tokens, T = B * L, D width, E experts. The block takes the place of a model's own, with the same
-parameters under the same names (`gate.weight`, `experts.gate_up_proj`, `experts.down_proj`), and `kind_bias` if there
-are kinds. What a model's forward does not hand down to its blocks is set around the call::
+B sequences of L tokens, T = B * L, D width, E experts. The block replaces a model's own, with the same parameters under
+the same names (`gate.weight`, `experts.gate_up_proj`, `experts.down_proj`), and with `kind_bias` if there are kinds. A
+model's forward passes no kinds and returns no routing, so contexts around the call do::
 
     use_moe_blocks(model, kinds=5)
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
@@ -12,7 +12,7 @@ are kinds. What a model's forward does not hand down to its blocks is set around
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from prism_kernels.check import fail
 from prism_kernels.integrations.transformers.experts import check_experts
 from prism_kernels.ops.moe_experts import moe_experts
-from prism_kernels.ops.moe_route import moe_route
-from prism_kernels.ops.moe_route.routing import Routing
+from prism_kernels.ops.moe_route import Routing, moe_route
 
 NAME = "MoeBlock"
 
@@ -54,9 +53,9 @@ def _value(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 
 @contextmanager
 def token_kinds(kind: Tensor | None, weight: Tensor | None = None) -> Iterator[None]:
-    """Says of what kind each token of the batch is, and how much it counts in the losses, for the blocks inside.
+    """Gives the blocks inside the kind of each token of the batch, and its weight in the losses.
 
-    Both have as many elements as there are tokens, in their order. The innermost context holds.
+    Both have one element for each token, in order. The innermost context counts.
     """
     with _value(_tokens, _Tokens(kind, weight)):
         yield
@@ -64,7 +63,7 @@ def token_kinds(kind: Tensor | None, weight: Tensor | None = None) -> Iterator[N
 
 @contextmanager
 def collect_routing(model: nn.Module) -> Iterator[list[Routing]]:
-    """Yields the list of the `Routing` of each of the model's blocks, in the order in which they run inside."""
+    """Yields a list that receives the `Routing` of each of the model's blocks, in the order in which they run."""
     collection = _Collection(tuple(m for m in model.modules() if isinstance(m, MoeBlock)), [])
     if not collection.blocks:
         fail("collect_routing", "a model with MoeBlock (see use_moe_blocks)", type(model).__name__)
@@ -74,27 +73,22 @@ def collect_routing(model: nn.Module) -> Iterator[list[Routing]]:
 
 @contextmanager
 def _recomputing(tokens: _Tokens) -> Iterator[None]:
-    # what is computed again was collected the first time
+    # the first computation has collected the routing already
     with _value(_tokens, tokens), _value(_collections, ()):
         yield
 
 
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
-
-
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The `context_fn` of torch.utils.checkpoint for models with `MoeBlock`.
+    """Returns the contexts of torch.utils.checkpoint for models with `MoeBlock`: pass this as its `context_fn`.
 
-    The backward pass computes a layer again after `token_kinds` was left, on a GPU in another thread; this hands it
-    the tokens that the forward pass saw.
+    The backward pass computes a layer again after `token_kinds` has ended, on a GPU in another thread. The second
+    context gives it the kinds and weights of the forward pass.
     """
-    return _as_it_is(), _recomputing(_tokens.get())
+    return nullcontext(), _recomputing(_tokens.get())
 
 
 class MoeBlock(nn.Module):
-    """The block of a layer: routes each token by its hidden state and kind, and adds up its experts."""
+    """The block of a layer: routes each token by its hidden state and kind, and sums its experts."""
 
     kind_bias: nn.Parameter | None
 
@@ -146,10 +140,10 @@ class MoeBlock(nn.Module):
 
 
 def use_moe_blocks(model: nn.Module, kinds: int | None = None) -> list[MoeBlock]:
-    """Puts a `MoeBlock` in the place of each Qwen3 MoE block of a model, and returns them in the order of the layers.
+    """Replaces each Qwen3 MoE block of a model by a `MoeBlock`; returns the new blocks in the order of the layers.
 
-    Parameters keep their names; with `kinds` each block gets a `kind_bias` (kinds, E) besides, of zeros. The model's
-    own `output_router_logits` finds no logits then: `collect_routing` takes its place.
+    Parameters keep their names; with `kinds` each block also gets a `kind_bias` (kinds, E) of zeros. The model's own
+    `output_router_logits` has no logits then: `collect_routing` replaces it.
     """
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
     from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextSparseMoeBlock

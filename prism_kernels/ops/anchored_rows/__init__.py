@@ -7,22 +7,22 @@ so that confident tokens keep their relative accuracy, forward and backward.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-# not `import torch`: in this package that name is the module torch.py
-from torch import ops
+import torch
 
-from prism_kernels.ops.anchored_rows import registration as registration
-from prism_kernels.ops.anchored_rows.torch import backward, forward
+from prism_kernels.ops.anchored_rows.eager import backward, forward
+from prism_kernels.ops.anchored_rows.op import anchored_rows_bwd, anchored_rows_fwd
 
 
 class RowKernels(NamedTuple):
-    """The two row kernels of one backend; arguments as in anchored_rows/torch.py."""
+    """The two row kernels of one backend; arguments as in anchored_rows/eager.py."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
 
 
-_ops = ops.prism_kernels
-_NATIVE = RowKernels(_ops.anchored_rows_fwd.default, _ops.anchored_rows_bwd.default)
+# csrc/cpu and csrc/cuda, by the tensors' device
+_NATIVE = RowKernels(anchored_rows_fwd, anchored_rows_bwd)
+_ops = torch.ops.prism_kernels
 
 ROW_KERNELS = {
     "torch": RowKernels(forward, backward),

@@ -6,10 +6,9 @@ from torch import Tensor
 
 from prism_kernels import check
 from prism_kernels.backend import resolve
-from prism_kernels.ops.linear_logprob import blocks
-from prism_kernels.ops.linear_logprob.forward import Shard
-from prism_kernels.ops.linear_logprob.registration import NAME, LinearLogProbFunction, may_synchronise
-from prism_kernels.ops.token_logprob import FLOATS, row_temperature
+from prism_kernels.ops.linear_logprob.eager import Shard
+from prism_kernels.ops.linear_logprob.op import NAME, LinearLogProbFunction
+from prism_kernels.ops.rows import FLOATS, HeadArguments, accumulator, cached, may_synchronise, row_temperature
 from prism_kernels.outputs import TokenLogProbs
 
 
@@ -38,8 +37,8 @@ def linear_logprob(
         logp = log_pi.gather(-1, target[..., None])[..., 0]
         entropy = -(log_pi.exp() * log_pi).sum(-1)
 
-    Rows with `ignore_index` cost nothing, nor do, in the backward pass, rows whose incoming gradient is 0; on a GPU
-    finding them reads one count from the device (not under torch.compile or graph capture, where all rows run).
+    Rows with `ignore_index` are skipped; the backward pass also skips rows whose incoming gradient is 0. On a GPU
+    each pass reads one count from the device for this; under torch.compile or graph capture it runs all rows instead.
 
     Args:
         hidden: (T, D) or (B, L, D), fp32, bf16, fp16 or fp64; the products run in its dtype.
@@ -51,42 +50,39 @@ def linear_logprob(
         lora: (A (r, D), B (V, r), scale), an adapter on the head.
         entropy: whether to return the entropy too (differentiable).
         ignore_index: rows with this target are 0 throughout and have no gradient.
-        cache_bytes: memory for exponentials kept for the backward pass: None keeps all (three matrix products in
-            all), 0 keeps none (four, flat memory), between, the rows that fit.
-        process_group: weight and bias are this rank's slice of V; targets are global, every rank has the same rows.
-            Reads the slices' sizes from the ranks; not under torch.compile.
+        cache_bytes: memory for the exponentials that the forward pass keeps for the backward pass: None keeps all
+            (three matrix products in total), 0 none (four products, flat memory), a number those of the rows that fit.
+        process_group: weight and bias are this rank's slice of V; targets are global, and every rank has the same
+            rows. Not under torch.compile, since the ranks exchange the sizes of their slices.
         backend: `cuda`, `triton`, `cpu` or `torch`; see `use_backend`.
     """
-    hidden, weight, bias, tau = head_arguments(NAME, hidden, weight, target, bias, temperature, softcap)
+    arguments = head_arguments(NAME, hidden, weight, target, bias, temperature, softcap)
     if cache_bytes is not None and cache_bytes < 0:
         check.fail(NAME, "cache_bytes >= 0 or None", cache_bytes)
-    chosen = resolve(NAME, hidden.device, backend)
+    chosen = resolve(NAME, arguments.hidden.device, backend)
 
-    x = hidden.reshape(-1, hidden.shape[-1])
-    flat = target.reshape(-1)
+    x, flat = arguments.hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    row_temperatures = arguments.temperature
     total = flat.shape[0]
     kept = None
     if may_synchronise(x):
         kept = (flat != ignore_index).nonzero()[:, 0]
         kept = None if kept.numel() == total else kept
         if kept is not None:
-            x, flat, tau = x.index_select(0, kept), flat.index_select(0, kept), tau.index_select(0, kept)
-    lora_hidden, lora_weight = lora_factors(NAME, x, weight, lora)
-    inputs = (x, weight, bias, lora_hidden, lora_weight)
+            x, flat, row_temperatures = (rows.index_select(0, kept) for rows in (x, flat, row_temperatures))
+    arguments = with_lora(NAME, arguments._replace(hidden=x, target=flat, temperature=row_temperatures), lora)
     cache_rows = 0
-    shard = None if process_group is None else Shard.of(weight, process_group)
-    if torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs):
-        cache_rows = flat.shape[0]
+    shard = None if process_group is None else Shard.of(arguments.weight, process_group)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:5]):
+        cache_rows = arguments.target.shape[0]
         if cache_bytes is not None:
-            columns = weight.shape[0] if shard is None else shard.largest
-            cache_rows = min(cache_rows, cache_bytes // (columns * blocks.cached(x).itemsize))
-    results = LinearLogProbFunction.apply(
-        *inputs, flat, tau, softcap or 0.0, ignore_index, entropy, cache_rows, chosen, shard
-    )
+            columns = arguments.weight.shape[0] if shard is None else shard.largest
+            cache_rows = min(cache_rows, cache_bytes // (columns * cached(arguments.hidden).itemsize))
+    results = LinearLogProbFunction.apply(*arguments, ignore_index, entropy, cache_rows, chosen, shard)
     if kept is not None:
         results = [r.new_zeros(total).index_copy(0, kept, r) for r in results]
-    logp, surprise, lse, square = (r.view(target.shape) for r in results)
-    return TokenLogProbs(logp, surprise if entropy else None, lse, square)
+    logp, row_entropy, lse, square = (r.view(target.shape) for r in results)
+    return TokenLogProbs(logp, row_entropy if entropy else None, lse, square)
 
 
 def head_arguments(
@@ -97,8 +93,8 @@ def head_arguments(
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Returns hidden as autocast wants it, weight and bias gathered, and each row's temperature, all checked."""
+) -> HeadArguments:
+    """Returns the checked arguments: hidden as autocast wants it, weight and bias gathered; without LoRA."""
     for name, value in (("hidden", hidden), ("weight", weight), ("target", target)):
         check.tensor(op, name, value)
     if hasattr(weight, "full_tensor"):
@@ -107,18 +103,6 @@ def head_arguments(
         bias = bias.full_tensor()
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    _check(op, hidden, weight, target, bias, softcap)
-    return hidden, weight, bias, row_temperature(op, temperature, target, blocks.accumulator(hidden))
-
-
-def _check(
-    op: str,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-) -> None:
     if hidden.dim() not in (2, 3):
         check.fail(op, "hidden of shape (T, D) or (B, L, D)", tuple(hidden.shape))
     check.shape(op, "weight", weight, ("V", hidden.shape[-1]))
@@ -136,22 +120,23 @@ def _check(
         check.dtype(op, "bias", bias, FLOATS)
         check.device(op, "bias", bias, hidden, "hidden")
     check.positive(op, "softcap", softcap)
+    row_temperatures = row_temperature(op, temperature, target, accumulator(hidden.dtype))
+    return HeadArguments(hidden, weight, bias, None, None, target, row_temperatures, softcap or 0.0)
 
 
-def lora_factors(
-    op: str, hidden: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor, float] | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Returns scale * hidden @ A.T, (T, r), in the accumulator's dtype, and B."""
+def with_lora(op: str, arguments: HeadArguments, lora: tuple[Tensor, Tensor, float] | None) -> HeadArguments:
+    """Returns the arguments with an adapter: scale * hidden @ A.T, (T, r), in the accumulator's dtype, and B."""
     if lora is None:
-        return None, None
+        return arguments
     if not isinstance(lora, tuple) or len(lora) != 3:
         check.fail(op, "lora to be a tuple (A, B, scale)", type(lora).__name__, TypeError)
-    a, b, scale = lora
+    hidden, (a, b, scale) = arguments.hidden, lora
     check.shape(op, "lora A", a, ("r", hidden.shape[-1]))
-    check.shape(op, "lora B", b, (weight.shape[0], a.shape[0]))
+    check.shape(op, "lora B", b, (arguments.weight.shape[0], a.shape[0]))
     for name, value in (("lora A", a), ("lora B", b)):
         check.dtype(op, name, value, FLOATS)
         check.device(op, name, value, hidden, "hidden")
-    exact = blocks.accumulator(hidden)
+    exact = accumulator(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        return torch.nn.functional.linear(hidden.to(exact), a.to(exact)) * scale, b
+        lora_hidden = torch.nn.functional.linear(hidden.to(exact), a.to(exact)) * scale
+    return arguments._replace(lora_hidden=lora_hidden, lora_weight=b)

@@ -1,15 +1,14 @@
-"""The policy loss straight from hidden states and the LM head, gradients formed in the forward pass: flat memory."""
+"""The policy loss straight from hidden states and the LM head; the forward pass forms the gradients: flat memory."""
 
 import torch
 from torch import Tensor
 
 from prism_kernels import check
 from prism_kernels.backend import resolve
-from prism_kernels.ops.linear_logprob import head_arguments, lora_factors
-from prism_kernels.ops.linear_policy_loss.registration import NAME, LinearPolicyLossFunction
-from prism_kernels.ops.policy_loss import arguments
-from prism_kernels.ops.policy_loss.metrics import PolicyMetrics
-from prism_kernels.ops.policy_loss.options import options
+from prism_kernels.metrics import PolicyMetrics
+from prism_kernels.ops.linear_logprob import head_arguments, with_lora
+from prism_kernels.ops.linear_policy_loss.op import NAME, LinearPolicyLossFunction
+from prism_kernels.ops.policy_loss.options import check_required, check_tensors, checked_options
 
 
 def linear_policy_loss(
@@ -46,16 +45,16 @@ def linear_policy_loss(
 ) -> tuple[Tensor, PolicyMetrics, Tensor]:
     """Returns the loss, its metrics and the log-probabilities (T,), detached.
 
-    To rounding it is, with the exponentials of a chunk of rows in place of those of all, and three matrix products::
+    It replaces, up to rounding, with the exponentials of one chunk of rows in memory and three matrix products::
 
         out = linear_logprob(hidden, weight, target, entropy=entropy_coef != 0, ...)
         loss, metrics = policy_loss(out.logp, old_logp, advantage, cu_seqlens, mask=mask & (target != ignore_index),
                                     entropy=out.entropy, ...)
         logp = out.logp.detach() * mask
 
-    Rows that are ignored or not in the mask cost nothing; their log-probability is given as 0. Under a sequence ratio a
-    sequence longer than a chunk costs one product more. On a GPU the rows that count, those with a gradient and, under
-    a sequence ratio, cu_seqlens are read from the device, except while a graph is captured.
+    Rows that are ignored or masked are skipped; their log-probability is 0. Under a sequence ratio, a sequence longer
+    than a chunk costs a fourth product. On a GPU the call reads from the device which rows count, which have a gradient
+    and, under a sequence ratio, cu_seqlens; while a graph is captured it reads nothing.
 
     Args:
         hidden: (T, D), fp32, bf16, fp16 or fp64; the products run in its dtype.
@@ -90,11 +89,10 @@ def linear_policy_loss(
     """
     check.tensor(NAME, "hidden", hidden)
     check.shape(NAME, "hidden", hidden, ("T", "D"))
-    hidden, weight, bias, tau = head_arguments(NAME, hidden, weight, target, bias, temperature, softcap)
-    tokens = hidden.shape[0]
+    head = head_arguments(NAME, hidden, weight, target, bias, temperature, softcap)
     columns = {"old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
-    per_token = arguments.batch(NAME, tokens, hidden, "hidden", advantage, cu_seqlens, mask, denominator, columns)
-    chosen = options(
+    per_token = check_tensors(NAME, "hidden", head.hidden, advantage, cu_seqlens, mask, denominator, columns)
+    chosen = checked_options(
         NAME,
         ratio=ratio,
         clip=clip,
@@ -111,16 +109,17 @@ def linear_policy_loss(
         entropy_coef=entropy_coef,
         per_token=per_token,
     )
-    arguments.required(NAME, "ref_logp", ref_logp, "kl_coef", kl_coef)
-    arguments.required(NAME, "rollout_logp", rollout_logp, "correction", correction)
+    check_required(NAME, "ref_logp", ref_logp, "kl_coef", kl_coef)
+    check_required(NAME, "rollout_logp", rollout_logp, "correction", correction)
     if chunk_tokens is not None and chunk_tokens < 1:
         check.fail(NAME, "chunk_tokens >= 1 or None", chunk_tokens)
-    lora_hidden, lora_weight = lora_factors(NAME, hidden, weight, lora)
-    leaves = (hidden, weight, bias, lora_hidden, lora_weight)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
+    head = with_lora(NAME, head, lora)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head[:5]]
     constants = [None if x is None else x.detach() for x in (old_logp, advantage, cu_seqlens, mask)]
     constants += [None if x is None else x.detach() for x in (ref_logp, rollout_logp)]
     given = denominator.detach() if isinstance(denominator, Tensor) else None
-    rest = (target, tau, softcap or 0.0, ignore_index, *constants, given, *chosen.encoded(), chunk_tokens or 0)
-    loss, totals, logp = LinearPolicyLossFunction.apply(*leaves, rest, needs, resolve(NAME, hidden.device, backend))
+    rest = (*head[5:], ignore_index, *constants, given, *chosen.encoded(), chunk_tokens or 0)
+    loss, totals, logp = LinearPolicyLossFunction.apply(
+        *head[:5], rest, needs, resolve(NAME, head.hidden.device, backend)
+    )
     return loss, PolicyMetrics(totals), logp

@@ -1,28 +1,28 @@
 """The experts of a Mixture-of-Experts layer: gated MLPs over the tokens that a router sent to each."""
 
-# not `import torch`: in this package that name is the module torch.py
-from torch import Tensor, get_autocast_dtype, is_autocast_enabled
-from torch import float64 as double
+import torch
+from torch import Tensor
 
 from prism_kernels import check
 from prism_kernels.backend import resolve
-from prism_kernels.ops.moe_experts.registration import NAME, MoeExpertsFunction
-from prism_kernels.ops.moe_route.registration import FLOATS
-from prism_kernels.ops.moe_route.routing import Routing
-from prism_kernels.ops.moe_route.torch import accumulator
+from prism_kernels.ops.moe_experts.op import NAME, MoeExpertsFunction
+from prism_kernels.ops.moe_route import Routing
+from prism_kernels.ops.rows import FLOATS, accumulator
 
 
 def moe_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, *, backend: str | None = None) -> Tensor:
     """Returns the sum over each token's experts of weight * expert(x), (T, D).
 
-    It replaces, for each token t, with fp32 sums::
+    It replaces, with fp32 sums::
 
-        gate, up = (x[t] @ gate_up[e].t()).chunk(2)
-        out[t] += weight[t, k] * ((silu(gate) * up) @ down[e].t())      # e = index[t, k], over k
+        for t in range(T):
+            for e, weight in zip(routing.index[t], routing.weight[t]):
+                gate, up = (x[t] @ gate_up[e].t()).chunk(2)
+                out[t] += weight * ((silu(gate) * up) @ down[e].t())
 
-    Differentiable in x, routing.weight, gate_up and down. For the backward pass it keeps x and the rows (2I) before
-    the activation, nothing else of that size: the activation is computed again, and the weights' gradient comes from
-    it, not from the experts' outputs. Deterministic. Under autocast the products run in autocast's dtype.
+    Differentiable in x, routing.weight, gate_up and down. Deterministic. For the backward pass it saves x and the rows
+    before the activation (T * K, 2I); the activation is recomputed, and the gradient of routing.weight is formed from
+    it, so that no expert's output is saved. Under autocast the products run in autocast's dtype.
 
     Args:
         x: (T, D).
@@ -51,11 +51,11 @@ def moe_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, *, b
     if gate_up.shape[1] % 2:
         check.fail(NAME, f"gate_up of shape ({experts}, 2I, {D}), an even number of rows", tuple(gate_up.shape))
     check.shape(NAME, "down", down, (experts, D, gate_up.shape[1] // 2))
-    weight = weight.to(accumulator(x))
+    weight = weight.to(accumulator(x.dtype))
     dtype = x.dtype
     device = x.device.type
-    if is_autocast_enabled(device) and dtype != double:
-        lower = get_autocast_dtype(device)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        lower = torch.get_autocast_dtype(device)
         x, gate_up, down = x.to(lower), gate_up.to(lower), down.to(lower)
     for name, value in (("gate_up", gate_up), ("down", down)):
         if value.dtype != x.dtype:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prism_kernels.ops.moe_route.routing import Routing
+from prism_kernels.ops.moe_route import Routing
 
 
 def moe_route_reference(
@@ -17,7 +17,7 @@ def moe_route_reference(
     renormalize: bool = True,
     kinds: int = 5,
 ) -> Routing:
-    """Returns what `moe_route` returns; `kinds` is the number of kinds where there is no bias."""
+    """Returns the `Routing` of `moe_route`; `kinds` is the number of kinds where there is no bias."""
     T, E = x.shape[0], router_weight.shape[0]
     logits = x @ router_weight.t()
     if kind_bias is not None:

@@ -1,13 +1,12 @@
 """The Bradley-Terry loss of preferred over other scores, with metrics: one pass, no host synchronisation."""
 
-# not `import torch`: in this package that name is the module torch.py
-from torch import Tensor, int32, int64
-from torch import bool as boolean
+import torch
+from torch import Tensor
 
 from prism_kernels import check
-from prism_kernels.ops.pair_loss.metrics import PairMetrics
-from prism_kernels.ops.pair_loss.registration import NAME, PairLossFunction
-from prism_kernels.ops.token_logprob import FLOATS
+from prism_kernels.metrics import PairMetrics
+from prism_kernels.ops.pair_loss.op import NAME, PairLossFunction
+from prism_kernels.ops.rows import FLOATS
 
 
 def pair_loss(
@@ -29,23 +28,23 @@ def pair_loss(
         x = soft_clip * torch.tanh(x / soft_clip)
         loss = (-logsigmoid(x) + regularisation * (p ** 2 + other ** 2)).mean()
 
-    Pairs that are not valid may hold anything, NaN too. Without a valid pair the loss and its gradients are 0.
+    A pair that is not valid may hold any value, even NaN. Without a valid pair the loss and its gradients are 0.
 
     Args:
         preferred: (N,), or (P,) with `group`.
         other: (N,).
-        group: (N,), integer ids in [0, P): which of the preferred scores each of the others is paired with.
+        group: (N,), integer ids in [0, P): the preferred score that each other score is paired with.
         valid: (N,), bool, the pairs that count; None: all.
         denominator: the number of pairs to divide by instead of this batch's: the global one.
-        regularisation: the factor of the squares of both scores, as they are, which keeps them bounded.
-        soft_clip: c of c * tanh(x / c) on the difference; unlike a clip it never takes the whole gradient away.
+        regularisation: the factor of the squares of both scores, before any clip; it keeps the scores bounded.
+        soft_clip: c of c * tanh(x / c) on the difference; unlike a clip it never sets the gradient to 0.
     """
     for name, value in (("preferred", preferred), ("other", other)):
         check.tensor(NAME, name, value)
         check.shape(NAME, name, value, ("N" if name == "other" or group is None else "P",))
         check.dtype(NAME, name, value, FLOATS)
     check.device(NAME, "preferred", preferred, other, "other")
-    for name, column, dtypes in (("group", group, (int64, int32)), ("valid", valid, (boolean,))):
+    for name, column, dtypes in (("group", group, (torch.int64, torch.int32)), ("valid", valid, (torch.bool,))):
         if column is not None:
             check.tensor(NAME, name, column)
             check.dtype(NAME, name, column, dtypes)
@@ -53,18 +52,18 @@ def pair_loss(
             check.device(NAME, name, column, other, "other")
     if group is None:
         check.shape(NAME, "preferred", preferred, tuple(other.shape))
-    given = None
+    divisor, tensor_denominator = 0.0, None
     if isinstance(denominator, Tensor):
         check.shape(NAME, "denominator", denominator, ())
         check.device(NAME, "denominator", denominator, other, "other")
-        given = denominator.detach()
+        tensor_denominator = denominator.detach()
     else:
         check.positive(NAME, "denominator", denominator)
+        divisor = float(denominator or 0)
     check.positive(NAME, "soft_clip", soft_clip)
     if not 0 <= regularisation < float("inf"):
         check.fail(NAME, "regularisation >= 0 and finite", regularisation)
-    divisor = 0.0 if denominator is None or given is not None else float(denominator)
-    loss, totals = PairLossFunction.apply(
-        preferred, other, (group, valid, given), (divisor, float(regularisation), soft_clip or 0.0)
-    )
+    constants = (group, valid, tensor_denominator)
+    numbers = (divisor, float(regularisation), soft_clip or 0.0)
+    loss, totals = PairLossFunction.apply(preferred, other, constants, numbers)
     return loss, PairMetrics(totals)

@@ -1,4 +1,4 @@
-"""The specification of `pair_loss`: over the valid pairs alone, in autograd, in the dtype of its input."""
+"""The specification of `pair_loss`: over the valid pairs only, in autograd, in the dtype of its input."""
 
 import torch
 from torch import Tensor

@@ -1,14 +1,13 @@
-"""The policy losses of GRPO and its kin over packed sequences, with metrics: one pass, no host synchronisation."""
+"""The policy losses of PPO, GRPO and CISPO over packed sequences, with metrics: one pass, no host synchronisation."""
 
-# not `import torch`: in this package that name is the module torch.py
 from torch import Tensor
 
 from prism_kernels import check
 from prism_kernels.backend import resolve
-from prism_kernels.ops.policy_loss import arguments
-from prism_kernels.ops.policy_loss.metrics import PolicyMetrics
-from prism_kernels.ops.policy_loss.options import options
-from prism_kernels.ops.policy_loss.registration import NAME, PolicyLossFunction
+from prism_kernels.metrics import PolicyMetrics
+from prism_kernels.ops.policy_loss.op import NAME, PolicyLossFunction
+from prism_kernels.ops.policy_loss.options import check_required, check_tensors, checked_options
+from prism_kernels.ops.rows import FLOATS
 
 
 def policy_loss(
@@ -44,31 +43,31 @@ def policy_loss(
         gain = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
         loss = -(gain * mask).sum() / mask.sum()
 
-    Tokens that are not valid may hold anything, NaN too. Without a valid token the loss and its gradient are 0.
+    A token that is not valid may hold any value, even NaN. Without a valid token the loss and its gradient are 0.
 
     Args:
         logp: (T,), the log-probabilities of the tokens of S sequences, one after the other.
-        old_logp: (T,), of the policy that the ratio is taken to; None: the policy itself, so that the ratio is 1.
+        old_logp: (T,), the log-probabilities in the ratio's denominator; None: those of `logp`, so the ratio is 1.
         advantage: (S,) or (T,); if S == T it is per token.
-        cu_seqlens: (S + 1,), int32, the sequences' bounds: from 0 to T.
+        cu_seqlens: (S + 1,), int32 or int64, the sequences' bounds: from 0 to T.
         mask: (T,), bool, the valid tokens; None: all.
         ratio: `token`; or `sequence`, the exponential of the mean log-ratio over the sequence's valid tokens. With
             an advantage per token its gradient is that of the token's own log-ratio (straight-through).
         clip: (low, high): the ratio is clipped to [1 - low, 1 + high].
-        dual_clip: where the advantage is negative, the ratio counts at most as this.
+        dual_clip: the largest ratio that counts where the advantage is negative.
         objective: `clip` (PPO); `cispo`, the clipped ratio as a constant times advantage * logp; or `reinforce`,
             advantage * logp.
-        log_ratio_bound: log-ratios are clamped to +- this before the exponential, and have no gradient beyond.
+        log_ratio_bound: log-ratios are clamped to +- this before the exponential, without gradient beyond it.
         aggregate: `token_mean`, over all valid tokens; or the mean over the sequences with a valid token of their
             tokens' mean (`seq_mean_token_mean`), sum (`seq_mean_token_sum`), or sum / horizon
             (`seq_mean_token_sum_norm`).
         denominator: the number of tokens or sequences to divide by instead of this batch's: the global one.
         horizon: a fixed length, for `seq_mean_token_sum_norm`.
-        ref_logp: (T,), of a reference policy, for the KL term and its metric.
+        ref_logp: (T,), the reference policy's log-probabilities, for the KL term and its metric.
         kl_coef: the factor of the KL term.
-        kl_estimator: `k1`, `k2`, `k3` with their plain derivatives; `k1+`, `k3+` with that of k2, which is an unbiased
-            gradient of KL(policy, reference).
-        rollout_logp: (T,), of the policy that sampled the tokens.
+        kl_estimator: `k1`, `k2`, `k3` with their plain derivatives; `k1+`, `k3+` with the derivative of k2, which is
+            an unbiased gradient of KL(policy, reference).
+        rollout_logp: (T,), the log-probabilities of the policy that sampled the tokens.
         correction: weights exp(old_logp - rollout_logp) of the tokens (`token_*`), of sequences by product
             (`sequence_*`) or by geometric mean (`geometric_*`), truncated at the upper bound (`*_tis`) or 0 outside
             the bounds (`*_mask`).
@@ -79,10 +78,10 @@ def policy_loss(
     """
     check.tensor(NAME, "logp", logp)
     check.shape(NAME, "logp", logp, ("T",))
-    check.dtype(NAME, "logp", logp, arguments.FLOATS)
+    check.dtype(NAME, "logp", logp, FLOATS)
     columns = {"old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp, "entropy": entropy}
-    per_token = arguments.batch(NAME, logp.shape[0], logp, "logp", advantage, cu_seqlens, mask, denominator, columns)
-    chosen = options(
+    per_token = check_tensors(NAME, "logp", logp, advantage, cu_seqlens, mask, denominator, columns)
+    options = checked_options(
         NAME,
         ratio=ratio,
         clip=clip,
@@ -99,13 +98,11 @@ def policy_loss(
         entropy_coef=entropy_coef,
         per_token=per_token,
     )
-    arguments.required(NAME, "ref_logp", ref_logp, "kl_coef", kl_coef)
-    arguments.required(NAME, "entropy", entropy, "entropy_coef", entropy_coef)
-    arguments.required(NAME, "rollout_logp", rollout_logp, "correction", correction)
-    rest = (old_logp, advantage, cu_seqlens, mask, ref_logp, rollout_logp)
-    constants = tuple(None if x is None else x.detach() for x in rest)
-    given = denominator.detach() if isinstance(denominator, Tensor) else None
-    loss, totals = PolicyLossFunction.apply(
-        logp, entropy, (*constants, given), chosen, resolve(NAME, logp.device, backend)
-    )
+    check_required(NAME, "ref_logp", ref_logp, "kl_coef", kl_coef)
+    check_required(NAME, "entropy", entropy, "entropy_coef", entropy_coef)
+    check_required(NAME, "rollout_logp", rollout_logp, "correction", correction)
+    tensor_denominator = denominator if isinstance(denominator, Tensor) else None
+    constants = (old_logp, advantage, cu_seqlens, mask, ref_logp, rollout_logp, tensor_denominator)
+    detached = tuple(None if x is None else x.detach() for x in constants)
+    loss, totals = PolicyLossFunction.apply(logp, entropy, detached, options, resolve(NAME, logp.device, backend))
     return loss, PolicyMetrics(totals)

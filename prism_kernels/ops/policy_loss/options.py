@@ -1,10 +1,16 @@
-"""The options of the policy losses: known names, checks, and their form as an operator's arguments."""
+"""The options that the policy losses share, their form as arguments of an operator, and the checks of all arguments.
 
+T tokens, S sequences.
+"""
+
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from prism_kernels import check
+from prism_kernels.ops.rows import FLOATS
 
 RATIOS = ("token", "sequence")
 OBJECTIVES = ("clip", "cispo", "reinforce")
@@ -12,15 +18,14 @@ AGGREGATES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_me
 ESTIMATORS = ("k1", "k2", "k3", "k1+", "k3+")
 CORRECTIONS = ("token_tis", "sequence_tis", "geometric_tis", "token_mask", "sequence_mask", "geometric_mask")
 
-# exp of it has a square well within fp32's range: no product of ratios and weights is inf, so none with 0 is NaN
+# exp(40) squared is well below fp32's largest number: no product of ratios and weights is inf, so none with 0 is NaN
 LARGEST_BOUND = 40.0
 
-# how the operators count the choices; csrc/cpu/policy_loss_isa.h has the same numbers
-_NONE = -1
+_NO_CORRECTION = -1
 
 
 class Options(NamedTuple):
-    """Everything that is no tensor. `dual_clip` is inf, `denominator` and `horizon` 0, where there is none."""
+    """All options. Without a dual clip `dual_clip` is inf; without a denominator or a horizon they are 0."""
 
     ratio: str
     objective: str
@@ -41,38 +46,41 @@ class Options(NamedTuple):
     entropy_coef: float
 
     def encoded(self) -> tuple[list[int], list[float]]:
-        """Returns the names as their places in the tuples above (-1: no correction), and the numbers."""
+        """Returns the names as indices into the tuples above (-1: no correction), and the numbers.
+
+        csrc/cpu/policy_loss_isa.h counts the names in the same order.
+        """
         choices = [
             RATIOS.index(self.ratio),
             OBJECTIVES.index(self.objective),
             AGGREGATES.index(self.aggregate),
             ESTIMATORS.index(self.kl_estimator),
-            _NONE if self.correction is None else CORRECTIONS.index(self.correction),
+            _NO_CORRECTION if self.correction is None else CORRECTIONS.index(self.correction),
             int(self.per_token),
         ]
         return choices, [float(x) for x in self[6:]]
 
     @staticmethod
     def decoded(choices: list[int], numbers: list[float]) -> "Options":
-        """Returns what `encoded` was made from."""
+        """Returns the options that `encoded` returned as indices and numbers."""
         ratio, objective, aggregate, estimator, correction, per_token = choices
         return Options(
             RATIOS[ratio],
             OBJECTIVES[objective],
             AGGREGATES[aggregate],
             ESTIMATORS[estimator],
-            None if correction == _NONE else CORRECTIONS[correction],
+            None if correction == _NO_CORRECTION else CORRECTIONS[correction],
             bool(per_token),
             *numbers,
         )
 
     @property
     def correction_unit(self) -> str:
-        """Over what a correction's log-ratios are gathered: token, sequence (sum) or geometric (mean)."""
+        """The tokens whose log-ratios a correction combines: `token`, `sequence` (their sum) or `geometric` (mean)."""
         return "token" if self.correction is None else self.correction.split("_")[0]
 
 
-def options(
+def checked_options(
     op: str,
     *,
     ratio: str,
@@ -90,7 +98,7 @@ def options(
     entropy_coef: float,
     per_token: bool,
 ) -> Options:
-    """Returns the checked options."""
+    """Returns the options, after checking them."""
     check.one_of(op, "ratio", ratio, RATIOS)
     check.one_of(op, "objective", objective, OBJECTIVES)
     check.one_of(op, "aggregate", aggregate, AGGREGATES)
@@ -139,3 +147,72 @@ def _pair(op: str, name: str, value: tuple[float, float]) -> tuple[float, float]
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         check.fail(op, f"{name} to be a pair of numbers", value, TypeError)
     return value[0], value[1]
+
+
+def check_tensors(
+    op: str,
+    like_name: str,
+    like: Tensor,
+    advantage: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    denominator: float | Tensor | None,
+    columns: Mapping[str, Tensor | None],
+) -> bool:
+    """Checks shapes, dtypes and devices against `like`, (T, ...); returns whether the advantage is one per token.
+
+    `columns` are the float tensors (T,) by name; None where not given.
+    """
+    tokens = like.shape[0]
+    check.tensor(op, "cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        check.fail(op, "cu_seqlens of shape (S + 1,)", tuple(cu_seqlens.shape))
+    check.dtype(op, "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+    check.device(op, "cu_seqlens", cu_seqlens, like, like_name)
+    for name, column in columns.items():
+        if column is not None:
+            check.tensor(op, name, column)
+            check.shape(op, name, column, (tokens,))
+            check.dtype(op, name, column, FLOATS)
+            check.device(op, name, column, like, like_name)
+    if mask is not None:
+        check.tensor(op, "mask", mask)
+        check.shape(op, "mask", mask, (tokens,))
+        check.dtype(op, "mask", mask, (torch.bool,))
+        check.device(op, "mask", mask, like, like_name)
+    if isinstance(denominator, Tensor):
+        check.shape(op, "denominator", denominator, ())
+        check.device(op, "denominator", denominator, like, like_name)
+    check.tensor(op, "advantage", advantage)
+    check.dtype(op, "advantage", advantage, FLOATS)
+    check.device(op, "advantage", advantage, like, like_name)
+    sequences = cu_seqlens.shape[0] - 1
+    if advantage.dim() != 1 or advantage.shape[0] not in (sequences, tokens):
+        check.fail(
+            op,
+            f"advantage of shape ({sequences},), one for each sequence, or ({tokens},), one for each token",
+            tuple(advantage.shape),
+        )
+    return advantage.shape[0] == tokens
+
+
+def check_required(op: str, name: str, value: Tensor | None, option: str, setting: float | str | None) -> None:
+    """Checks that a tensor is given where an option needs it."""
+    if setting and value is None:
+        check.fail(op, f"{name} with {option} {setting!r}", None)
+
+
+def check_values(op: str, cu_seqlens: Tensor, tokens: int, denominator: Tensor | None) -> None:
+    """Checks that the sequences cover the tokens and that the denominator is positive, where values may be read."""
+    if not check.reads_values(cu_seqlens):
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != tokens:
+        check.fail(op, f"cu_seqlens from 0 to {tokens}, the number of tokens", f"{first} to {last}")
+    decreases = cu_seqlens.diff() < 0
+    if decreases.any():
+        index = int(decreases.nonzero()[0, 0]) + 1
+        pair = f"{int(cu_seqlens[index])} after {int(cu_seqlens[index - 1])} at {index}"
+        check.fail(op, "cu_seqlens that do not decrease", pair)
+    if denominator is not None and not 0 < float(denominator) < float("inf"):
+        check.fail(op, "denominator > 0 and finite", float(denominator))

@@ -58,16 +58,16 @@ def policy_loss_reference(
             log_ratio = mean.detach() + x - x.detach() if per_token else mean.expand_as(x)
         r = log_ratio.clamp(-log_ratio_bound, log_ratio_bound).exp()
         low, high = 1 - clip[0], 1 + clip[1]
-        held = r.clamp(low, high)
+        clamped = r.clamp(low, high)
         if objective == "clip":
-            gain = torch.minimum(r * a, held * a)
+            gain = torch.minimum(r * a, clamped * a)
             count("clipped_low", (a < 0) & (r < low))
             count("clipped_high", (a > 0) & (r > high))
             if dual_clip is not None:
                 count("clipped_dual", (a < 0) & (gain < dual_clip * a))
                 gain = torch.where(a < 0, torch.maximum(gain, dual_clip * a), gain)
         elif objective == "cispo":
-            gain = held.detach() * a * x
+            gain = clamped.detach() * a * x
             count("clipped_low", r < low)
             count("clipped_high", r > high)
         else:
@@ -77,19 +77,19 @@ def policy_loss_reference(
         raw = torch.ones_like(x)
         used = raw
         if rollout_logp is not None:
-            behind = old - pick(rollout_logp)
+            log_weight = old - pick(rollout_logp)
             if correction is not None and correction.startswith("sequence"):
-                behind = behind.sum().expand_as(x)
+                log_weight = log_weight.sum().expand_as(x)
             elif correction is not None and correction.startswith("geometric"):
-                behind = behind.mean().expand_as(x)
-            raw = behind.clamp(-log_ratio_bound, log_ratio_bound).exp()
+                log_weight = log_weight.mean().expand_as(x)
+            raw = log_weight.clamp(-log_ratio_bound, log_ratio_bound).exp()
         if correction is not None:
-            bottom, top = correction_bounds
+            lower, upper = correction_bounds
             if correction.endswith("tis"):
-                used = raw.clamp(max=top)
-                count("correction_clipped", raw > top)
+                used = raw.clamp(max=upper)
+                count("correction_clipped", raw > upper)
             else:
-                outside = (raw < bottom) | (raw > top)
+                outside = (raw < lower) | (raw > upper)
                 used = torch.where(outside, 0, raw)
                 count("correction_clipped", outside)
         count("correction_raw", raw)
@@ -143,7 +143,7 @@ def policy_loss_reference(
 
 
 def _kl(delta: Tensor, estimator: str, bound: float) -> Tensor:
-    """Returns the estimate of KL(new, reference) of each token, where delta = logp - ref_logp."""
+    """Returns each token's estimate of KL(new, reference) from delta = logp - ref_logp."""
     if estimator == "k1":
         return delta
     half_square = delta.square() / 2
@@ -151,8 +151,8 @@ def _kl(delta: Tensor, estimator: str, bound: float) -> Tensor:
         return half_square
     value = delta
     if estimator.startswith("k3"):
-        held = delta.clamp(-bound, bound)
-        value = torch.expm1(-held) + held
+        clamped = delta.clamp(-bound, bound)
+        value = torch.expm1(-clamped) + clamped
     if estimator.endswith("+"):
         return value.detach() + half_square - half_square.detach()
     return value

@@ -1,18 +1,18 @@
 """Attention over a pack in which each prompt is stored once: each branch sees its own prefix and itself."""
 
-# not `import torch`: in this package that name is the module torch.py
-from torch import Tensor, bfloat16, float16
+import torch
+from torch import Tensor
 
 from prism_kernels import check
-from prism_kernels.ops.prefix_attention.registration import NAME, PrefixAttentionFunction
-from prism_kernels.ops.prefix_attention.torch import attend_pieces
+from prism_kernels.ops.prefix_attention.eager import attend_pieces
+from prism_kernels.ops.prefix_attention.op import NAME, PrefixAttentionFunction
 from prism_kernels.ops.prefix_attention.varlen import attend_expanded, flash_takes
-from prism_kernels.ops.token_logprob import FLOATS
+from prism_kernels.ops.rows import FLOATS
 from prism_kernels.packing import PrefixPack
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale: float | None = None) -> Tensor:
-    """Returns the attention's output (T, H, d): that of each prompt and branch run as a sequence of its own.
+    """Returns the attention's output (T, H, d), as if each branch ran as a sequence of its own after its prompt.
 
     It replaces, without the (T, T) mask::
 
@@ -21,9 +21,9 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale
         mask = (own_prefix | same & (group[:, None] == group)).tril()
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
-    Memory is linear in T. On the CPU two flash passes, one over the prefix for all queries of a group and one over
-    each piece itself, are merged by their log-sum-exps. On a GPU in 16 bits one variable-length flash call reads an
-    expanded copy of the prefixes' keys; other dtypes and devices take one call a branch.
+    Memory is linear in T. On the CPU, two flash passes are merged by their log-sum-exps: one over the prefix for all
+    queries of a group, one over each piece itself. On a GPU in 16 bits, one variable-length flash call reads an
+    expanded copy of the prefixes' keys. Other dtypes and devices take one call per branch.
 
     Args:
         q: (T, H, d).
@@ -49,13 +49,13 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale
         check.fail(NAME, f"k of shape (T, K, d) with K a divisor of q's {heads} heads", tuple(k.shape))
     check.shape(NAME, "v", v, tuple(k.shape))
     check.positive(NAME, "scale", scale)
-    factor = width**-0.5 if scale is None else float(scale)
+    scale = width**-0.5 if scale is None else float(scale)
     if tokens == 0:
-        # of no tokens, yet of the graph
+        # empty, but a part of the graph
         return q + 0 * (k.sum() + v.sum())
     if q.device.type == "cpu":
         lengths = (pack.cu_prefix, pack.cu_branch, pack.branch_group)
-        return PrefixAttentionFunction.apply(q, k, v, lengths, factor)
-    if q.device.type == "cuda" and q.dtype in (bfloat16, float16) and flash_takes(q):
-        return attend_expanded(q, k, v, pack, factor)
-    return attend_pieces(q, k, v, pack.layout, factor)
+        return PrefixAttentionFunction.apply(q, k, v, lengths, scale)
+    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and flash_takes(q):
+        return attend_expanded(q, k, v, pack, scale)
+    return attend_pieces(q, k, v, pack.layout, scale)

@@ -7,7 +7,7 @@ from prism_kernels.packing import PrefixPack
 
 
 def visible(pack: PrefixPack) -> Tensor:
-    """Returns (T, T): which keys each query sees, from the pack's branch of each token and its prefixes' lengths."""
+    """Returns the keys that each query sees, (T, T), from the pack's branch of each token and its prefixes' lengths."""
     owner = torch.cat((pack.branch_group, pack.branch_group.new_zeros(1)))
     # a prefix token's group is the number of prefixes that end at or before it
     prefix_rank = (pack.branch == -1).cumsum(0) - 1

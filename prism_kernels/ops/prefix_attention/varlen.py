@@ -1,7 +1,7 @@
 """Prefix attention by one variable-length flash call on a GPU. T tokens, U expanded keys, K heads, d width.
 
-Every piece is a sequence: its queries are its own tokens, so that q needs no copy; its keys are its prefix's, then its
-own. Flash attention aligns a causal mask to the lower right, which is what queries behind a prefix need.
+Every piece is a sequence. Its queries are its own tokens, so that q needs no copy; its keys are its prefix's tokens,
+then its own. Flash attention aligns a causal mask to the lower right, as queries after a prefix need it.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prism_kernels.ops.prefix_attention.layout import pieces
-from prism_kernels.ops.prefix_attention.torch import accumulator
+from prism_kernels.ops.prefix_attention.eager import pieces
+from prism_kernels.ops.rows import accumulator
 from prism_kernels.packing import Layout, PrefixPack
 
 # (q, k, v, cu_q, cu_k, max_q, max_k, scale) -> out, causal to the lower right
@@ -24,22 +24,22 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float], Ten
 
 
 class Expansion(NamedTuple):
-    """Which token each expanded key is a copy of, and the other way round."""
+    """The token that each expanded key copies, and the copies of each token."""
 
     # [U]
     source: Tensor
-    # [T]: the copy that stands in the token's own piece
-    own: Tensor
-    # for each group of at least one branch its prefix's first token and the copies (branches, L) of its tokens
+    # [T] the copy in the token's own piece
+    in_piece: Tensor
+    # for each group of at least one branch, its prefix's first token and the copies (branches, L) of its tokens
     copies: tuple[tuple[int, Tensor], ...]
-    # int32
+    # int32, the bounds of the pieces
     cu_query: Tensor
     cu_key: Tensor
     max_query: int
     max_key: int
 
 
-# one for all layers of a model, as long as the pack lives
+# all layers of a model share one, as long as the pack exists
 _EXPANSIONS: WeakKeyDictionary[PrefixPack, Expansion] = WeakKeyDictionary()
 
 
@@ -50,7 +50,7 @@ def flash_takes(q: Tensor) -> bool:
 
 def expansion(layout: Layout, device: torch.device) -> Expansion:
     """Returns the expansion of a pack."""
-    source, own = [], []
+    source, in_piece = [], []
     copies: dict[int, list[Tensor]] = {}
     cu_query, cu_key = [0], [0]
     max_query = max_key = 0
@@ -59,7 +59,7 @@ def expansion(layout: Layout, device: torch.device) -> Expansion:
             continue
         begin = cu_key[-1]
         source += [torch.arange(prefix, prefix + size), torch.arange(start, start + length)]
-        own.append(torch.arange(begin + size, begin + size + length))
+        in_piece.append(torch.arange(begin + size, begin + size + length))
         if size:
             copies.setdefault(prefix, []).append(torch.arange(begin, begin + size))
         cu_query.append(cu_query[-1] + length)
@@ -68,7 +68,7 @@ def expansion(layout: Layout, device: torch.device) -> Expansion:
     empty = torch.empty(0, dtype=torch.int64)
     return Expansion(
         torch.cat([*source, empty]).to(device),
-        torch.cat([*own, empty]).to(device),
+        torch.cat([*in_piece, empty]).to(device),
         tuple((prefix, torch.stack(rows).to(device)) for prefix, rows in copies.items()),
         torch.tensor(cu_query, dtype=torch.int32, device=device),
         torch.tensor(cu_key, dtype=torch.int32, device=device),
@@ -77,19 +77,19 @@ def expansion(layout: Layout, device: torch.device) -> Expansion:
     )
 
 
-# lengths are data: a traced expansion would hold for one pack alone
+# lengths are data: a traced expansion would be valid for one pack only
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _expansion_of(pack: PrefixPack, device: torch.device) -> Expansion:
     plan = _EXPANSIONS.get(pack)
     if plan is None:
-        # what is made in inference mode cannot be saved for a later backward pass
+        # tensors made in inference mode cannot be saved for a later backward pass
         with torch.inference_mode(False):
             plan = _EXPANSIONS[pack] = expansion(pack.layout, device)
     return plan
 
 
 class Expand(torch.autograd.Function):
-    """Copies of the rows of k or v; the gradients of the copies are summed in fp32, in a fixed order."""
+    """Copies the rows of k or v; the gradients of the copies are summed in fp32, in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Expansion) -> Tensor:
@@ -102,7 +102,7 @@ class Expand(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Returns (T, K, d)."""
         plan: Expansion = ctx.plan
-        total = grad.index_select(0, plan.own)
+        total = grad.index_select(0, plan.in_piece)
         for prefix, copies in plan.copies:
             branches, length = copies.shape
             rows = torch.cat((grad.index_select(0, copies.flatten()), total[prefix : prefix + length]))
@@ -129,7 +129,7 @@ def _flash_attn(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float
 ) -> Tensor:
     flash_attn_varlen_func = import_module("flash_attn").flash_attn_varlen_func
-    # a reproducible backward pass: its faster form adds to dq in any order
+    # the faster, nondeterministic backward pass adds to dq in any order
     return flash_attn_varlen_func(
         q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True, deterministic=True
     )
@@ -141,7 +141,7 @@ def _torch_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     known = signature(varlen_attn).parameters
-    # the first versions have no window, and take fewer heads of k without being told
+    # the first versions have no window, and take fewer heads of k without an option
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known and q.shape[1] != k.shape[1]:
         options["enable_gqa"] = True

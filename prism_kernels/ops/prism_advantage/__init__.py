@@ -1,13 +1,12 @@
-"""Advantages from two scores, perception and reasoning, with the format and the answer taken into account."""
+"""Advantages from the scores of perception and reasoning, the format and the answer."""
 
-# not `import torch`: in this package that name is the module torch.py
 from torch import Tensor
 
 from prism_kernels import check
 from prism_kernels.backend import resolve
-from prism_kernels.ops.group_advantage import samples
-from prism_kernels.ops.prism_advantage.registration import INVALID, MODES, NAME, NORMALIZE, advantages
-from prism_kernels.ops.prism_advantage.torch import Settings
+from prism_kernels.ops.group_advantage import check_samples
+from prism_kernels.ops.prism_advantage.eager import Settings
+from prism_kernels.ops.prism_advantage.op import INVALID, MODES, NAME, NORMALIZE, prism_advantage_fwd
 
 
 def prism_advantage(
@@ -30,21 +29,23 @@ def prism_advantage(
 ) -> Tensor:
     """Returns each sample's advantage, (N,), fp32 (fp64 for fp64 input), without gradient.
 
-    GN is the z-score within a group, (x - mean) / (std + eps), ddof 1. The aligned advantage is
-    A = alpha GN(perception) + (1 - alpha) GN(reasoning), or with normalize="sum" GN(alpha perception +
-    (1 - alpha) reasoning). With f = 1 for a bad format and w = 1 for a wrong answer (accuracy <= 0) in good format:
+    It replaces, with f = 1 for a bad format, w = 1 for a wrong answer (accuracy <= 0) in good format, and the z-score
+    of each group (the std has ddof 1)::
 
-    ==========  =====================================================================================================
-    mode        advantage
-    ==========  =====================================================================================================
-    align       A - format_penalty f
-    acc_gating  align_coef A - wrong_penalty w - format_penalty f
-    gated       align_coef A (1 - f) (1 - w) - wrong_penalty w - format_penalty f
-    rlvr        GN(w_acc accuracy + w_fmt (1 - f)) + align_coef A (1 - f) (1 - w)
-    rlvr_v2     GN(w_acc accuracy + w_fmt (1 - f) - wrong_penalty w - format_penalty f) + align_coef A (1 - f) (1 - w)
-    sign_align  GN((1 - f) (w_acc accuracy + w_fmt - wrong_penalty w) - format_penalty f) +
-                align_coef A (1 - f) (1 - 2 w)
-    ==========  =====================================================================================================
+        GN = lambda x: (x - x.mean()) / (x.std() + eps)
+        A = alpha * GN(perception) + (1 - alpha) * GN(reasoning)        # normalize="channel"
+        A = GN(alpha * perception + (1 - alpha) * reasoning)            # normalize="sum"
+        gate = align_coef * A * (1 - f) * (1 - w)
+        penalty = wrong_penalty * w + format_penalty * f
+        advantage = {
+            "align": A - format_penalty * f,
+            "acc_gating": align_coef * A - penalty,
+            "gated": gate - penalty,
+            "rlvr": GN(w_acc * accuracy + w_fmt * (1 - f)) + gate,
+            "rlvr_v2": GN(w_acc * accuracy + w_fmt * (1 - f) - penalty) + gate,
+            "sign_align": GN((1 - f) * (w_acc * accuracy + w_fmt - wrong_penalty * w) - format_penalty * f)
+            + align_coef * A * (1 - f) * (1 - 2 * w),
+        }[mode]
 
     Args:
         perception: (N,), the score of each sample's description.
@@ -54,10 +55,10 @@ def prism_advantage(
         accuracy: (N,), for every mode but `align`.
         alpha: perception's share.
         normalize: `channel` or `sum`, see above.
-        invalid: `exclude`: samples of a bad format are left out of A's statistics and have A = 0 (a group of one valid
-            sample: A = 0), and a group without a valid sample gets 0 throughout. `below_min`, the published code: their
-            scores become the group's smallest valid one - 1 (-1 if none is valid), and a group of one has mean 0
-            and std 1.
+        invalid: `exclude`: samples of a bad format enter no statistic of A and have A = 0 (a group of one valid
+            sample: A = 0), and all advantages of a group without a valid sample are 0. `below_min`, the published
+            code: the scores of samples of a bad format become the group's smallest valid score - 1 (-1 if none is
+            valid), and a group of one has mean 0 and std 1.
         format_penalty: see above.
         mode: see above.
         align_coef: see above.
@@ -69,7 +70,7 @@ def prism_advantage(
     floats = {"perception": perception, "reasoning": reasoning}
     if accuracy is not None:
         floats["accuracy"] = accuracy
-    samples(NAME, floats, group, {"format_ok": format_ok})
+    check_samples(NAME, floats, group, {"format_ok": format_ok})
     check.one_of(NAME, "normalize", normalize, NORMALIZE)
     check.one_of(NAME, "invalid", invalid, INVALID)
     check.one_of(NAME, "mode", mode, MODES)
@@ -78,10 +79,15 @@ def prism_advantage(
     if not 0 <= alpha <= 1:
         check.fail(NAME, "alpha in [0, 1]", alpha)
     check.positive(NAME, "eps", eps)
-    correct = None if accuracy is None else accuracy.detach()
-    return advantages(
-        (perception.detach(), reasoning.detach(), group, format_ok, correct),
-        (NORMALIZE.index(normalize), INVALID.index(invalid), MODES.index(mode)),
+    return prism_advantage_fwd(
+        perception.detach(),
+        reasoning.detach(),
+        group,
+        format_ok,
+        None if accuracy is None else accuracy.detach(),
+        NORMALIZE.index(normalize),
+        INVALID.index(invalid),
+        MODES.index(mode),
         list(Settings(alpha, format_penalty, align_coef, wrong_penalty, w_acc, w_fmt, eps)),
         resolve(NAME, perception.device),
     )

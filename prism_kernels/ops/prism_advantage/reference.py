@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 
-def _z(x: Tensor, eps: float, lone: str) -> Tensor:
+def _z(x: Tensor, eps: float, single: str) -> Tensor:
     """Returns the z-scores of one group."""
     if x.numel() == 1:
-        return x / (1 + eps) if lone == "raw" else torch.zeros_like(x)
+        return x / (1 + eps) if single == "raw" else torch.zeros_like(x)
     return (x - x.mean()) / (x.std() + eps)
 
 
@@ -30,7 +30,7 @@ def prism_advantage_reference(
     eps: float = 1e-6,
 ) -> Tensor:
     """Returns what `prism_advantage` returns."""
-    lone = "raw" if invalid == "below_min" else "zero"
+    single = "raw" if invalid == "below_min" else "zero"
     result = torch.zeros(group.numel(), dtype=torch.float64)
     for g in group.unique().tolist():
         rows = (group == g).nonzero()[:, 0]
@@ -47,9 +47,9 @@ def prism_advantage_reference(
         p, r = (x[used] for x in channels)
         aligned = torch.zeros(rows.numel(), dtype=torch.float64)
         if normalize == "channel":
-            aligned[used] = alpha * _z(p, eps, lone) + (1 - alpha) * _z(r, eps, lone)
+            aligned[used] = alpha * _z(p, eps, single) + (1 - alpha) * _z(r, eps, single)
         else:
-            aligned[used] = _z(alpha * p + (1 - alpha) * r, eps, lone)
+            aligned[used] = _z(alpha * p + (1 - alpha) * r, eps, single)
 
         fine = ok.double()
         f = 1 - fine
@@ -65,9 +65,9 @@ def prism_advantage_reference(
         result[rows] = {
             "acc_gating": align_coef * aligned - penalty - format_penalty * f,
             "gated": gate - penalty - format_penalty * f,
-            "rlvr": _z(reward, eps, lone) + gate,
-            "rlvr_v2": _z(reward - penalty - format_penalty * f, eps, lone) + gate,
-            "sign_align": _z(fine * (reward - penalty) - format_penalty * f, eps, lone)
+            "rlvr": _z(reward, eps, single) + gate,
+            "rlvr_v2": _z(reward - penalty - format_penalty * f, eps, single) + gate,
+            "sign_align": _z(fine * (reward - penalty) - format_penalty * f, eps, single)
             + align_coef * aligned * fine * (1 - 2 * w),
         }[mode]
     return result

@@ -5,10 +5,9 @@ from torch import Tensor
 
 from prism_kernels import check
 from prism_kernels.backend import resolve
-from prism_kernels.ops.token_logprob.registration import NAME, TokenLogProbFunction, accumulator
+from prism_kernels.ops.rows import FLOATS, accumulator, row_temperature
+from prism_kernels.ops.token_logprob.op import NAME, TokenLogProbFunction
 from prism_kernels.outputs import TokenLogProbs
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def token_logprob(
@@ -46,7 +45,7 @@ def token_logprob(
     check.shape(NAME, "target", target, tuple(logits.shape[:-1]))
     check.dtype(NAME, "target", target, (torch.int64,))
     check.device(NAME, "target", target, logits, "logits")
-    tau = row_temperature(NAME, temperature, target, accumulator(logits))
+    tau = row_temperature(NAME, temperature, target, accumulator(logits.dtype))
     flat = logits.reshape(-1, logits.shape[-1])
     if flat.stride(1) != 1:
         flat = flat.contiguous()
@@ -55,15 +54,3 @@ def token_logprob(
     )
     logp, surprise, lse, square = (r.view(target.shape) for r in results)
     return TokenLogProbs(logp, surprise if entropy else None, lse, square)
-
-
-def row_temperature(op: str, temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the temperature of each row, (T,), after checking what can be checked without reading a device."""
-    if isinstance(temperature, Tensor):
-        if temperature.dim() == 0:
-            temperature = temperature.expand(target.shape)
-        check.shape(op, "temperature", temperature, tuple(target.shape))
-        check.device(op, "temperature", temperature, target, "target")
-        return temperature.detach().to(dtype).reshape(-1)
-    check.positive(op, "temperature", temperature)
-    return torch.full((target.numel(),), temperature, dtype=dtype, device=target.device)

@@ -5,8 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from prism_kernels.ops.anchored_rows import torch as specification
-from prism_kernels.ops.anchored_rows import triton as kernels
+from prism_kernels.ops.anchored_rows import eager, kernels
 
 NAN, INF = math.nan, math.inf
 # three blocks of 64 columns, the last not full
@@ -100,7 +99,7 @@ def test_forward_is_the_definition(dtype, exp, with_bias, softcap, chain):
 
 
 @pytest.mark.parametrize("exp", [None, "float32", "in place"])
-def test_forward_of_broken_rows_is_the_specification_and_touches_no_other(exp):
+def test_forward_of_broken_rows_agrees_with_eager_and_touches_no_other(exp):
     z, target, _, inv_temperature = rows(torch.float32, count=12)
     anchor = anchors(z, target, None, 0.0, torch.float32)
     clean, clean_exp = run_forward(kernels, z, target, anchor, inv_temperature, None, 0.0, False, exp)
@@ -114,7 +113,7 @@ def test_forward_of_broken_rows_is_the_specification_and_touches_no_other(exp):
     anchor[10] = NAN
     z[11, 5], z[11, 120] = NAN, 200.0
     stats, out = run_forward(kernels, z, target, anchor, inv_temperature, None, 0.0, False, exp)
-    expected, _ = run_forward(specification, z, target, anchor, inv_temperature, None, 0.0, False, exp)
+    expected, _ = run_forward(eager, z, target, anchor, inv_temperature, None, 0.0, False, exp)
     assert torch.equal(stats.isnan(), expected.isnan())
     assert torch.equal(stats[0].nan_to_num(), expected[0].nan_to_num())
     torch.testing.assert_close(stats[:, 9], expected[:, 9], rtol=2e-5, atol=0)
@@ -262,7 +261,7 @@ def test_backward_is_the_definition(dtype, source_is_exp, out, with_bias, softca
     assert gradient.isfinite().all()
     assert (gradient[5] == 0).all()
     theirs = torch.full(z.shape, NAN, dtype=gradient.dtype)
-    specification.backward(source, *arguments, theirs)
+    eager.backward(source, *arguments, theirs)
     assert ((gradient.double() - theirs.double()).abs() <= 2 * rounding * scale + 2e-6).all()
 
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from prism_kernels.ops.anchored_rows import torch as specification
-from prism_kernels.ops.linear_logprob import triton as fused
+from prism_kernels.ops.anchored_rows import eager
+from prism_kernels.ops.linear_logprob import kernels as fused
 
 NAN, INF = math.nan, math.inf
 
@@ -89,7 +89,7 @@ def test_fused_forward_does_not_depend_on_the_other_rows_nor_on_how_many_there_a
     assert torch.equal(both(hidden, weight, target, bias, inv_temperature)[1], stats)
 
 
-def test_broken_rows_of_the_fused_forward_touch_no_other_and_agree_with_the_specification():
+def test_broken_rows_of_the_fused_forward_touch_no_other_and_agree_with_eager():
     hidden, weight, target, bias, inv_temperature = head(24, 133, 40)
     clean_anchor, clean = both(hidden, weight, target, bias, inv_temperature)
     hidden[3, 5] = NAN
@@ -104,7 +104,7 @@ def test_broken_rows_of_the_fused_forward_touch_no_other_and_agree_with_the_spec
     assert torch.equal(anchor[~broken], clean_anchor[~broken])
     z = hidden @ weight.t()
     theirs = torch.full((4, 24), NAN)
-    specification.forward(z, target, anchor, inv_temperature, bias, 0.0, False, None, theirs)
+    eager.forward(z, target, anchor, inv_temperature, bias, 0.0, False, None, theirs)
     assert torch.equal(stats.isnan(), theirs.isnan())
     torch.testing.assert_close(stats, theirs, rtol=3e-5, atol=1e-6, equal_nan=True)
 
@@ -127,13 +127,13 @@ def test_fused_forward_takes_columns_banned_by_the_bias_and_anchors_of_another_s
         stats = fused.fused_forward(hidden, weight, target, anchor, inv_temperature, bias, 0.0)
         theirs = torch.full((4, 20), NAN)
         z = hidden @ weight.t()
-        specification.forward(z, target, anchor, inv_temperature, bias, 0.0, False, None, theirs)
+        eager.forward(z, target, anchor, inv_temperature, bias, 0.0, False, None, theirs)
         assert torch.equal(stats.isnan(), theirs.isnan())
         assert stats[1].isnan().sum() == (20 if infinite else 1)
         torch.testing.assert_close(stats, theirs, rtol=3e-5, atol=1e-6, equal_nan=True)
     bias[:] = -INF
     stats = fused.fused_forward(hidden, weight, target, anchor, inv_temperature, bias, 0.0)
-    specification.forward(z, target, anchor, inv_temperature, bias, 0.0, False, None, theirs)
+    eager.forward(z, target, anchor, inv_temperature, bias, 0.0, False, None, theirs)
     torch.testing.assert_close(stats, theirs, rtol=0, atol=0, equal_nan=True)
 
 

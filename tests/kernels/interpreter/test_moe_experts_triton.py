@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from prism_kernels import Routing, moe_experts
-from prism_kernels.ops.moe_experts import torch as specification
-from prism_kernels.ops.moe_experts import triton as kernels
+from prism_kernels.ops.moe_experts import eager, kernels
 from prism_kernels.ops.moe_experts.reference import moe_experts_reference
 from prism_kernels.testing import assert_close, double
 
@@ -36,25 +35,25 @@ def test_every_step_is_its_specification(T, K, E, columns, dtype):
     routing = routed(T, K, E, dtype)
     permutation, weight = routing.permutation, routing.weight
     x, pre, grad = rows(T, columns, dtype), rows(T * K, 2 * columns, dtype), rows(T * K, columns, dtype, 5)
-    assert torch.equal(kernels.gather(x, permutation, K), specification.gather(x, permutation, K))
-    close(kernels.swiglu(pre), specification.swiglu(pre))
+    assert torch.equal(kernels.gather(x, permutation, K), eager.gather(x, permutation, K))
+    close(kernels.swiglu(pre), eager.swiglu(pre))
     for needs in ((True, True, True), (True, False, False), (False, True, True), (False, False, True)):
         ours = kernels.swiglu_backward(pre, grad, weight, permutation, needs)
-        theirs = specification.swiglu_backward(pre, grad, weight, permutation, needs)
+        theirs = eager.swiglu_backward(pre, grad, weight, permutation, needs)
         for a, b, wanted in zip(ours, theirs, needs):
             assert (a is not None) == (b is not None) == wanted
             if wanted:
                 close(a, b)
     _, ours, _ = kernels.swiglu_backward(pre, None, weight, permutation, (False, True, False))
-    close(ours, specification.swiglu_backward(pre, None, weight, permutation, (False, True, False))[1])
+    close(ours, eager.swiglu_backward(pre, None, weight, permutation, (False, True, False))[1])
     for share in (weight, None):
-        close(kernels.combine(grad, permutation, share, T, K), specification.combine(grad, permutation, share, T, K))
+        close(kernels.combine(grad, permutation, share, T, K), eager.combine(grad, permutation, share, T, K))
 
 
 def test_large_gates_are_finite():
     pre = torch.tensor([[-200.0, 200.0, -90.0, 2.0, 2.0, 2.0]])
     one, first = torch.ones(1, 1), torch.zeros(1, dtype=torch.int32)
-    close(kernels.swiglu(pre), specification.swiglu(pre))
+    close(kernels.swiglu(pre), eager.swiglu(pre))
     ours = kernels.swiglu_backward(pre, torch.ones(1, 3), one, first, (True, True, True))
     assert all(t.isfinite().all() for t in ours)
     assert ours[0][0, 0] == 0 and ours[0][0, 1] == 2

@@ -37,7 +37,7 @@ def test_linear_logprob_on_triton(cache_bytes, softcap):
 
 
 def test_linear_logprob_without_gradients_takes_the_fused_forward(monkeypatch):
-    from prism_kernels.ops.linear_logprob import triton as fused
+    from prism_kernels.ops.linear_logprob import kernels as fused
 
     calls = []
     forward = fused.fused_forward

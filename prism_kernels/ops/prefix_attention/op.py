@@ -1,0 +1,92 @@
+"""The ops of `prefix_attention` on the CPU: schemas, fakes, checks of values and autograd.
+
+T tokens, H heads of q, K heads of k and v, d width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from prism_kernels import check
+from prism_kernels.library import register_op
+from prism_kernels.ops.prefix_attention import eager
+from prism_kernels.ops.rows import accumulator
+from prism_kernels.packing import Layout, layout_of
+
+NAME = "prefix_attention"
+
+
+def _checked_layout(cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, tokens: int) -> Layout:
+    layout = layout_of(cu_prefix, cu_branch, branch_group)
+    total = sum(layout.prefix) + sum(layout.branch)
+    if total != tokens or min((*layout.prefix, *layout.branch, 0)) < 0:
+        check.fail(NAME, f"a pack whose cu_prefix and cu_branch rise and cover its {tokens} tokens", total)
+    if sum(layout.branches) != len(layout.branch) or (branch_group.diff() < 0).any():
+        check.fail(NAME, f"branch_group in [0, {len(layout.prefix)}) and not to decrease", branch_group.tolist())
+    return layout
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return eager.forward(q, k, v, _checked_layout(cu_prefix, cu_branch, branch_group, q.shape[0]), scale)
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_prefix: Tensor,
+    cu_branch: Tensor,
+    branch_group: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return eager.backward(grad, q, k, v, out, lse, layout_of(cu_prefix, cu_branch, branch_group), scale)
+
+
+def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulator(q.dtype))
+
+
+def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_PACK = "Tensor cu_prefix, Tensor cu_branch, Tensor branch_group, float scale"
+prefix_attention_fwd = register_op(
+    f"prefix_attention_fwd(Tensor q, Tensor k, Tensor v, {_PACK}) -> (Tensor, Tensor)",
+    fake=_forward_fake,
+    eager=_forward,
+)
+prefix_attention_bwd = register_op(
+    f"prefix_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PACK})"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    eager=_backward,
+)
+
+
+class PrefixAttentionFunction(torch.autograd.Function):
+    """The attention's output, differentiable in q, k and v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, Tensor, Tensor], scale: float
+    ) -> Tensor:
+        """Returns the output."""
+        out, lse = prefix_attention_fwd(q, k, v, *lengths, scale)
+        ctx.save_for_backward(q, k, v, out, lse, *lengths)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of q, k and v."""
+        grads = prefix_attention_bwd(grad, *ctx.saved_tensors, ctx.scale)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), None, None
