@@ -225,6 +225,7 @@ def _configured(command: Command, parsed: argparse.Namespace, flags: Sequence[st
         raise DataError(f"run.stages: expected none, `prism {command.stage}` is one stage; use `prism run` for several")
     config = load_config(parsed.config, overrides)
     _check_models(config)
+    _check_rewards(config)
     if parsed.dry_run:
         print(to_toml(config), end="")
         return _read_data(config)
@@ -296,6 +297,18 @@ def _check_models(config: "Config") -> None:
             raise ConfigError(f"run.folder: expected another one than that of model.{key}, which it would write over")
     if (Path(config.run.folder) / "upcycle.json").is_file():
         raise ConfigError(f"run.folder: expected another one than that of `prism upcycle`, got {config.run.folder!r}")
+
+
+def _check_rewards(config: "Config") -> None:
+    """Raises if a custom reward of RLVR cannot be called."""
+    paths = config.algorithm.rlvr.rewards
+    if not paths or "rlvr" not in config.run.stages:
+        return
+    from prism.config import ConfigError
+    from prism.rewards.custom import find_unusable_rewards
+
+    if problems := find_unusable_rewards(paths):
+        raise ConfigError("\n".join(f"algorithm.rlvr.rewards: {problem}" for problem in problems))
 
 
 def _check_model(key: str, model: str) -> None:

@@ -1,11 +1,12 @@
 """The algorithms, each a preset of options that may be overridden, and the optimisers."""
 
+import re
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prism.config.sections import NONE, Positive, Section, Share, Two, over_defaults
+from prism.config.sections import NONE, Names, Numbers, Positive, Section, Share, Two, over_defaults
 
 # the published options of `prism_kernels.policy_loss` for each algorithm
 LOSS_PRESETS: dict[str, dict[str, Any]] = {
@@ -25,6 +26,7 @@ REWARD_PRESETS: dict[str, dict[str, Any]] = {
     "rloo": {"baseline": "leave_one_out", "scale": "none"},
     "reinforce_pp": {"scale": "batch_std"},
 }
+_IMPORT_PATH = re.compile(r"\w+(?:\.\w+)*:\w+(?:\.\w+)*")
 
 
 class PolicyLoss(Section):
@@ -179,13 +181,16 @@ class Overlong(Section):
 
 
 class RlvrAlgorithm(PolicyLoss):
-    """RLVR's loss, advantages (`prism_kernels.group_advantage`) and DAPO's two rules.
+    """RLVR's loss, advantages (`prism_kernels.group_advantage`), DAPO's two rules and the rewards.
 
     Args:
         baseline: Subtracted from a reward: the group's `mean`, the mean of the others (`leave_one_out`), or nothing.
         scale: Divisor of the difference: the group's standard deviation (`std`), the batch's (`batch_std`), or none.
         dynamic_sampling: Replacement of groups without a signal; none: all groups are used.
         overlong: Penalty of long responses; none: no penalty.
+        verifier_weight: Weight of the built-in score of answer and format.
+        rewards: Import paths of custom rewards, "package.module:function"; see `prism.rewards.custom`.
+        reward_weights: Weight of each custom reward; empty: 1 each.
     """
 
     name: Literal["grpo", "dapo", "gspo", "dr_grpo", "rloo", "cispo", "reinforce_pp"] = "grpo"
@@ -193,10 +198,31 @@ class RlvrAlgorithm(PolicyLoss):
     scale: Literal["std", "none", "batch_std"] = "std"
     dynamic_sampling: Annotated[DynamicSampling | None, NONE] = None
     overlong: Annotated[Overlong | None, NONE] = None
+    verifier_weight: Annotated[float, Field(ge=0)] = 1.0
+    rewards: Names = ()
+    reward_weights: Numbers = ()
 
     @classmethod
     def _preset(cls, name: str) -> dict[str, Any]:
         return {**super()._preset(name), **REWARD_PRESETS.get(name, {})}
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> Self:
+        for path in self.rewards:
+            if not _IMPORT_PATH.fullmatch(path):
+                raise ValueError(f'rewards: expected import paths like "package.module:function", got {path!r}')
+        if len(self.custom_rewards) < len(self.rewards):
+            raise ValueError(f"rewards: expected functions of different names, got {', '.join(self.rewards)}")
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            wanted = f"one for each of the {len(self.rewards)} rewards, or none"
+            raise ValueError(f"reward_weights: expected {wanted}, got {len(self.reward_weights)}")
+        return self
+
+    @property
+    def custom_rewards(self) -> dict[str, tuple[str, float]]:
+        """The import path and weight of each custom reward, by its name in metrics: the function's."""
+        names = [re.split("[.:]", path)[-1] for path in self.rewards]
+        return dict(zip(names, zip(self.rewards, self.reward_weights or (1.0,) * len(self.rewards))))
 
     def advantage_options(self) -> dict[str, Any]:
         """Returns group_advantage's keyword arguments."""
