@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-op reproduce test test-peers bench bench-kept bench-patches gpu lint wheel clean
+.PHONY: help demo demo-op reproduce test test-all test-peers bench bench-kept bench-patches gpu lint wheel clean
 
 help: ## lists the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,8 +36,14 @@ demo-op: $(VENV)/install.stamp ## compares the log-probability op with plain PyT
 reproduce: $(VENV)/install.stamp ## runs the experiment: each arm on three seeds, figures, plots, a page; rerun to resume
 	$(BIN)/python -m bench.reproduce
 
+# two workers of one thread each; the tests of a file stay together, since they share what is slow to make
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(VENV)/install.stamp ## installs everything and runs the tests
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not full"
+
+test-all: $(VENV)/install.stamp ## runs the tests with the whole of every grid
+	$(PYTEST)
 
 # the peers get their own environment: they pin other versions than the package needs
 PEERS := .venv-peers

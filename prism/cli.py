@@ -1,8 +1,7 @@
-"""The command line: a table of commands, imported when they are called: help and bad settings answer at once."""
+"""The command line. Commands are checked before torch is imported, so that errors and help answer at once."""
 
 import argparse
 import importlib
-import importlib.util
 import os
 import select
 import sys
@@ -20,45 +19,45 @@ INSTALL = "pip install 'prism-kernels[train]'"
 
 
 class Option(NamedTuple):
-    """A flag of a command without settings."""
+    """A flag of a command that takes no settings."""
 
     name: str
     metavar: str
-    told: str
-    kind: Callable[[str], Any] = str
+    help: str
+    type: Callable[[str], Any] = str
     required: bool = True
     default: Any = None
 
 
 class Command(NamedTuple):
-    """What a name on the command line calls."""
+    """A command, and the function that it calls."""
 
-    # "module:function"; the command exists where the module does
+    # "module:function", imported when the command is called
     target: str
     summary: str
-    # called with the settings; else with its options
+    # whether the function takes the settings; otherwise it takes the options
     configured: bool = True
     options: tuple[Option, ...] = ()
-    # the one that is run, of a command that is one stage of the settings
+    # the only stage that the command runs
     stage: str | None = None
 
 
 def positive(text: str) -> int:
-    """Returns a whole number above 0."""
+    """Parses a whole number > 0."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text!r}")
     return int(text)
 
 
 def natural(text: str) -> int:
-    """Returns a whole number from 0 on."""
+    """Parses a whole number >= 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number >= 0, got {text!r}")
     return int(text)
 
 
 def temperature(text: str) -> float:
-    """Returns a finite number from 0 on."""
+    """Parses a finite number >= 0."""
     try:
         value = float(text)
     except ValueError:
@@ -68,50 +67,50 @@ def temperature(text: str) -> float:
     return value
 
 
-RUN = Option("run", "DIR", "the run's folder")
+RUN = Option("run", "DIR", "folder of the run")
 STAGES_RUN = "prism.commands.run:run"
 COMMANDS = {
-    "run": Command(STAGES_RUN, "all stages one after the other; the same command goes on where it was ended"),
-    "sft": Command(STAGES_RUN, "one stage: fine-tunes model.policy on demonstrations", stage="sft"),
-    "upcycle": Command(
-        "prism.commands.checks:upcycle", "makes a discriminator of a dense model; tells what that changes"
-    ),
+    "run": Command(STAGES_RUN, "run all stages; rerun the same command to resume"),
+    "sft": Command(STAGES_RUN, "run one stage: fine-tune model.policy on demonstrations", stage="sft"),
+    "upcycle": Command("prism.cli:upcycle", "make a discriminator from a dense model, and measure the change"),
     "warmup": Command(
         STAGES_RUN,
-        "one stage: trains model.discriminator on model.policy against its teachers",
+        "run one stage: train model.discriminator to tell model.policy's responses from its teachers'",
         stage="warmup",
     ),
-    "align": Command(STAGES_RUN, "one stage: model.policy plays against model.discriminator", stage="align"),
-    "rlvr": Command(STAGES_RUN, "one stage: reinforces right answers of model.policy", stage="rlvr"),
+    "align": Command(STAGES_RUN, "run one stage: train model.policy against model.discriminator", stage="align"),
+    "rlvr": Command(STAGES_RUN, "run one stage: reinforce right answers of model.policy", stage="rlvr"),
     "eval": Command(
-        "prism.commands.checks:evaluate",
-        "accuracy, format and length of a model's responses to problems, by data source",
+        "prism.cli:evaluate",
+        "measure accuracy, format and length of a model's responses to problems, by data source",
         False,
         (
-            Option("model", "DIR", "a policy: a folder as a run leaves it, or a hub id"),
-            Option("data", "FILE", "problems, JSONL or parquet; or shapes:test, a split of the embedded world"),
-            Option("out", "FILE", "JSON for the figures", required=False),
-            Option("samples", "N", "the first N problems; all without it", positive, False),
-            Option("temperature", "T", "0, which is greedy, without it", temperature, False, 0.0),
-            Option("max_new_tokens", "N", "the longest response; 1024 without it", positive, False, 1024),
-            Option("seed", "N", "of the sampling; 0 without it", natural, False, 0),
+            Option("model", "DIR", "policy: the folder `policy` of a run, or a hub id"),
+            Option("data", "FILE", "problems as JSONL or parquet; or shapes:test, a split of the embedded world"),
+            Option("out", "FILE", "JSON file for the figures", required=False),
+            Option("samples", "N", "evaluate the first N problems; default: all", positive, False),
+            Option("temperature", "T", "sampling temperature; default: 0, which is greedy", temperature, False, 0.0),
+            Option("max_new_tokens", "N", "tokens of the longest response; default: 1024", positive, False, 1024),
+            Option("seed", "N", "seed of the sampling; default: 0", natural, False, 0),
         ),
     ),
     "export": Command(
-        "prism.commands.checks:export",
-        "a Hugging Face folder of a run's policy, with a model card",
+        "prism.cli:export",
+        "write a run's policy as a Hugging Face folder with a model card",
         False,
-        (RUN, Option("to", "DIR", "the folder to write, which must not exist yet")),
+        (RUN, Option("to", "DIR", "folder to write; it must not exist yet")),
     ),
-    "report": Command("prism.report:report", "one static HTML file of a run, finished or not", False, (RUN,)),
-    "doctor": Command("prism.cli:doctor", "versions, devices, kernels, and why those that are missing are", False),
+    "report": Command("prism.report:report", "write a run's report as one HTML file, finished or not", False, (RUN,)),
+    "doctor": Command("prism.cli:doctor", "show versions, devices and kernels, and why any is missing", False),
 }
 
-# what doctor looks for beyond what the kernels need
+# splits of the embedded world whose problems have answers
+SPLITS = ("test", "validation", "rl", "alignment", "sft")
+# packages that doctor shows besides those of the kernels
 PACKAGES = ("pydantic", "rich", "safetensors", "tokenizers", "pillow", "pyarrow", "math-verify")
-# errors whose message says all, by name: their modules import much
-TOLD = ("ConfigError", "CheckpointError", "NotFiniteError")
-# the schema of each stage's files
+# errors that are shown without a traceback; by name, since importing their modules takes long
+SHOWN = ("ConfigError", "CheckpointError", "NotFiniteError")
+# schema of the files that each stage reads
 SCHEMAS = {
     "sft": "chat",
     "warmup": "warmup",
@@ -123,20 +122,21 @@ SCHEMAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status.
+    """Runs a command and returns its exit status.
 
-    1 where training cannot go on, 2 for bad settings, data or checkpoints, 130 after Ctrl-C, 141 where nobody reads on.
+    The status is 0; 1 if training cannot continue; 2 for bad settings, data or checkpoints; 130 after Ctrl-C; 141 if
+    the reader of the output has closed it.
     """
-    # flags of settings are not argparse's: it sees the rest
+    # argparse does not know the settings: they stay in `flags`
     parsed, flags = _parser().parse_known_args(arguments)
     command = COMMANDS[parsed.command]
     try:
         status = _run(command, parsed, flags)
-        # here, and not at the interpreter's end, a reader shows that reads no further
+        # a closed reader shows here, rather than when the interpreter exits
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not _output_is_closed():
             raise
         return 141
     except ModuleNotFoundError as error:
@@ -150,8 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError) as error:
-        # anything else than these is a defect, whose traceback is wanted
-        if not (isinstance(error, DataError) or type(error).__name__ in TOLD):
+        # any other error is a defect, which needs its traceback
+        if not (isinstance(error, DataError) or type(error).__name__ in SHOWN):
             raise
         print(f"prism {parsed.command}: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2
@@ -165,8 +165,8 @@ def _run(command: Command, parsed: argparse.Namespace, flags: Sequence[str]) -> 
     return _called(command, **{option.name: getattr(parsed, option.name) for option in command.options})
 
 
-def _nobody_reads() -> bool:
-    """Returns whether it is the standard output that is closed, as by `| head`; what is left then goes nowhere."""
+def _output_is_closed() -> bool:
+    """Returns whether the standard output is closed, as by `| head`, and if so discards the rest of the output."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     closed = any(event & select.POLLERR for _, event in poll.poll(0))
@@ -175,13 +175,8 @@ def _nobody_reads() -> bool:
     return closed
 
 
-def available() -> dict[str, Command]:
-    """Returns the commands whose modules exist; none of them is imported."""
-    return {name: command for name, command in COMMANDS.items() if _exists(command.target.partition(":")[0])}
-
-
 def doctor() -> int:
-    """Prints versions, devices and kernels, and returns 1 where a package of the extra [train] is missing."""
+    """Prints versions, devices and kernels; returns 1 if a package of the extra [train] is missing."""
     from importlib.metadata import PackageNotFoundError, version
 
     from prism_kernels.__main__ import main as kernels
@@ -189,11 +184,11 @@ def doctor() -> int:
     missing = []
     for package in PACKAGES:
         try:
-            found = version(package)
+            installed = version(package)
         except PackageNotFoundError:
             missing.append(package)
-            found = "not installed"
-        print(f"{package:<13} {found}")
+            installed = "not installed"
+        print(f"{package:<13} {installed}")
     kernels()
     if missing:
         print(f"\nmissing: {', '.join(missing)}; {INSTALL}")
@@ -205,20 +200,21 @@ def _parser() -> argparse.ArgumentParser:
         "prism", description="Post-training of vision-language models.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, command in available().items():
+    for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)
-        for name_, metavar, told, kind, required, default in command.options:
-            sub.add_argument(f"--{name_}", metavar=metavar, help=told, type=kind, required=required, default=default)
+        for option in command.options:
+            sub.add_argument(f"--{option.name}", **{k: v for k, v in option._asdict().items() if k != "name"})
         if command.configured:
             sub.usage = f"prism {name} [--config FILE] [--dry-run] [--section.key VALUE ...]"
-            sub.add_argument("--config", metavar="FILE", help="settings in TOML; without it, the embedded world's")
-            sub.add_argument("--dry-run", action="store_true", help="print all settings, read all data files, and stop")
-            sub.add_argument("--settings", action="store_true", help="list the keys that may be set, and stop")
+            sub.add_argument("--config", metavar="FILE", help="TOML file of settings; default: the embedded world")
+            sub.add_argument(
+                "--dry-run", action="store_true", help="print all settings and check all data files, then stop"
+            )
+            sub.add_argument("--settings", action="store_true", help="list the keys of all settings, then stop")
     return parser
 
 
 def _configured(command: Command, parsed: argparse.Namespace, flags: Sequence[str]) -> int:
-    from prism.commands.checks import check_places
     from prism.config import all_keys, load_config, parse_overrides, to_toml
 
     if parsed.settings:
@@ -226,9 +222,10 @@ def _configured(command: Command, parsed: argparse.Namespace, flags: Sequence[st
         return 0
     overrides = parse_overrides(flags)
     if command.stage is not None and overrides.setdefault("run.stages", command.stage) != command.stage:
-        raise DataError(f"run.stages: expected none, `prism {command.stage}` is one stage; several are `prism run`")
+        raise DataError(f"run.stages: expected none, `prism {command.stage}` is one stage; use `prism run` for several")
     config = load_config(parsed.config, overrides)
-    check_places(config)
+    _check_models(config)
+    _check_rewards(config)
     if parsed.dry_run:
         print(to_toml(config), end="")
         return _read_data(config)
@@ -241,16 +238,94 @@ def _called(command: Command, *arguments: Any, **named: Any) -> int:
     return function(*arguments, **named) or 0
 
 
-def _exists(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        # its package does not exist
-        return False
+def upcycle(config: "Config") -> int:
+    """Writes the discriminator that the settings describe."""
+    from prism.config import ConfigError
+
+    folder = Path(config.run.folder)
+    if config.discriminator.dense:
+        raise ConfigError("discriminator.dense: expected false, a dense one has no experts, got true")
+    for name in ("config.json", "metrics.jsonl", "discriminator"):
+        if (folder / name).exists():
+            raise ConfigError(f"run.folder: expected one without {name}, got {str(folder)!r}; name another one")
+    from prism.commands.make_discriminator import write_discriminator
+
+    write_discriminator(config)
+    return 0
+
+
+def evaluate(
+    model: str, data: str, out: str | None, samples: int | None, temperature: float, max_new_tokens: int, seed: int
+) -> int:
+    """Prints a model's figures on problems, and writes them to a file if one is named."""
+    _check_model("--model", model)
+    world, _, split = data.partition(":")
+    if world == "shapes" and split:
+        if split not in SPLITS:
+            raise DataError(f"--data: expected shapes: with one of {', '.join(SPLITS)}, got {data!r}")
+    elif not Path(data).exists():
+        raise DataError(f"--data: expected a file or folder of problems, or shapes:test; there is no {data!r}")
+    if out is not None and not Path(out).parent.is_dir():
+        raise DataError(f"--out: expected a file in a folder that exists, got {out!r}")
+    from prism.commands.evaluate import examine
+
+    examine(model, data, out, samples, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    return 0
+
+
+def export(run: str, to: str) -> int:
+    """Writes a run's policy as a Hugging Face folder."""
+    from prism.report.run_folder import read_run
+
+    record = read_run(run)
+    if Path(to).exists():
+        raise DataError(f"--to: expected a folder that does not exist yet, got {to!r}")
+    from prism.commands.export import write_export
+
+    write_export(record, Path(to))
+    return 0
+
+
+def _check_models(config: "Config") -> None:
+    """Raises if a model of the settings cannot be read, or if the run would overwrite it."""
+    from prism.config import ConfigError
+
+    for key, model in (("policy", config.model.policy), ("discriminator", config.model.discriminator)):
+        if model not in ("tiny", "policy"):
+            _check_model(f"model.{key}", model)
+        if Path(model).resolve() == (Path(config.run.folder) / key).resolve():
+            raise ConfigError(f"run.folder: expected another one than that of model.{key}, which it would write over")
+    if (Path(config.run.folder) / "upcycle.json").is_file():
+        raise ConfigError(f"run.folder: expected another one than that of `prism upcycle`, got {config.run.folder!r}")
+
+
+def _check_rewards(config: "Config") -> None:
+    """Raises if a custom reward of RLVR cannot be called."""
+    paths = config.algorithm.rlvr.rewards
+    if not paths or "rlvr" not in config.run.stages:
+        return
+    from prism.config import ConfigError
+    from prism.rewards.custom import find_unusable_rewards
+
+    if problems := find_unusable_rewards(paths):
+        raise ConfigError("\n".join(f"algorithm.rlvr.rewards: {problem}" for problem in problems))
+
+
+def _check_model(key: str, model: str) -> None:
+    """Raises for the folder of a run instead of a model's, and for a folder without a model."""
+    from prism.config import ConfigError
+
+    # a hub id has one slash at most, and does not begin like a path or with a folder that exists
+    folder = model.count("/") > 1 or model.startswith((".", "/", "~")) or Path(model.partition("/")[0]).is_dir()
+    inside = Path(model) / ("discriminator" if key.endswith("discriminator") else "policy")
+    if (inside / "config.json").is_file():
+        raise ConfigError(f"{key}: expected the folder of a model, got that of a run; did you mean {str(inside)!r}?")
+    if folder and not (Path(model) / "config.json").is_file():
+        raise ConfigError(f"{key}: expected a folder with a config.json, got {model!r}")
 
 
 def _read_data(config: "Config") -> int:
-    """Reads all data files, prints what would be rejected and why, and returns 1 where it is more than allowed."""
+    """Reads all data files and prints the rows that would be skipped, by cause; returns 1 if they are too many."""
     if config.data.source == "shapes":
         return 0
     from prism.data.images import ImageLimits
@@ -267,20 +342,20 @@ def _read_data(config: "Config") -> int:
     for name, files in data.files:
         if not files:
             continue
-        # as the run reads them
+        # with the checks of the run
         take = None if encoder is None else problem_reader(name, encoder, data)
-        found = dry_run(files, SCHEMAS[name], options, take=take)
-        print(f"\n# data.files.{name}: {found.accepted} of {found.rows} rows can be used")
-        for cause, count in found.rejected.items():
-            print(f"#   {cause}: {count}; the first: {found.first[cause]}")
-        if found.accepted == 0 or found.rows - found.accepted > data.max_skipped * found.rows:
-            print(f"#   expected at most data.max_skipped = {data.max_skipped:.0%} to be skipped, and a row to be left")
+        read = dry_run(files, SCHEMAS[name], options, take=take)
+        print(f"\n# data.files.{name}: {read.accepted} of {read.rows} rows can be used")
+        for cause, count in read.rejected.items():
+            print(f"#   {cause}: {count}; the first: {read.first[cause]}")
+        if read.accepted == 0 or read.rows - read.accepted > data.max_skipped * read.rows:
+            print(f"#   expected at most data.max_skipped = {data.max_skipped:.0%} skipped rows, and a usable row")
             status = 1
     return status
 
 
 def _encoder(config: "Config") -> "PromptEncoder | None":
-    """Returns what reads prompts for the policy; None: a hub's model may not be on this machine."""
+    """Returns the encoder of prompts for the policy; None if it is a hub's model that is not on this machine."""
     from prism.models.building import load_encoder
     from prism.models.prompts import PromptEncoder
     from prism.models.tiny import tiny_image_processor, train_tokenizer

@@ -105,7 +105,7 @@ def _implementations(op: str) -> list[str]:
 
 def _native_reason(extension: str) -> str | None:
     if extension not in native_reason:
-        # no op was imported yet, and with them the extensions
+        # the extensions are loaded with the ops
         importlib.import_module("prism_kernels.ops")
     return native_reason[extension]
 

@@ -1,4 +1,4 @@
-"""Where the tagged segments of responses are, found in the bytes of their tokens, with no decoding.
+"""The tagged segments of responses, found in the bytes of their tokens, without decoding.
 
 T packed tokens, S responses, k tags, B bytes of the batch.
 """
@@ -35,7 +35,7 @@ _IS_SPACE[list(SPACE.encode())] = True
 
 
 class TokenBytes(NamedTuple):
-    """The bytes of each token of a vocabulary: those of token i are data[offsets[i] : offsets[i + 1]]."""
+    """The bytes of each token of a vocabulary: data[offsets[i] : offsets[i + 1]] for token i."""
 
     # uint8
     data: NDArray[np.uint8]
@@ -43,14 +43,14 @@ class TokenBytes(NamedTuple):
     offsets: Ints
 
 
-# a vocabulary of the 256 bytes: finds segments in texts whose tokens do not matter
+# a vocabulary of the 256 bytes, to find segments in texts
 SINGLE_BYTES = TokenBytes(np.arange(256, dtype=np.uint8), np.arange(257, dtype=np.int64))
 
 
 class Segments(NamedTuple):
     """The tokens [start, end) of each segment's text, without its tags, as indices into the packed batch."""
 
-    # [S, k], int64; of an invalid response 0 and 0
+    # [S, k], int64; start and end are 0 in invalid responses
     start: Tensor
     # [S, k], int64
     end: Tensor
@@ -59,9 +59,9 @@ class Segments(NamedTuple):
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Returns the byte that each character of a byte-level BPE's vocabulary stands for (GPT-2's alphabet).
+    """Returns the byte of each character in a byte-level BPE's vocabulary (GPT-2's alphabet).
 
-    Printable bytes of Latin-1 stand for themselves, the others in order for the characters from 256.
+    The printable characters of Latin-1 stand for their own bytes, the characters from 256 on for the other bytes.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]
@@ -69,13 +69,13 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def token_bytes(tokenizer: Any, size: int | None = None) -> TokenBytes:
-    """Returns the bytes of every token of a byte-level BPE tokenizer of transformers: once per tokenizer.
+    """Returns the bytes of every token of a byte-level BPE tokenizer of transformers; call it once per tokenizer.
 
-    Special tokens, and ids that no token has, are empty; tokens that were added as plain text are their text.
+    Special tokens and unused ids have no bytes. Tokens that were added as plain text have the bytes of their text.
 
     Args:
-        tokenizer: what AutoTokenizer gives for Qwen, Llama 3, GPT-2 and their kin.
-        size: how many ids there are, where the model has more than the tokenizer; None: the tokenizer's.
+        tokenizer: the result of AutoTokenizer for Qwen, Llama 3, GPT-2 and the like.
+        size: number of ids, if the model has more than the tokenizer; None: the tokenizer's.
     """
     alphabet = byte_alphabet()
     vocabulary: dict[str, int] = tokenizer.get_vocab()
@@ -105,48 +105,48 @@ def find_segments(
     table: TokenBytes,
     tags: Sequence[str] = TAGS,
 ) -> Segments:
-    """Returns where each response's segments are, or the reason why it has none, on the CPU.
+    """Returns the segments of each response, or the reason why it is invalid, on the CPU.
 
-    A valid response is, for each tag in order, `<tag>text</tag>`, each tag once, no text empty or white space, and
-    nothing but white space around them; white space is ASCII's. Tags are searched in the bytes of the whole batch, so
-    tokens may cut them anywhere. A token belongs to the segment that its first byte is in: one that ends an opening
-    tag and begins the text is the tag's, one that ends the text and begins the closing tag is the text's. Special
-    tokens have no bytes: they neither disturb a segment nor begin or end one.
+    A valid response is `<tag>text</tag>` for each tag in order: each tag once, no text empty or white space, and only
+    white space around them; white space is ASCII's. Tags are searched in the bytes of the whole batch, so tokens may
+    cut them anywhere. A token belongs to the segment of its first byte: one that ends an opening tag and begins the
+    text belongs to the tag, one that ends the text and begins the closing tag belongs to the text. Special tokens have
+    no bytes: they neither disturb a segment nor begin or end one.
 
     Args:
         token_ids: (T,), the responses one after the other.
         cu_seqlens: (S + 1,), cumulative lengths of the responses.
-        table: of `token_bytes`.
-        tags: names without brackets, in their order.
+        table: the result of `token_bytes`.
+        tags: names without brackets, in order.
     """
     _check_tags(tags)
     ids, bounds = _integers("token_ids", token_ids), _integers("cu_seqlens", cu_seqlens)
     _check_values(ids, bounds, len(table.offsets) - 1)
     responses, count = len(bounds) - 1, len(tags)
 
-    # bytes of the batch: each token's run in the table, laid out one after the other
+    # the bytes of the batch: each token's run in the table, one after the other
     lengths = np.diff(table.offsets)[ids]
     starts = _cumulative(lengths)
-    place = np.repeat(table.offsets[ids] - starts[:-1], lengths)
-    place += np.arange(len(place))
-    text = table.data[place]
+    source = np.repeat(table.offsets[ids] - starts[:-1], lengths)
+    source += np.arange(len(source))
+    text = table.data[source]
     edges = starts[bounds]
     texts_before = _cumulative(~_IS_SPACE[text])
 
     marks = [mark for tag in tags for mark in (f"<{tag}>".encode(), f"</{tag}>".encode())]
-    # [S, 2k]: of each opening and closing tag how often it occurs, where it begins and where it ends
+    # [S, 2k]: how often each opening and closing tag occurs, where it begins and where it ends
     number = np.zeros((responses, 2 * count), dtype=np.int64)
     begin = np.zeros_like(number)
     brackets = np.flatnonzero(text == _LESS_THAN)
     for column, mark in enumerate(marks):
-        found = _occurrences(text, brackets, mark)
-        owner = np.searchsorted(edges, found, side="right") - 1
-        # the last response that begins there is the one that holds the byte; a tag must also end in it
-        whole = found + len(mark) <= edges[owner + 1]
-        found, owner = found[whole], owner[whole]
-        number[:, column] = np.bincount(owner, minlength=responses)
-        begin[owner, column] = found
-    # where a tag is missing these places mean nothing, but they must exist
+        at = _occurrences(text, brackets, mark)
+        response = np.searchsorted(edges, at, side="right") - 1
+        # a response is searched from the right, because empty ones share an edge; a tag must also end in it
+        whole = at + len(mark) <= edges[response + 1]
+        at, response = at[whole], response[whole]
+        number[:, column] = np.bincount(response, minlength=responses)
+        begin[response, column] = at
+    # a missing tag's positions mean nothing, but must be in range
     finish = np.minimum(begin + np.array([len(mark) for mark in marks]), len(text))
 
     inner = texts_before[begin[:, 1::2]] - texts_before[finish[:, ::2]]
@@ -154,13 +154,13 @@ def find_segments(
     gap_end = np.concatenate((begin[:, ::2], edges[1:, None]), 1)
     outside = texts_before[gap_end] - texts_before[gap_begin]
 
-    bearers = np.flatnonzero(lengths)
-    first = np.searchsorted(starts[bearers], finish[:, ::2])
-    behind = np.searchsorted(starts[bearers], begin[:, 1::2])
+    with_bytes = np.flatnonzero(lengths)
+    first = np.searchsorted(starts[with_bytes], finish[:, ::2])
+    after = np.searchsorted(starts[with_bytes], begin[:, 1::2])
 
-    # from the last reason to the first, which stays
+    # from the last reason to the first, which overwrites the others
     reason = np.full(responses, Reason.VALID, dtype=np.int64)
-    reason[(first >= behind).any(1)] = Reason.NO_TOKEN
+    reason[(first >= after).any(1)] = Reason.NO_TOKEN
     reason[(inner == 0).any(1)] = Reason.EMPTY_SEGMENT
     reason[(outside != 0).any(1)] = Reason.TEXT_OUTSIDE
     reason[(np.diff(begin) <= 0).any(1)] = Reason.WRONG_ORDER
@@ -170,21 +170,21 @@ def find_segments(
 
     valid = reason == Reason.VALID
     start, end = np.zeros((2, responses, count), dtype=np.int64)
-    start[valid] = bearers[first[valid]]
-    end[valid] = bearers[behind[valid] - 1] + 1
+    start[valid] = with_bytes[first[valid]]
+    end[valid] = with_bytes[after[valid] - 1] + 1
     return Segments(torch.from_numpy(start), torch.from_numpy(end), torch.from_numpy(reason))
 
 
 def _occurrences(text: NDArray[np.uint8], brackets: Ints, mark: bytes) -> Ints:
-    """Returns where a tag begins; `brackets` are the places of "<", with which it does."""
-    found = brackets[brackets + len(mark) <= len(text)]
+    """Returns the positions of a tag, which are among the positions of "<"."""
+    at = brackets[brackets + len(mark) <= len(text)]
     for offset in range(1, len(mark)):
-        found = found[text[found + offset] == mark[offset]]
-    return found
+        at = at[text[at + offset] == mark[offset]]
+    return at
 
 
 def _nested(begin: Ints) -> NDArray[np.bool_]:
-    """Returns (S,): whether a tag of one segment begins within another segment; begin is (S, 2k)."""
+    """Returns whether a tag of one segment begins inside another segment, (S,), from the tags' beginnings, (S, 2k)."""
     opens, closes = begin[:, ::2, None], begin[:, 1::2, None]
     within = (opens < begin[:, None]) & (begin[:, None] < closes)
     return np.logical_or.reduce(within, axis=(1, 2))
@@ -219,5 +219,5 @@ def _check_values(ids: Ints, bounds: Ints, vocabulary: int) -> None:
         check.fail(NAME, f"cu_seqlens to rise from 0 to {len(ids)}, the number of tokens", bounds.tolist())
     bad = np.flatnonzero((ids < 0) | (ids >= vocabulary))
     if len(bad):
-        place = int(bad[0])
-        check.fail(NAME, f"token_ids in [0, {vocabulary}), the table's ids", f"{ids[place]} at {place}")
+        i = int(bad[0])
+        check.fail(NAME, f"token_ids in [0, {vocabulary}), the table's ids", f"{ids[i]} at {i}")

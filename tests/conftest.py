@@ -1,5 +1,7 @@
 import os
 import signal
+from collections import defaultdict
+from itertools import combinations
 
 import pytest
 import torch
@@ -17,6 +19,34 @@ def pytest_configure(config):
     # the machine's own core count makes timings and reduction orders differ; two is what CI has
     if DEVICE == "cpu":
         torch.set_num_threads(min(2, os.cpu_count() or 1, int(os.environ.get("OMP_NUM_THREADS", "2"))))
+
+
+# the files that take longest begin first, so that parallel workers end together
+LONGEST = ("trainer/test_demo.py", "kernels/test_triton_aot.py", "build/test_cuda_compile.py", "build/test_build.py")
+
+
+# before pytest's own, which selects by markers
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    def rank(item):
+        names = [place for place, name in enumerate(LONGEST) if item.path.as_posix().endswith(name)]
+        return names[0] if names else len(LONGEST)
+
+    items.sort(key=rank)
+    mark_redundant(item for item in items if item.get_closest_marker("grid"))
+
+
+def mark_redundant(items):
+    """Marks a case `full` if earlier cases of its test have each pair of its parameters already."""
+    covered = defaultdict(set)
+    for item in items:
+        test = item.path, item.originalname
+        # by identity, since not all values can be hashed
+        values = sorted((name, id(value)) for name, value in item.callspec.params.items())
+        pairs = set(combinations(values, 2))
+        if pairs <= covered[test]:
+            item.add_marker("full")
+        covered[test] |= pairs
 
 
 @pytest.fixture

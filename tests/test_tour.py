@@ -36,6 +36,11 @@ def test_a_station_names_a_file_and_its_functions(path, names):
     assert names and set(names) <= known
 
 
+def test_every_task_names_a_file():
+    files = re.findall(r"^\| \d+ \| .* \| `([^`]+)` \|$", TOUR, re.MULTILINE)
+    assert len(files) == 10 and all((ROOT / file).exists() for file in files)
+
+
 def test_a_stations_link_shows_its_file():
     for shown, path, _ in STATION.findall(TOUR):
         assert shown == path

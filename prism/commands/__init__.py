@@ -1,1 +1,1 @@
-"""The commands besides `prism run`, and what is checked before torch is imported."""
+"""The commands that `prism.cli` calls after it has checked their arguments."""

@@ -3,12 +3,11 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,41 +17,17 @@ from prism.config import DataSettings, Sampling
 from prism.data.files import DataError
 from prism.data.loader import LoadOptions, RowStream
 from prism.data.problem import Problem, problem_reader
+from prism.evaluation.assessment import JudgedResponse, judge_responses
 from prism.models.building import load_causal, load_encoder
 from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
-from prism.rewards import score_batch
-from prism.rollout.batch import decode
 from prism.rollout.engine import Engine
-from prism.worlds.shapes.counters import judge
 from prism.worlds.shapes.problems import problem_of
 from prism.worlds.shapes.world import ShapesWorld
 
-# problems that are answered together
+# problems of a batch
 BATCH = 64
 Figures = dict[str, float]
-
-
-class Asked(NamedTuple):
-    """A problem and where it comes from."""
-
-    problem: Problem
-    source: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one response was; the errors are those of the embedded world, None elsewhere."""
-
-    source: str
-    accuracy: float
-    format: float
-    # in tokens
-    length: int
-    # 1: it was still going on at the limit
-    cut: float
-    perception_error: float | None = None
-    reasoning_error: float | None = None
 
 
 def examine(
@@ -65,16 +40,16 @@ def examine(
     max_new_tokens: int = 1024,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Returns the figures of one response to each problem, of all and by data source, and prints them as a table.
+    """Evaluates one response to each problem; prints the figures by data source as a table, and returns them.
 
     Args:
         model: folder or hub id of a policy.
         data: a file or folder of problems, or `shapes:` and a split of the embedded world.
-        out: a file that gets what is returned, as JSON.
-        samples: the first so many; None: all.
-        temperature: 0 is greedy.
-        max_new_tokens: the longest response.
-        seed: of the sampling.
+        out: JSON file to write the figures to.
+        samples: number of problems, from the first on; None: all.
+        temperature: sampling temperature; 0 is greedy.
+        max_new_tokens: length of the longest response.
+        seed: seed of the sampling.
     """
     policy = Policy(load_causal("--model", model, "auto"))
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,90 +61,69 @@ def examine(
         wanted = f"fewer than the model's {positions} positions"
         raise DataError(f"--max_new_tokens: expected {wanted}, got {max_new_tokens}")
     skipped: Counter[str] = Counter()
-    outcomes: list[Outcome] = []
+    responses: list[JudgedResponse] = []
+    sources: list[str] = []
     console = Console()
-    with console.status("the first responses") as status:
-        source = _problems(data, samples, encoder, room, skipped)
+    with console.status("generating the first responses") as status:
+        rest = _problems(data, samples, encoder, room, skipped)
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
-        while chunk := list(islice(source, BATCH)):
-            outcomes += _answered(engine, encoder, chunk, sampling, seed, first=len(outcomes))
-            status.update(f"{len(outcomes)} responses")
-    if not outcomes:
+        while batch := list(islice(rest, BATCH)):
+            problems = [problem for problem, _ in batch]
+            responses += judge_responses(engine, problems, encoder, sampling, seed=seed, first=len(responses))
+            sources += [source for _, source in batch]
+            status.update(f"{len(responses)} responses")
+    if not responses:
         raise DataError(f"{data}: expected prompts of at most {room} tokens, with room for a response; got none")
-    found = {
+    result = {
         "model": model,
         "data": data,
         "settings": {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed},
-        # of rows that were not used, how many for each cause
+        # number of skipped rows by cause
         "skipped": dict(skipped),
-        "all": figures(outcomes),
+        "all": figures(responses),
         "by_source": {
-            name: figures([one for one in outcomes if one.source == name])
-            for name in sorted({one.source for one in outcomes})
+            name: figures([response for response, source in zip(responses, sources) if source == name])
+            for name in sorted(set(sources))
         },
     }
     if out is not None:
-        Path(out).write_text(json.dumps(found, indent=2) + "\n")
-    _print(console, found)
-    return found
+        Path(out).write_text(json.dumps(result, indent=2) + "\n")
+    _print(console, result)
+    return result
 
 
-def figures(outcomes: Iterable[Outcome]) -> Figures:
-    """Returns the means over the responses, each followed by its standard error under `<name>_se`."""
-    rows = list(outcomes)
-    found: Figures = {"samples": len(rows)}
+def figures(responses: Sequence[JudgedResponse]) -> Figures:
+    """Returns the means over the responses, each with its standard error as `<name>_se`."""
+    means: Figures = {"samples": len(responses)}
     for name in ("accuracy", "format", "length", "cut", "perception_error", "reasoning_error"):
-        values = [getattr(row, name) for row in rows]
+        values = [getattr(response, name) for response in responses]
         if None not in values:
-            found |= {name: fmean(values), f"{name}_se": pstdev(values) / math.sqrt(len(values))}
-    return found
+            means |= {name: fmean(values), f"{name}_se": pstdev(values) / math.sqrt(len(values))}
+    return means
 
 
 def _problems(
     data: str, samples: int | None, encoder: PromptEncoder, room: int, skipped: Counter[str]
-) -> Iterator[Asked]:
-    """Yields problems of at most `room` tokens, and counts the rows that are not used."""
+) -> Iterator[tuple[Problem, str]]:
+    """Yields problems of at most `room` tokens with their data sources, and counts the skipped rows by cause."""
     world, _, split = data.partition(":")
     if world == "shapes" and split:
         for sample in ShapesWorld().samples(split, samples):
             problem = problem_of(sample)
             if len(problem.encoded(encoder).input_ids) <= room:
-                yield Asked(problem, f"shapes/{sample.question.kind}")
+                yield problem, f"shapes/{sample.question.kind}"
             else:
                 skipped["too long"] += 1
         return
     read = problem_reader("test", encoder, DataSettings(prompt_tokens=room))
-    stream = RowStream(data, "problem", LoadOptions(buffer=0), take=lambda row: Asked(read(row), row.data_source))
+    stream = RowStream(data, "problem", LoadOptions(buffer=0), take=lambda row: (read(row), row.data_source))
     yield from islice(stream, samples)
     skipped.update(stream.causes)
 
 
-def _answered(
-    engine: Engine, encoder: PromptEncoder, asked: Sequence[Asked], sampling: Sampling, seed: int, first: int
-) -> list[Outcome]:
-    """Returns what one response to each problem was; `first` numbers them through, so that each has its own draws."""
-    problems = [one.problem for one in asked]
-    keys = range(first, first + len(asked))
-    rollouts = engine.generate([problem.encoded(encoder) for problem in problems], sampling, seed=seed, keys=keys)
-    texts = decode(rollouts, encoder)
-    verdicts = score_batch(texts, [p.answer or "" for p in problems], [p.equivalent_answers for p in problems])
-    found = []
-    for one, rollout, text, verdict in zip(asked, rollouts, texts, verdicts):
-        errors: dict[str, float] = {}
-        if (shape := one.problem.shape) is not None:
-            judged = judge(text, shape.scene, shape.question)
-            errors = {
-                "perception_error": float(judged.perception.wrong),
-                "reasoning_error": float(judged.reasoning.wrong),
-            }
-        cut = float(rollout.finish_reason == "length")
-        found.append(Outcome(one.source, verdict.accuracy, verdict.format, len(rollout.token_ids), cut, **errors))
-    return found
-
-
-def _print(console: Console, found: Mapping[str, Any]) -> None:
-    names = [name for name in found["all"] if name not in ("samples", "cut") and not name.endswith("_se")]
-    console.print(f"{found['model']} on {found['data']}, with standard errors", markup=False, soft_wrap=True)
+def _print(console: Console, result: Mapping[str, Any]) -> None:
+    names = [name for name in result["all"] if name not in ("samples", "cut") and not name.endswith("_se")]
+    console.print(f"{result['model']} on {result['data']}, with standard errors", markup=False, soft_wrap=True)
     # seven columns in a terminal's eighty characters
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("data source", overflow="fold")
@@ -177,13 +131,13 @@ def _print(console: Console, found: Mapping[str, Any]) -> None:
     for name in names:
         word, _, rest = name.partition("_")
         table.add_column(f"{word}\n{'tokens' if name == 'length' else f'{rest} %'.strip()}", justify="right")
-    for source, row in (*found["by_source"].items(), ("all", found["all"])):
+    for source, row in (*result["by_source"].items(), ("all", result["all"])):
         scales = [1 if name == "length" else 100 for name in names]
         cells = [f"{row[n] * scale:.1f} ±{row[f'{n}_se'] * scale:.1f}" for n, scale in zip(names, scales)]
         table.add_row(source, str(row["samples"]), *cells)
     console.print(table)
-    longest = found["settings"]["max_new_tokens"]
-    if found["all"]["cut"]:
-        console.print(f"{found['all']['cut']:.1%} of the responses were not at their end after {longest} tokens")
-    for cause, count in found["skipped"].items():
+    longest = result["settings"]["max_new_tokens"]
+    if result["all"]["cut"]:
+        console.print(f"{result['all']['cut']:.1%} of the responses did not end within {longest} tokens")
+    for cause, count in result["skipped"].items():
         console.print(f"{count} problems were skipped: {cause}", markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""A run's policy for others: a Hugging Face folder with a model card: `prism export`."""
+"""`prism export`: writes a run's policy as a Hugging Face folder with a model card."""
 
 import json
 import shutil
@@ -24,20 +24,20 @@ STAGES = {
     "align": "adversarial alignment with the demonstrations, by a discriminator of perception and of reasoning",
     "rlvr": "reinforcement learning with verified rewards",
 }
-# of evaluations, what the card shows where it is known
+# figures of an evaluation that the card shows, if they are known
 FIGURES = ("samples", "accuracy", "format", "length", "perception_error", "reasoning_error")
 
 
 def write_export(record: RunRecord, to: Path) -> Path:
-    """Returns the folder that it wrote: the policy of a finished run, else that of the newest checkpoint.
+    """Writes the policy of a finished run, or of the newest checkpoint, to a folder, and returns the folder.
 
     Args:
-        record: of the run.
+        record: the run.
         to: the folder, which does not exist yet.
     """
     aside = to.with_name(f".aside-{to.name}")
     if aside.exists():
-        # of an export that was killed
+        # left by an export that was killed
         shutil.rmtree(aside)
     finished = (record.folder / "evaluations.json").is_file()
     state = "finished" if finished else _write_checkpoint(record, aside)
@@ -53,12 +53,12 @@ def card(record: RunRecord, state: str) -> str:
     """Returns the model card of a run's policy.
 
     Args:
-        record: of the run.
-        state: `finished`, or how far the run was.
+        record: the run.
+        state: `finished`, or how far the run is.
     """
     base = record.setting("model.policy")
     tiny = base == "tiny"
-    # a folder means nothing to others
+    # a local folder means nothing to other people
     hub = not tiny and not Path(base).exists()
     head = ["library_name: transformers", "pipeline_tag: image-text-to-text", "tags:", "- prism"]
     head += [f"base_model: {base}"] if hub else []
@@ -67,7 +67,7 @@ def card(record: RunRecord, state: str) -> str:
         for stage in record.stages
     ]
     purpose = (
-        "A tiny model of the embedded world of coloured shapes: it shows the method, and knows nothing else.\n\n"
+        "A tiny model of the embedded world of coloured shapes. It shows the method and knows nothing else.\n\n"
         if tiny
         else ""
     )
@@ -84,8 +84,8 @@ A Qwen3-VL policy, trained by PRISM from `{base}`. The run is {state}.
 
 ## Licence
 
-Not set. It depends on the licence of the model that training began with, and of the data: whoever publishes this model
-has to fill it in, here and as `license:` above.
+Not set. It depends on the licence of the model that training began with, and of the data. Whoever publishes this model
+must fill it in, here and as `license:` above.
 
 ## Stages
 
@@ -97,7 +97,7 @@ has to fill it in, here and as `license:` above.
 
 {_figures(record)}
 
-Nothing else was measured: how the model does on other data, and how it can be misused, is not known from this run.
+Nothing else was measured: this run does not show how the model performs on other data, or how it can be misused.
 
 ## Settings
 
@@ -116,18 +116,20 @@ def _copy_policy(folder: Path, to: Path) -> None:
 
 
 def _write_checkpoint(record: RunRecord, to: Path) -> str:
-    """Writes the policy of the newest whole checkpoint, and returns which it is."""
+    """Writes the policy of the newest undamaged checkpoint, and returns the state of the run in words."""
     folder = record.folder / "checkpoints"
-    # nothing is renamed here: the run may still be going on
+    # damaged checkpoints are not renamed here: the run may still be active
     whole = next((path for path in checkpoint.checkpoints(folder) if checkpoint.damage(path) is None), None)
     if whole is None:
-        raise DataError(f"{record.folder}: expected a finished run or a checkpoint in {folder}, got neither; run it on")
+        raise DataError(
+            f"{record.folder}: expected a finished run or a checkpoint in {folder}, got neither; resume the run"
+        )
     try:
         config = Config.model_validate(record.settings)
     except ValidationError as error:
         raise DataError(f"{record.folder / 'config.json'}: expected settings that can be used here: {error}") from error
-    here = config.run.model_copy(update={"device": "cpu"})
-    model, encoder = plain_policy(config.model_copy(update={"run": here}))
+    on_cpu = config.run.model_copy(update={"device": "cpu"})
+    model, encoder = plain_policy(config.model_copy(update={"run": on_cpu}))
     load_model(model, str(whole / "policy.safetensors"))
     model.save_pretrained(to)
     save_processor(to, encoder.tokenizer, encoder.image_processor)
@@ -138,30 +140,31 @@ def _write_checkpoint(record: RunRecord, to: Path) -> str:
 
 def _figures(record: RunRecord) -> str:
     rows: list[tuple[str, str, Row]] = []
-    for after, found in record.evaluations.items():
-        rows.append((after, str(found.get("split", "")), found))
-        rows += [(after, name, inner) for name, inner in found.items() if name == "test" and isinstance(inner, dict)]
-    names = [name for name in FIGURES if any(name in found for _, _, found in rows)]
+    for after, figures in record.evaluations.items():
+        rows.append((after, str(figures.get("split", "")), figures))
+        rows += [(after, name, inner) for name, inner in figures.items() if name == "test" and isinstance(inner, dict)]
+    names = [name for name in FIGURES if any(name in figures for _, _, figures in rows)]
     if not names:
-        return "None: the run had nothing held out."
+        return "None: the run had no held-out problems."
     lines = [
         f"| after | split | {' | '.join(name.replace('_', ' ') for name in names)} |",
         f"|---|---|{'---:|' * len(names)}",
     ]
-    for after, split, found in rows:
-        lines.append(f"| {after} | {split} | {' | '.join(_cell(found, name) for name in names)} |")
+    for after, split, figures in rows:
+        lines.append(f"| {after} | {split} | {' | '.join(_cell(figures, name) for name in names)} |")
     data = record.setting("data.source")
-    told = "problems of the embedded world" if data == "shapes" else "problems of the run's own files"
-    return f"On {told} that nothing was trained on, with standard errors where they are known.\n\n" + "\n".join(lines)
+    problems = "problems of the embedded world" if data == "shapes" else "problems of the run's own files"
+    heading = f"On {problems} that nothing was trained on, with standard errors where they are known."
+    return "\n".join([heading, "", *lines])
 
 
-def _cell(found: Row, name: str) -> str:
-    value: Any = found.get(name)
+def _cell(figures: Row, name: str) -> str:
+    value: Any = figures.get(name)
     if not isinstance(value, (int, float)):
         return ""
     if isinstance(value, int):
         return str(value)
-    error = found.get(f"{name}_se")
+    error = figures.get(f"{name}_se")
     text = f"{value:.1f}" if name == "length" else f"{value:.3f}"
     return f"{text} ± {error:.3f}" if isinstance(error, float) else text
 
@@ -169,12 +172,12 @@ def _cell(found: Row, name: str) -> str:
 def _environment(record: RunRecord) -> str:
     versions = (record.environment or {}).get("versions", {})
     made = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"Made with {made}." if made else "With which versions it was made is not known."
+    return f"Made with {made}." if made else "The versions that it was made with are not known."
 
 
 def _settings(record: RunRecord) -> str:
     try:
         return f"```toml\n{to_toml(Config.model_validate(record.settings)).strip()}\n```"
     except ValidationError:
-        # of another version, or of files that are elsewhere: as the run wrote them
+        # settings of another version, or with files that are not here: as the run wrote them
         return f"```json\n{json.dumps(record.settings, indent=2)}\n```"

@@ -1,4 +1,4 @@
-"""A discriminator's folder from a dense model: `prism upcycle`."""
+"""`prism upcycle`: writes the folder of a discriminator that is made from a dense model."""
 
 import json
 from dataclasses import asdict
@@ -19,43 +19,47 @@ from prism.models.prompts import PLACEHOLDER, Message, PromptEncoder
 from prism.worlds.shapes.problems import problem_of
 from prism.worlds.shapes.world import ShapesWorld
 
-# questions of the embedded world on whose images and answers the change is measured: one chat, so nothing is padded
+# the change is measured on one chat of this many questions of the embedded world, so that nothing is padded
 QUESTIONS = 8
 
 
 def write_discriminator(config: Config) -> UpcycleReport:
-    """Returns by how much the function changed of the discriminator that it writes, untrained, as the settings say.
+    """Writes the discriminator with which a run would begin, and returns how much upcycling changed its function.
 
-    It is what a run would upcycle: of model.discriminator, or where that is `policy`, of model.policy.
+    It is made from model.discriminator, or from model.policy where that is `policy`.
     """
-    wanted, folder = config.discriminator, Path(config.run.folder)
+    settings, folder = config.discriminator, Path(config.run.folder)
     dense, encoder = _dense(config)
     model = upcycle(
-        dense, wanted.experts, wanted.top_k, noise=wanted.noise, router_std=wanted.router_std, seed=config.run.seed
+        dense,
+        settings.experts,
+        settings.top_k,
+        noise=settings.noise,
+        router_std=settings.router_std,
+        seed=config.run.seed,
     )
     batch = {name: value.to(dense.device) for name, value in _batch(encoder).items()}
-    # before the discriminator sets its attention to packs
-    report = measure_upcycle(dense, model, batch, wanted.noise)
-    done = save_discriminator(
-        Discriminator(model, images=wanted.images, kind_bias=wanted.kind_bias), folder / "discriminator"
-    )
+    # measured before Discriminator makes its attention one of packs
+    report = measure_upcycle(dense, model, batch, settings.noise)
+    discriminator = Discriminator(model, images=settings.images, kind_bias=settings.kind_bias)
+    path = save_discriminator(discriminator, folder / "discriminator")
     (folder / "upcycle.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     _print(config, report, len(batch["input_ids"][0]))
-    Console().print(f"the discriminator is in {done}: --model.discriminator {done}", soft_wrap=True, highlight=False)
+    Console().print(f"the discriminator is in {path}: --model.discriminator {path}", soft_wrap=True, highlight=False)
     return report
 
 
 def _dense(config: Config) -> tuple[Qwen3VLForConditionalGeneration, PromptEncoder]:
-    named = config.model.discriminator
-    if named == "policy":
+    name = config.model.discriminator
+    if name == "policy":
         return plain_policy(config)
-    dense = load_dense("model.discriminator", named, getattr(torch, config.model.dtype))
+    dense = load_dense("model.discriminator", name, getattr(torch, config.model.dtype))
     torch.nn.Module.to(dense, device_of(config))
-    return dense, load_encoder(named, config.model.max_image_pixels)
+    return dense, load_encoder(name, config.model.max_image_pixels)
 
 
 def _batch(encoder: PromptEncoder) -> dict[str, torch.Tensor]:
-    """Returns a chat about images of the embedded world, as transformers' processor would."""
+    """Returns a chat about images of the embedded world, in the form of transformers' processor."""
     problems = [problem_of(sample) for sample in ShapesWorld().samples("validation", QUESTIONS)]
     messages: list[Message] = []
     for problem in problems:
@@ -76,11 +80,11 @@ def _batch(encoder: PromptEncoder) -> dict[str, torch.Tensor]:
 
 
 def _print(config: Config, report: UpcycleReport, tokens: int) -> None:
-    wanted, console = config.discriminator, Console()
-    made = f"{wanted.experts} experts, {wanted.top_k} a token, noise {report.noise:g} of each weight's deviation"
+    settings, console = config.discriminator, Console()
+    made = f"{settings.experts} experts, {settings.top_k} a token, noise {report.noise:g} of each weight's deviation"
     console.print(f"{made}; change over {tokens} tokens with images, root mean squares:", highlight=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("behind")
+    table.add_column("after")
     table.add_column("change", justify="right")
     rows = {f"layer {index}": change for index, change in enumerate(report.layer_change, 1)}
     rows |= {"the final norm": report.hidden_change}

@@ -1,4 +1,4 @@
-"""The settings of a run: frozen models of a TOML file, checked before anything is loaded; torch is not imported."""
+"""The settings of a run: frozen pydantic models of a TOML file, checked without torch before anything is loaded."""
 
 from prism.config.algorithms import (
     LOSS_PRESETS,
@@ -22,7 +22,7 @@ from prism.config.sections import (
     StageRollouts,
     TinySize,
 )
-from prism.config.settings import Config, model_positions
+from prism.config.settings import Config
 
 __all__ = [
     "LOSS_PRESETS",
@@ -45,7 +45,6 @@ __all__ = [
     "WarmupAdam",
     "all_keys",
     "load_config",
-    "model_positions",
     "parse_overrides",
     "to_toml",
 ]

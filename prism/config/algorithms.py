@@ -1,13 +1,14 @@
-"""The algorithms, presets over the options of policy loss and advantages, and the optimisers."""
+"""The algorithms, each a preset of options that may be overridden, and the optimisers."""
 
+import re
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prism.config.sections import NONE, Positive, Section, Share, Two, over_defaults
+from prism.config.sections import NONE, Names, Numbers, Positive, Section, Share, Two, over_defaults
 
-# of each algorithm policy_loss's options, as published
+# the published options of `prism_kernels.policy_loss` for each algorithm
 LOSS_PRESETS: dict[str, dict[str, Any]] = {
     "prism": {"clip": (0.2, 0.2), "dual_clip": 3.0, "aggregate": "token_mean"},
     "grpo": {"clip": (0.2, 0.2), "aggregate": "token_mean"},
@@ -18,19 +19,39 @@ LOSS_PRESETS: dict[str, dict[str, Any]] = {
     "cispo": {"objective": "cispo", "clip": (1.0, 0.28), "aggregate": "token_mean"},
     "reinforce_pp": {"clip": (0.2, 0.2), "aggregate": "token_mean", "kl_coef": 0.01, "kl_estimator": "k2"},
 }
-# and what else an algorithm says of verified rewards: group_advantage's options, DAPO's two rules
+# its options for verified rewards: those of `prism_kernels.group_advantage`, and DAPO's two rules
 REWARD_PRESETS: dict[str, dict[str, Any]] = {
     "dapo": {"dynamic_sampling": {}, "overlong": {}},
     "dr_grpo": {"scale": "none"},
     "rloo": {"baseline": "leave_one_out", "scale": "none"},
     "reinforce_pp": {"scale": "batch_std"},
 }
+_IMPORT_PATH = re.compile(r"\w+(?:\.\w+)*:\w+(?:\.\w+)*")
 
 
 class PolicyLoss(Section):
-    """An algorithm: a name stands for its options, each of which may be given beside it.
+    """An algorithm's loss: its name sets the options, and each option that is given overrides it.
 
-    The options are those of `prism_kernels.policy_loss`; `horizon` none is rollout's max_new_tokens.
+    The options are those of `prism_kernels.policy_loss`, which has the formulas.
+
+    Args:
+        name: The algorithm.
+        ratio: Importance ratios of single tokens, or of whole sequences as in GSPO.
+        objective: `clip` as in PPO; `cispo`, with the clipped ratio as a constant weight; or `reinforce`, without a
+            ratio.
+        clip: [low, high]: the ratio is clipped to [1 - low, 1 + high]. Raise high for more exploration.
+        dual_clip: Upper bound, above 1, of the ratio where the advantage is negative; none: no bound.
+        log_ratio_bound: Log-ratios are clamped to plus or minus this, so that their exponential stays finite.
+        aggregate: The loss is the mean over all tokens, or the mean over sequences of their tokens' mean, sum, or sum
+            divided by horizon.
+        horizon: Tokens that `seq_mean_token_sum_norm` divides by; none: the rollouts' max_new_tokens.
+        kl_coef: Factor of the KL divergence from the policy before the stage; 0: no KL term and no copy of the policy.
+            Raise it if the policy drifts.
+        kl_estimator: Estimator of the KL divergence from samples; k1+ and k3+ have its unbiased gradient.
+        entropy_coef: Factor of the entropy bonus. Raise it if the policy becomes deterministic too early.
+        correction: Importance weights for rollouts whose engine computes other probabilities than the trainer:
+            truncated (`tis`) or masked (`mask`), by token, sequence or geometric mean; none: no correction.
+        correction_bounds: [lower, upper] of these weights: `tis` truncates at upper, `mask` drops what is outside.
     """
 
     name: str
@@ -55,7 +76,7 @@ class PolicyLoss(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
-        """Puts the options that an algorithm stands for where none are given."""
+        """Fills the options that are not given with those of the algorithm."""
         if not isinstance(given, dict):
             return given
         name = given.get("name", cls.model_fields["name"].default)
@@ -84,18 +105,29 @@ class PolicyLoss(Section):
         """Returns policy_loss's keyword arguments.
 
         Args:
-            longest: rollout's max_new_tokens, which is the horizon where none is set.
+            longest: max_new_tokens of the rollouts, which is the horizon if none is set.
         """
         options = self.model_dump(include=set(PolicyLoss.model_fields) - {"name"})
         return {**options, "horizon": float(longest) if self.horizon is None else self.horizon}
 
 
 class AlignAlgorithm(PolicyLoss):
-    """Alignment: the loss, and `prism_kernels.prism_advantage`'s options.
+    """Alignment's loss and advantages. `prism_kernels.prism_advantage` has the formulas of the advantages.
 
     Args:
-        token_credit: descriptions are credited with perception's advantage and the rest with reasoning's, instead of
-            all tokens with their mixture.
+        mode: The formula that combines the discriminator's scores with format and accuracy. Alignment knows no
+            accuracy, which the modes other than `align` need.
+        alpha: Share of perception in the mixture of both advantages; the rest is reasoning's.
+        normalize: `channel` takes z-scores of each channel and then the mixture; `sum` takes z-scores of the mixture.
+        invalid: Scores of responses in a bad format: `exclude` leaves them out of the statistics; `below_min`, as
+            published, sets them to the group's lowest score less 1.
+        format_penalty: Subtracted from the advantage of a response in a bad format.
+        align_coef: Factor of the discriminator's advantage in modes other than `align`.
+        wrong_penalty: Subtracted for a wrong answer in modes other than `align`.
+        w_acc: Weight of the accuracy in `rlvr`, `rlvr_v2` and `sign_align`.
+        w_fmt: Weight of a good format in `rlvr`, `rlvr_v2` and `sign_align`.
+        token_credit: Whether descriptions are credited with perception's advantage and the other tokens with
+            reasoning's, instead of all tokens with the mixture.
     """
 
     name: Literal["prism", "grpo", "dapo", "gspo", "cispo"] = "prism"
@@ -119,16 +151,17 @@ class AlignAlgorithm(PolicyLoss):
 
     def advantage_options(self) -> dict[str, Any]:
         """Returns prism_advantage's keyword arguments."""
-        own = set(AlignAlgorithm.model_fields) - set(PolicyLoss.model_fields)
-        return self.model_dump(include=own - {"token_credit"})
+        options = set(AlignAlgorithm.model_fields) - set(PolicyLoss.model_fields) - {"token_credit"}
+        return self.model_dump(include=options)
 
 
 class DynamicSampling(Section):
-    """DAPO's: groups whose rewards are all equal are replaced by others.
+    """DAPO's dynamic sampling: groups whose rewards are all equal are replaced by those of other prompts.
 
     Args:
-        generate: prompts of each try; none: three times those that are kept, rollout.rlvr.prompts.
-        tries: at most; then the step is taken with what there is.
+        generate: Prompts of each try; none: three times rollout.rlvr.prompts, which are kept.
+        tries: Most tries of a step, which then uses the groups that it has. Raise it if most groups are all right or
+            all wrong.
     """
 
     generate: Annotated[Positive | None, NONE] = None
@@ -136,11 +169,11 @@ class DynamicSampling(Section):
 
 
 class Overlong(Section):
-    """DAPO's penalty of long responses: see `prism_kernels.shaping.overlong_penalty`.
+    """DAPO's penalty of long responses; `prism_kernels.shaping.overlong_penalty` has the formula.
 
     Args:
-        buffer: the last tokens before the limit, within which it grows; none: half of the limit.
-        penalty: at the limit.
+        buffer: Tokens before rollout.rlvr.max_new_tokens in which the penalty grows from 0; none: half of that limit.
+        penalty: Subtracted from the reward of a response that reaches the limit.
     """
 
     buffer: Annotated[Positive | None, NONE] = None
@@ -148,13 +181,16 @@ class Overlong(Section):
 
 
 class RlvrAlgorithm(PolicyLoss):
-    """RLVR: the loss, `prism_kernels.group_advantage`'s options, DAPO's rules.
+    """RLVR's loss, advantages (`prism_kernels.group_advantage`), DAPO's two rules and the rewards.
 
     Args:
-        baseline: see `group_advantage`.
-        scale: see `group_advantage`.
-        dynamic_sampling: see there; none: all groups are taken.
-        overlong: see there; none: no penalty.
+        baseline: Subtracted from a reward: the group's `mean`, the mean of the others (`leave_one_out`), or nothing.
+        scale: Divisor of the difference: the group's standard deviation (`std`), the batch's (`batch_std`), or none.
+        dynamic_sampling: Replacement of groups without a signal; none: all groups are used.
+        overlong: Penalty of long responses; none: no penalty.
+        verifier_weight: Weight of the built-in score of answer and format.
+        rewards: Import paths of custom rewards, "package.module:function"; see `prism.rewards.custom`.
+        reward_weights: Weight of each custom reward; empty: 1 each.
     """
 
     name: Literal["grpo", "dapo", "gspo", "dr_grpo", "rloo", "cispo", "reinforce_pp"] = "grpo"
@@ -162,10 +198,31 @@ class RlvrAlgorithm(PolicyLoss):
     scale: Literal["std", "none", "batch_std"] = "std"
     dynamic_sampling: Annotated[DynamicSampling | None, NONE] = None
     overlong: Annotated[Overlong | None, NONE] = None
+    verifier_weight: Annotated[float, Field(ge=0)] = 1.0
+    rewards: Names = ()
+    reward_weights: Numbers = ()
 
     @classmethod
     def _preset(cls, name: str) -> dict[str, Any]:
         return {**super()._preset(name), **REWARD_PRESETS.get(name, {})}
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> Self:
+        for path in self.rewards:
+            if not _IMPORT_PATH.fullmatch(path):
+                raise ValueError(f'rewards: expected import paths like "package.module:function", got {path!r}')
+        if len(self.custom_rewards) < len(self.rewards):
+            raise ValueError(f"rewards: expected functions of different names, got {', '.join(self.rewards)}")
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            wanted = f"one for each of the {len(self.rewards)} rewards, or none"
+            raise ValueError(f"reward_weights: expected {wanted}, got {len(self.reward_weights)}")
+        return self
+
+    @property
+    def custom_rewards(self) -> dict[str, tuple[str, float]]:
+        """The import path and weight of each custom reward, by its name in metrics: the function's."""
+        names = [re.split("[.:]", path)[-1] for path in self.rewards]
+        return dict(zip(names, zip(self.rewards, self.reward_weights or (1.0,) * len(self.rewards))))
 
     def advantage_options(self) -> dict[str, Any]:
         """Returns group_advantage's keyword arguments."""
@@ -173,7 +230,11 @@ class RlvrAlgorithm(PolicyLoss):
 
 
 class AlgorithmSettings(Section):
-    """What the policy learns from rollouts. What is set for the embedded world beside a name goes with it."""
+    """The algorithm of each RL stage.
+
+    The defaults are for the embedded world, and hold only if no key of the table is given: a table with any key starts
+    from the preset of its name instead.
+    """
 
     align: AlignAlgorithm = AlignAlgorithm(token_credit=True, kl_coef=0.1, kl_estimator="k3")
     rlvr: RlvrAlgorithm = RlvrAlgorithm(kl_coef=0.05, kl_estimator="k3")

@@ -1,4 +1,4 @@
-"""Settings from a file and from flags, and back to a file."""
+"""Reads settings from a file and from flags, and writes them as a file."""
 
 import difflib
 import json
@@ -14,11 +14,11 @@ from prism.config.settings import Config
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Returns the settings of a TOML file with overrides, checked; raises `ConfigError` with every problem found.
+    """Returns the settings of a TOML file with overrides; raises `ConfigError` with a line for every problem.
 
     Args:
-        path: of the file; None: the defaults.
-        overrides: values by dotted key, as `{"optimiser.align.lr": 1e-6}`; see `parse_overrides` for those of flags.
+        path: the file; None: the defaults.
+        overrides: values by dotted key, such as `{"optimiser.align.lr": 1e-6}`; see `parse_overrides` for flags.
     """
     name = "settings" if path is None else str(path)
     tables = {} if path is None else _read(Path(path))
@@ -27,16 +27,16 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     try:
         return Config.model_validate(tables)
     except ValidationError as error:
-        problems = [line for found in error.errors() for line in _worded(dict(found))]
+        problems = [line for one in error.errors() for line in _lines(dict(one))]
         raise ConfigError("\n".join(f"{name}: {problem}" for problem in problems)) from None
 
 
 def parse_overrides(flags: Sequence[str]) -> dict[str, Any]:
     """Returns values by dotted key from flags: `--key value`, `--key=value`, or `--key` for true.
 
-    A value is read as TOML reads it, with commas as a list; what is no TOML is a text.
+    A value is read as TOML, with commas as a list, or else as a text.
     """
-    found: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     rest = list(flags)
     while rest:
         flag = rest.pop(0)
@@ -44,16 +44,16 @@ def parse_overrides(flags: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"flags: expected --section.key value, got {flag!r}")
         key, equals, text = flag[2:].partition("=")
         if equals:
-            found[key] = _value(text)
+            overrides[key] = _value(text)
         elif rest and not rest[0].startswith("--"):
-            found[key] = _value(rest.pop(0))
+            overrides[key] = _value(rest.pop(0))
         else:
-            found[key] = True
-    return found
+            overrides[key] = True
+    return overrides
 
 
 def to_toml(config: Config) -> str:
-    """Returns a file that `load_config` reads as these settings."""
+    """Returns the text of a file that `load_config` reads as these settings."""
     return "\n".join(_table((), config.model_dump())).strip() + "\n"
 
 
@@ -73,43 +73,43 @@ def _nearest_file(path: Path) -> str:
 def _put(tables: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     table = tables
-    for place, parent in enumerate(parents):
-        # a flag below a setting that the file switches off switches it on
+    for depth, parent in enumerate(parents, 1):
+        # a flag below a table that is "none" switches it on
         if table.get(parent, "none") == "none":
             table[parent] = {}
         if not isinstance(table[parent], dict):
-            raise ConfigError(f"{key}: expected a table at {'.'.join(parents[: place + 1])!r}, got {table[parent]!r}")
+            raise ConfigError(f"{key}: expected a table at {'.'.join(parents[:depth])!r}, got {table[parent]!r}")
         table = table[parent]
     table[last] = value
 
 
 def _value(text: str) -> Any:
-    for spelled in (text, f"[{text}]" if "," in text else text):
+    for toml in (text, f"[{text}]" if "," in text else text):
         try:
-            return tomllib.loads(f"value = {spelled}")["value"]
+            return tomllib.loads(f"value = {toml}")["value"]
         except tomllib.TOMLDecodeError:
             continue
     return text
 
 
-def _worded(found: dict[str, Any]) -> Iterator[str]:
+def _lines(error: dict[str, Any]) -> Iterator[str]:
     """Yields the lines of one of pydantic's errors."""
-    # an optional table is a union for pydantic, whose members it names; a list has indices
-    keys = [str(part) for part in found["loc"] if not isinstance(part, int)]
+    # indices of lists are not keys
+    keys = [str(part) for part in error["loc"] if not isinstance(part, int)]
     key = ".".join(keys)
-    kind, given = found["type"], found["input"]
+    kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
         known = list(_fields(keys[:-1]))
         yield f"{key}: expected a known key, got an unknown one{_hint(keys[-1], known) or _elsewhere(keys[-1])}"
-    elif kind == "too_long" or (kind == "missing" and isinstance(found["loc"][-1], int)):
+    elif kind == "too_long" or (kind == "missing" and isinstance(error["loc"][-1], int)):
         yield f"{key}: expected two numbers, got {len(given)}"
     elif kind == "missing":
         yield f"{key}: expected a value, got none"
     elif kind == "value_error":
-        for line in str(found["ctx"]["error"]).splitlines():
+        for line in str(error["ctx"]["error"]).splitlines():
             yield f"{key}.{line}" if key else line
     else:
-        expected = found["msg"].replace("Input should be ", "").replace("Input should have", "to have")
+        expected = error["msg"].replace("Input should be ", "").replace("Input should have", "to have")
         expected = f"a number {expected}" if expected.startswith(("greater", "less")) else expected
         choices = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
         hint = _hint(given, choices) if kind == "literal_error" and isinstance(given, str) else ""
@@ -123,14 +123,15 @@ def _fields(keys: Sequence[str]) -> dict[str, Any]:
     model: type[BaseModel] = Config
     for key in keys:
         field = model.model_fields.get(key)
-        inner = None if field is None else _model_of(field.annotation)
-        if inner is None:
+        table = None if field is None else _table_of(field.annotation)
+        if table is None:
             return {}
-        model = inner
+        model = table
     return dict(model.model_fields)
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
+def _table_of(annotation: Any) -> type[BaseModel] | None:
+    """Returns the class of a field that is a table, optional or not."""
     for kind in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(kind, type) and issubclass(kind, Section):
             return kind
@@ -143,15 +144,15 @@ def _hint(word: str, known: Iterable[str]) -> str:
 
 
 def _elsewhere(word: str) -> str:
-    """Returns a hint where another table has a key of this name."""
-    places = [key for key in all_keys() if key.rsplit(".", 1)[-1] == word]
-    return f"; did you mean {' or '.join(map(repr, places[:3]))}?" if places else ""
+    """Returns a hint if another table has a key of this name."""
+    others = [key for key in all_keys() if key.rsplit(".", 1)[-1] == word]
+    return f"; did you mean {' or '.join(map(repr, others[:3]))}?" if others else ""
 
 
 def all_keys(parents: tuple[str, ...] = ()) -> Iterator[str]:
     """Yields the dotted keys of all settings."""
     for name, field in _fields(parents).items():
-        if _model_of(field.annotation) is None:
+        if _table_of(field.annotation) is None:
             yield ".".join((*parents, name))
         else:
             yield from all_keys((*parents, name))

@@ -24,6 +24,11 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_numbers(value: Any) -> Any:
+    """Returns a number as a tuple of one, a list as a tuple, and anything else unchanged."""
+    return (value,) if isinstance(value, (int, float)) else _as_tuple(value)
+
+
 # TOML has no null: the text "none" stands for it
 NONE = BeforeValidator(_none)
 Positive = Annotated[int, Field(gt=0)]
@@ -31,6 +36,7 @@ Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 # strict models take no list for a tuple; a flag may separate by commas
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_numbers)]
 Two = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
 
 

@@ -1,4 +1,4 @@
-"""All settings together, and the combinations of them that are impossible."""
+"""All settings together, and checks of their combinations."""
 
 import json
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ from prism.config.sections import (
     Section,
 )
 
-# of a response that is scored in two segments: their tags, and the token that ends each
+# room in a scored response for the tags of its two segments and the tokens that end them
 _TAG_TOKENS = 32
 
 
 class Config(Section):
-    """The settings of a run, checked."""
+    """The settings of a run."""
 
     run: RunSettings = RunSettings()
     model: ModelSettings = ModelSettings()
@@ -49,42 +49,42 @@ class Config(Section):
 
     @property
     def score_pack_tokens(self) -> int:
-        """The tokens of a pack of the discriminator: those of the largest possible group, where none are set."""
+        """Tokens of a pack of the discriminator: memory.score_pack_tokens, or those of the largest possible group."""
         return self.memory.score_pack_tokens or self.largest_scored_group
 
     @property
     def largest_scored_group(self) -> int:
-        """A prompt with its longest possible responses and the teacher's."""
+        """Tokens of the longest prompt with a group of longest responses and the teacher's."""
         data = self.data
         return data.prompt_tokens + (self.rollout.align.group + 1) * (data.response_tokens + _TAG_TOKENS)
 
     @property
     def dynamic_prompts(self) -> int:
-        """The prompts of each try of dynamic sampling in RLVR; without it, those of a step."""
+        """Prompts of each try of dynamic sampling in RLVR; without it, prompts of a step."""
         rule, prompts = self.algorithm.rlvr.dynamic_sampling, self.rollout.rlvr.prompts
         return prompts if rule is None else rule.generate or 3 * prompts
 
     @property
     def overlong_buffer(self) -> int:
-        """The tokens before the limit of RLVR's responses within which the overlong penalty grows; 0: no penalty."""
+        """Tokens before the limit of RLVR's responses in which the overlong penalty grows; 0: no penalty."""
         rule = self.algorithm.rlvr.overlong
         return 0 if rule is None else rule.buffer or max(self.rollout.rlvr.max_new_tokens // 2, 1)
 
 
-def model_positions(config: Config) -> int | None:
-    """Returns how many positions the policy has, where that is known without a download."""
+def _positions(config: Config) -> int | None:
+    """Returns the number of the policy's positions, or None if only a download would tell."""
     if config.model.policy == "tiny":
         return config.model.tiny.max_positions
     path = Path(config.model.policy) / "config.json"
     if not path.is_file():
         return None
-    found = json.loads(path.read_text())
-    positions = found.get("text_config", found).get("max_position_embeddings")
+    model = json.loads(path.read_text())
+    positions = model.get("text_config", model).get("max_position_embeddings")
     return positions if isinstance(positions, int) else None
 
 
 def _impossible(config: Config) -> Iterator[str]:
-    """Yields a line for each combination that cannot be, with the key to change."""
+    """Yields a line for each impossible combination, with the key to change."""
     yield from _stages(config)
     yield from _models(config)
     yield from _data(config)
@@ -117,10 +117,10 @@ def _models(config: Config) -> Iterator[str]:
     policy = config.model.policy
     if policy == "tiny" and config.model.dtype != "float32" and config.run.device == "cpu":
         yield f"model.dtype: expected 'float32' with run.device = 'cpu', got {config.model.dtype!r}"
-    # a hub id has at most one slash; anything else is meant as a folder
+    # a hub id has at most one slash; anything else is a folder
     for key, value in (("policy", policy), ("discriminator", config.model.discriminator)):
-        named = value in ("tiny", "policy") or (value.count("/") <= 1 and not value.startswith((".", "/", "~")))
-        if not named and not (Path(value) / "config.json").is_file():
+        folder = value not in ("tiny", "policy") and (value.count("/") > 1 or value.startswith((".", "/", "~")))
+        if folder and not (Path(value) / "config.json").is_file():
             yield f"model.{key}: expected a folder with a config.json, got {value!r}"
 
 
@@ -141,7 +141,7 @@ def _data(config: Config) -> Iterator[str]:
     needed = {"sft": "sft", "distill": "align", "align": "align", "rlvr": "rlvr"}
     for stage in config.run.stages:
         name = needed.get(stage)
-        # warm-up can do with the prompts of alignment
+        # without files of its own, warm-up reads alignment's
         if stage == "warmup":
             name = None if "warmup" in given else "align"
         if name is not None and name not in given:
@@ -157,7 +157,7 @@ def _rollouts(config: Config, stage: str) -> Iterator[str]:
     rlvr = config.algorithm.rlvr
     absolute = stage == "rlvr" and rlvr.baseline == "none" and rlvr.scale != "std"
     if sampling.group == 1 and not absolute:
-        why = "whose responses are compared with each other"
+        why = "which are compared with each other"
         if stage == "align" or rlvr.scale == "std":
             why += " by a z-score"
         yield f"rollout.{stage}.group: expected at least 2 responses, {why}, got 1"
@@ -181,7 +181,7 @@ def _lengths(config: Config) -> Iterator[str]:
         if stage in stages:
             lengths[f"rollout.{stage}.max_new_tokens"] = getattr(config.rollout, stage).max_new_tokens
     lengths["evaluation.max_new_tokens"] = config.evaluation.max_new_tokens
-    positions = model_positions(config)
+    positions = _positions(config)
     for key, length in lengths.items():
         whole = data.prompt_tokens + length
         if positions is not None and whole > positions:
@@ -195,7 +195,7 @@ def _lengths(config: Config) -> Iterator[str]:
     if "align" not in stages and "warmup" not in stages:
         return
     if "align" in stages and config.rollout.align.max_new_tokens > data.response_tokens:
-        wanted = f"at most data.response_tokens = {data.response_tokens}, past which a response is not scored"
+        wanted = f"at most data.response_tokens = {data.response_tokens}, since longer responses are not scored"
         yield f"rollout.align.max_new_tokens: expected {wanted}, got {config.rollout.align.max_new_tokens}"
     if config.score_pack_tokens < config.largest_scored_group:
         wanted = f"none, or at least the largest group's {config.largest_scored_group}"

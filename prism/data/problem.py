@@ -38,6 +38,8 @@ class Problem:
     prefix: str | None = None
     # the sample of the embedded world, whose errors can be counted exactly
     shape: "ShapesSample | None" = None
+    # the row's, for custom rewards
+    data_source: str = ""
 
     def encoded(self, encoder: PromptEncoder) -> EncodedPrompt:
         """Returns the prompt as tokens and patches."""
@@ -83,7 +85,15 @@ WithResponses = tuple[Problem, Mapping[str, str]]
 
 def problem_of_row(row: ProblemRow) -> Problem:
     """Returns the problem of a row."""
-    return Problem(row.id, _prompt(row.prompt), row.images, row.ground_truth, row.equivalent_answers, row.teacher)
+    return Problem(
+        row.id,
+        _prompt(row.prompt),
+        row.images,
+        row.ground_truth,
+        row.equivalent_answers,
+        row.teacher,
+        data_source=row.data_source,
+    )
 
 
 def _problem(row: ProblemRow, use: str) -> WithResponses:

@@ -17,7 +17,7 @@ from prism.discriminator.score import CHANNELS, ScoreLimits, sample_of, score_gr
 from prism.discriminator.training import ChannelReport, wins
 from prism.models.prompts import PromptEncoder
 from prism.rewards import score_batch
-from prism.rollout.batch import generate
+from prism.rollout.batch import decode, generate
 from prism.rollout.engine import Engine
 from prism.worlds.shapes.counters import judge
 from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
@@ -201,45 +201,81 @@ def evaluate(
         temperature: sampling temperature; 0 is greedy.
         batch: number of problems answered at a time.
     """
-    texts: list[str] = []
-    answered: list[Problem] = []
-    tokens = 0
+    responses: list[JudgedResponse] = []
+    teachers: list[str | None] = []
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     source = iter(problems)
     while part := list(islice(source, batch)):
-        keys = range(len(answered), len(answered) + len(part))
-        answered += [replace(problem, images=(), encoding=None) for problem in part]
-        rollouts = engine.generate([problem.encoded(encoder) for problem in part], sampling, keys=keys)
-        texts += encoder.tokenizer.batch_decode([r.token_ids for r in rollouts], skip_special_tokens=True)
-        tokens += sum(len(r.token_ids) for r in rollouts)
-    verdicts = score_batch(
-        texts, [problem.answer or "" for problem in answered], [problem.equivalent_answers for problem in answered]
-    )
-    count = len(answered)
-    perception, reasoning = _errors(answered, texts)
-    drifted = drift(texts, [problem.teacher for problem in answered])
+        responses += judge_responses(engine, part, encoder, sampling, first=len(responses))
+        teachers += [problem.teacher for problem in part]
+
+    def mean(name: str) -> float:
+        values = [getattr(response, name) for response in responses]
+        return math.nan if None in values else sum(values) / len(values)
+
+    drifted = drift([response.text for response in responses], teachers)
     return PolicyReport(
-        samples=count,
-        accuracy=sum(verdict.accuracy for verdict in verdicts) / count,
-        format=sum(verdict.format for verdict in verdicts) / count,
-        length=tokens / count,
-        perception_error=perception,
-        reasoning_error=reasoning,
+        samples=len(responses),
+        accuracy=mean("accuracy"),
+        format=mean("format"),
+        length=mean("length"),
+        perception_error=mean("perception_error"),
+        reasoning_error=mean("reasoning_error"),
         drift_perception=drifted["drift_perception"],
         drift_reasoning=drifted["drift_reasoning"],
     )
 
 
-def _errors(problems: Sequence[Problem], texts: Sequence[str]) -> tuple[float, float]:
-    """Returns the shares of responses with errors of perception and of reasoning."""
-    judgements = [
-        judge(text, problem.shape.scene, problem.shape.question)
-        for problem, text in zip(problems, texts)
-        if problem.shape is not None
-    ]
-    if len(judgements) < len(problems):
-        return math.nan, math.nan
-    return (
-        sum(one.perception.wrong for one in judgements) / len(judgements),
-        sum(one.reasoning.wrong for one in judgements) / len(judgements),
+@dataclass(frozen=True)
+class JudgedResponse:
+    """One response to a problem. The errors are None outside the embedded world."""
+
+    text: str
+    accuracy: float
+    format: float
+    # number of tokens
+    length: int
+    # 1 if the response reached max_new_tokens without ending
+    cut: float
+    perception_error: float | None = None
+    reasoning_error: float | None = None
+
+
+def judge_responses(
+    engine: Engine,
+    problems: Sequence[Problem],
+    encoder: PromptEncoder,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    first: int = 0,
+) -> list[JudgedResponse]:
+    """Generates one response to each problem, and judges it.
+
+    Args:
+        engine: generates the policy's responses.
+        problems: problems with answers, which are one batch.
+        encoder: encodes prompts for the policy.
+        sampling: length and temperature.
+        seed: seed of the sampling.
+        first: number of the first problem among those of all batches, so that each problem has its own draws.
+    """
+    keys = range(first, first + len(problems))
+    prompts = [problem.encoded(encoder) for problem in problems]
+    rollouts = engine.generate(prompts, sampling, seed=seed, keys=keys)
+    texts = decode(rollouts, encoder)
+    verdicts = score_batch(
+        texts, [problem.answer or "" for problem in problems], [problem.equivalent_answers for problem in problems]
     )
+    responses = []
+    for problem, rollout, text, verdict in zip(problems, rollouts, texts, verdicts):
+        errors: dict[str, float] = {}
+        if (shape := problem.shape) is not None:
+            judgement = judge(text, shape.scene, shape.question)
+            errors = {
+                "perception_error": float(judgement.perception.wrong),
+                "reasoning_error": float(judgement.reasoning.wrong),
+            }
+        cut = float(rollout.finish_reason == "length")
+        responses.append(JudgedResponse(text, verdict.accuracy, verdict.format, len(rollout.token_ids), cut, **errors))
+    return responses

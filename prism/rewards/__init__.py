@@ -1,20 +1,22 @@
-"""Rewards of rule and own rewards: the strict format of a response, and whether its answer is right.
+"""Rewards of responses: the strict format, the right answer, and custom rewards.
 
 Neither torch nor SymPy is imported here; algebra runs in worker processes.
 """
 
-from prism.rewards.custom import Reward, Rewards, evaluate_reward, load_reward
+from prism.rewards.custom import ProblemView, Reward, Rewards, RolloutView, join_rewards, rewards_of
 from prism.rewards.grade import Verdict, score_batch, score_response, verifier_workers
 from prism.rewards.workers import JobResult, Workers
 
 __all__ = [
     "JobResult",
+    "ProblemView",
     "Reward",
     "Rewards",
+    "RolloutView",
     "Verdict",
     "Workers",
-    "evaluate_reward",
-    "load_reward",
+    "join_rewards",
+    "rewards_of",
     "score_batch",
     "score_response",
     "verifier_workers",

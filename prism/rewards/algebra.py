@@ -1,4 +1,4 @@
-r"""Whether two LaTeX expressions are one, by math-verify and SymPy. It may never return: it is for worker processes."""
+r"""Whether two LaTeX expressions are equal, by math-verify and SymPy. It may never return: for worker processes."""
 
 import logging
 import re
@@ -6,10 +6,10 @@ import re
 from math_verify import LatexExtractionConfig, LatexNormalizationConfig, parse, verify
 from sympy import Basic, Expr
 
-# its complaints about answers that it cannot read are no news in reinforcement learning
+# unreadable answers are usual in reinforcement learning: no warnings
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
-# units and boxes are read before, so that nothing of an expression is thrown away here
+# units and boxes were read before, so nothing of an expression is dropped here
 _LATEX = LatexExtractionConfig(
     boxed_match_priority=-1,
     normalization_config=LatexNormalizationConfig(
@@ -46,21 +46,21 @@ _SPELT = (
 
 
 def same_expression(gold: str, answer: str) -> bool:
-    """Returns whether two expressions are equal, the right one first: math-verify reads x = 3 for 3 one way only."""
+    """Returns whether two expressions are equal. The order matters: math-verify takes x = 3 for 3 one way only."""
     gold, answer = _distinct_letters(_latex(gold), _latex(answer))
-    # an angle in degrees against one in radians
+    # one angle in degrees, the other in radians
     if ("°" in gold) != ("°" in answer) and "\\pi" in gold + answer:
         gold, answer = (text.replace("°", r"\cdot\frac{\pi}{180}") for text in (gold, answer))
     right, given = _parsed(gold.replace("°", "")), _parsed(answer.replace("°", ""))
     if not right or not given:
         return False
-    # no time limits of its own: they are SIGALRM's
+    # without its time limits, which use SIGALRM
     equal = verify(right, given, timeout_seconds=None, allow_set_relation_comp=True)
     return equal and not any(_far_apart(a, b) for a in right for b in given)
 
 
 def _distinct_letters(gold: str, answer: str) -> tuple[str, str]:
-    """Returns both with another letter for each capital whose small letter occurs too: math-verify makes all small."""
+    """Returns both with new letters for capitals whose small letter occurs too: math-verify lowers all letters."""
     letters = set(_COMMAND.sub("", gold + answer))
     free = (letter for letter in "abcfghjklmnopqrstuvwxyz" if not {letter, letter.upper()} & letters)
     capitals = sorted(letter for letter in letters if letter.isupper() and letter.lower() in letters)

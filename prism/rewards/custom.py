@@ -1,122 +1,291 @@
-"""Own rewards: any callable `reward(rollout, sample) -> float | None`, named by import path."""
+"""Custom rewards: callables `reward(rollout, problem) -> float | None`, named by import path in the settings.
+
+They run in worker processes with a time limit. A hang, a crash, an exception or a non-finite value costs one rollout
+one reward, and never the run.
+"""
 
 import importlib
 import inspect
-import math
+import json
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from prism.rewards.workers import Workers
+from prism.rewards.grade import TIMEOUT_S, Verdict, score_batch
+from prism.rewards.workers import Workers, shared_workers
+from prism_kernels.grammar import Sections, split_response
 
-# None: this reward says nothing about this rollout
-Reward = Callable[[Any, Any], float | None]
+if TYPE_CHECKING:
+    from prism.data.problem import Problem
+
+# samples of failed rewards that are kept of a step
+MOST_KEPT = 16
+# seconds to import a reward's module
+IMPORT_S = 120.0
+# advantages are computed in fp32, where the squares of larger values overflow
+LARGEST = 1e18
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RolloutView:
+    """A response of the policy, as a custom reward sees it."""
+
+    # without special tokens
+    text: str
+    # the number of its tokens, with the stop token
+    tokens: int
+    # the built-in verdict: 1.0 where the answer is right, else 0.0
+    accuracy: float
+
+    @property
+    def sections(self) -> Sections | None:
+        """The caption, reasoning (`think`) and answer; None where the response is invalid."""
+        return split_response(self.text)
+
+    @property
+    def answer(self) -> str | None:
+        """The text of the answer; None where the response is invalid."""
+        return None if self.sections is None else self.sections.answer
+
+
+@dataclass(frozen=True)
+class ProblemView:
+    """A problem, as a custom reward sees it: without its images."""
+
+    # the row's id, or its file and line
+    id: str
+    # the question; of a chat all messages, as lines `role: text`
+    prompt: str
+    # the right answer, and others that are right too
+    ground_truth: str
+    equivalent_answers: tuple[str, ...]
+    # the row's data_source; shapes/KIND in the embedded world
+    data_source: str
+
+    @classmethod
+    def of(cls, problem: "Problem") -> Self:
+        """Returns the view of a problem."""
+        prompt = problem.prompt
+        if not isinstance(prompt, str):
+            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        return cls(problem.name, prompt, problem.answer or "", problem.equivalent_answers, problem.data_source)
+
+
+# None: this reward does not apply to this rollout
+Reward = Callable[[RolloutView, ProblemView], float | None]
+
+
+class RewardFailure(NamedTuple):
+    """A custom reward that gave no value for a rollout."""
+
+    name: str
+    # "timeout", "crash" (the process died), "memory", "error" (an exception) or "not_finite"
+    cause: str
+    # the exception's traceback, or how the process ended
+    detail: str
+    rollout: RolloutView
+    problem: ProblemView
 
 
 class Rewards(NamedTuple):
-    """Of each rollout its reward, or None, and why there is none."""
+    """The rewards of some rollouts. Of a reward that failed or does not apply, the value is None and counts as 0."""
 
-    values: list[float | None]
-    # "" where the function has answered, with None or a number; else "timeout", "crash", "memory", "error"
-    reasons: list[str]
-    # the first exception's text, for the log
-    first_error: str
+    verdicts: list[Verdict]
+    # verifier_weight * the verdict's score + the sum of weight * value over the custom rewards
+    total: list[float]
+    # the values of each custom reward
+    by_name: dict[str, list[float | None]]
+    # `select` keeps all of them
+    failures: list[RewardFailure]
 
-    @property
-    def failures(self) -> dict[str, int]:
-        """How many rollouts have no reward, by reason."""
-        return dict(Counter(filter(None, self.reasons)))
+    def select(self, rollouts: Sequence[int]) -> "Rewards":
+        """Returns the rewards of some of the rollouts."""
+        return Rewards(
+            [self.verdicts[i] for i in rollouts],
+            [self.total[i] for i in rollouts],
+            {name: [values[i] for i in rollouts] for name, values in self.by_name.items()},
+            self.failures,
+        )
+
+    def metrics(self) -> dict[str, Any]:
+        """Returns each custom reward's mean where it applies, and the number of failures by cause."""
+        if not self.by_name:
+            return {}
+        means = {f"reward_{name}": _mean(values) for name, values in self.by_name.items()}
+        return {**means, "failed_rewards": dict(Counter(failure.cause for failure in self.failures))}
+
+    def write_failures(self, path: Path) -> None:
+        """Writes the first MOST_KEPT failures with their samples, one a line."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            for failure in self.failures[:MOST_KEPT]:
+                views = {"rollout": asdict(failure.rollout), "problem": asdict(failure.problem)}
+                file.write(json.dumps({**failure._asdict(), **views}) + "\n")
+
+
+def join_rewards(parts: Sequence[Rewards]) -> Rewards:
+    """Joins the rewards of several batches, of which there is at least one."""
+    return Rewards(
+        [verdict for part in parts for verdict in part.verdicts],
+        [total for part in parts for total in part.total],
+        {name: [value for part in parts for value in part.by_name[name]] for name in parts[0].by_name},
+        [failure for part in parts for failure in part.failures],
+    )
+
+
+def rewards_of(
+    texts: Sequence[str],
+    token_counts: Sequence[int],
+    problems: Sequence[ProblemView],
+    custom: Mapping[str, tuple[str, float]],
+    *,
+    verifier_weight: float = 1.0,
+    workers: Workers | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Rewards:
+    """Returns the rewards of rollouts: the built-in score and custom rewards, weighted and added.
+
+    Args:
+        texts: the whole responses, without special tokens.
+        token_counts: the number of tokens of each.
+        problems: the problem of each.
+        custom: for each name of a custom reward, its import path "package.module:function" and its weight.
+        verifier_weight: the weight of the built-in score.
+        workers: processes for the custom rewards; None: workers that this process shares.
+        timeout_s: seconds that one call of a custom reward may take.
+    """
+    for name, given in (("token_counts", token_counts), ("problems", problems)):
+        if len(given) != len(texts):
+            raise ValueError(f"rewards_of: expected {name} for each of the {len(texts)} texts, got {len(given)}")
+    verdicts = score_batch(
+        texts, [problem.ground_truth for problem in problems], [problem.equivalent_answers for problem in problems]
+    )
+    total = [verifier_weight * verdict.score for verdict in verdicts]
+    if not custom:
+        return Rewards(verdicts, total, {}, [])
+    rollouts = [
+        RolloutView(text, tokens, verdict.accuracy) for text, tokens, verdict in zip(texts, token_counts, verdicts)
+    ]
+    if workers is None:
+        workers = shared_workers(sorted({path.partition(":")[0] for path, _ in custom.values()}), None)
+    samples = list(zip(rollouts, problems))
+    calls = [(path, *sample) for path, _ in custom.values() for sample in samples]
+    jobs = iter(workers.map("prism.rewards.custom:call_reward", calls, timeout_s))
+    by_name: dict[str, list[float | None]] = {}
+    failures: list[RewardFailure] = []
+    for name, (path, weight) in custom.items():
+        answers = [(None, job.reason, job.detail) if job.reason else job.value for job in islice(jobs, len(samples))]
+        by_name[name] = [value for value, _, _ in answers]
+        total = [before + weight * (value or 0.0) for before, value in zip(total, by_name[name])]
+        failed = [
+            RewardFailure(name, cause, detail, *sample) for (_, cause, detail), sample in zip(answers, samples) if cause
+        ]
+        if failed:
+            first = f"{failed[0].cause}: {_last_line(failed[0].detail)}"
+            _log.warning("%s: no reward for %d of %d rollouts, the first by %s", path, len(failed), len(texts), first)
+        failures += failed
+    return Rewards(verdicts, total, by_name, failures)
+
+
+def call_reward(path: str, rollout: RolloutView, problem: ProblemView) -> tuple[float | None, str, str]:
+    """Returns a custom reward's value, or the cause and detail of its failure: runs in a worker."""
+    value: Any = load_reward(path)(rollout, problem)
+    if value is None:
+        return None, "", ""
+    # numbers of numpy and torch have it, texts do not
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{path}: expected a reward to be a float or None, got {type(value).__name__}")
+    number = float(value)
+    if not abs(number) < LARGEST:
+        return None, "not_finite", f"{path}: expected a finite reward below {LARGEST:g} in size, got {number}"
+    return number, "", ""
 
 
 def load_reward(path: str) -> Reward:
-    """Returns the reward that a path such as "my_package.rewards:short_caption" names, and checks that it fits.
-
-    Args:
-        path: "package.module:function" of a callable that takes a rollout and a sample.
-    """
-    function = import_function(path, "load_reward")
+    """Returns the reward at a path such as "my_package.rewards:short_caption", if it takes a rollout and a problem."""
+    function = import_function(path)
+    if getattr(function, "__name__", "") == "<lambda>":
+        raise TypeError(f"expected a function with a name at {path!r}, got a lambda")
     try:
         signature = inspect.signature(function)
     except ValueError:
-        # a builtin that does not tell
+        # a builtin without a signature
         return function
     try:
         signature.bind(None, None)
     except TypeError as error:
-        raise TypeError(
-            f"load_reward: expected {path} to be callable as reward(rollout, sample), got {signature}"
-        ) from error
+        raise TypeError(f"expected {path!r} to be callable as reward(rollout, problem), got {signature}") from error
     return function
 
 
-def evaluate_reward(
-    path: str, rollouts: Sequence[Any], samples: Sequence[Any], *, workers: Workers, timeout_s: float
-) -> Rewards:
-    """Returns an own reward of each rollout, computed in worker processes: a hang or a crash costs one reward.
-
-    Args:
-        path: of the reward, importable in a fresh interpreter.
-        rollouts: picklable.
-        samples: of each rollout the row of data, picklable.
-        workers: where it runs. A reward that needs this process (a model on the GPU) is called directly instead, by
-            `load_reward(path)(rollout, sample)`, and then has no time limit.
-        timeout_s: seconds that one call may take.
-    """
-    if len(rollouts) != len(samples):
-        raise ValueError(f"evaluate_reward: expected a sample for each of {len(rollouts)} rollouts, got {len(samples)}")
-    # a wrong path or signature is the run's mistake, and is told before any worker starts
-    load_reward(path)
-    calls = [(path, rollout, sample) for rollout, sample in zip(rollouts, samples)]
-    outcomes = workers.map("prism.rewards.custom:call_reward", calls, timeout_s)
-    return Rewards(
-        [outcome.value for outcome in outcomes],
-        [outcome.reason for outcome in outcomes],
-        next((outcome.detail for outcome in outcomes if outcome.reason == "error"), ""),
-    )
-
-
-def call_reward(path: str, rollout: Any, sample: Any) -> float | None:
-    """Returns the reward as a finite float or None; anything else is a TypeError or ValueError that names the path."""
-    value = load_reward(path)(rollout, sample)
-    if value is None:
-        return None
+def why_not_a_reward(path: str) -> str:
+    """Returns why a path names no custom reward; "" where it names one. Imports its module."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{path}: expected a reward to be a float or None, got {type(value).__name__}") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{path}: expected a finite reward, got {number}")
-    return number
+        load_reward(path)
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        return str(error)
+    return ""
 
 
-def import_function(path: str, name: str = "import_function") -> Callable[..., Any]:
-    """Returns the callable that a path such as "my_package.rewards:short_caption" names.
+def find_unusable_rewards(paths: Sequence[str]) -> list[str]:
+    """Returns what is wrong with the custom rewards at some paths. Their modules are imported in another process."""
+    with Workers(1) as workers:
+        results = workers.map("prism.rewards.custom:why_not_a_reward", [(path,) for path in paths], IMPORT_S)
+    problems = []
+    for path, result in zip(paths, results):
+        if result.reason:
+            problems.append(f"expected {path!r} to be importable, got {result.reason}: {_last_line(result.detail)}")
+        elif result.value:
+            problems.append(result.value)
+    return problems
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """Returns the callable at a path such as "my_package.rewards:short_caption".
 
     Args:
-        path: module and attribute; the module must be importable, so its folder must be on sys.path.
-        name: what errors call the caller.
+        path: module and attribute; the module's folder must be on sys.path.
     """
     module_name, colon, attribute = path.partition(":")
     if not colon or not module_name or not attribute:
-        raise ValueError(f'{name}: expected a path like "package.module:function", got {path!r}')
+        raise ValueError(f'expected a path like "package.module:function", got {path!r}')
     try:
-        found: Any = importlib.import_module(module_name)
+        value: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
-        # the module itself, or one of its packages, or something that it imports
+        # the module itself, one of its packages, or a module that it imports
         if module_name == missing or module_name.startswith(missing + "."):
             raise ImportError(
-                f"{name}: expected module {module_name!r} of {path!r} to be importable, got no module "
+                f"expected module {module_name!r} of {path!r} to be importable, got no module "
                 f"named {missing!r}; install it or put its folder on PYTHONPATH"
             ) from error
         raise ImportError(
-            f"{name}: module {module_name!r} of {path!r} needs {missing!r}, which is not installed"
+            f"expected {missing!r}, which module {module_name!r} of {path!r} imports, got none"
         ) from error
+    except Exception as error:
+        problem = f"got {type(error).__name__}: {error}"
+        raise ImportError(f"expected module {module_name!r} of {path!r} to be importable, {problem}") from error
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            known = ", ".join(sorted(n for n, v in vars(found).items() if callable(v) and not n.startswith("_")))
-            raise AttributeError(f"{name}: expected {part!r} in {module_name!r}, got only {known or 'no functions'}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise TypeError(f"{name}: expected {path!r} to be callable, got {type(found).__name__}")
-    return found
+        if not hasattr(value, part):
+            known = ", ".join(sorted(n for n, v in vars(value).items() if callable(v) and not n.startswith("_")))
+            raise AttributeError(f"expected {part!r} in {module_name!r}, got only {known or 'no functions'}")
+        value = getattr(value, part)
+    if not callable(value):
+        raise TypeError(f"expected {path!r} to be callable, got {type(value).__name__}")
+    return value
+
+
+def _last_line(detail: str) -> str:
+    """Returns the message of a traceback, or a detail of one line."""
+    return detail.strip().rpartition("\n")[2]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    given = [value for value in values if value is not None]
+    return sum(given) / len(given) if given else None

@@ -129,7 +129,7 @@ def _split(text: str, joints: bool) -> list[str]:
             parts[-1] += character
     parts = [part.strip() for part in parts]
     # "1, 2, and 3" has a comma beside the joint, and so an empty piece
-    return [part for place, part in enumerate(parts) if part or not joints or place in (0, len(parts) - 1)]
+    return [part for i, part in enumerate(parts) if part or not joints or i in (0, len(parts) - 1)]
 
 
 def _outside(text: str, change: Callable[[str], str], drop: bool = False) -> str:
@@ -152,10 +152,10 @@ def _outside(text: str, change: Callable[[str], str], drop: bool = False) -> str
 def closes_at_end(text: str) -> bool:
     """Returns whether the bracket that opens a text is closed by its last character and not before."""
     depth = 0
-    for place, character in enumerate(text):
+    for i, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
         if depth == 0:
-            return place == len(text) - 1
+            return i == len(text) - 1
     return False
 
 

@@ -1,4 +1,4 @@
-"""The reward of rule: 0.8 for a right answer, 0.2 for the format, the answer being read from a valid response only."""
+"""The built-in reward: 0.8 for a right answer, 0.2 for the format. Only a valid response's answer is read."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -10,9 +10,9 @@ from prism_kernels.grammar import parse_response
 
 ACCURACY_WEIGHT = 0.8
 FORMAT_WEIGHT = 0.2
-# most comparisons take milliseconds
+# most comparisons take milliseconds; custom rewards have the same limit
 TIMEOUT_S = 5.0
-# an expression such as 9^9^9 would take the machine's memory before its time is over
+# an expression such as 9^9^9 takes the machine's memory before its time is over
 MEMORY_BYTES = 4 << 30
 ALGEBRA = "prism.rewards.algebra"
 
@@ -20,11 +20,11 @@ _log = logging.getLogger(__name__)
 
 
 class Verdict(NamedTuple):
-    """What a response is worth, and why."""
+    """The score of a response, and the reason."""
 
     # 0.8 accuracy + 0.2 format
     score: float
-    # 1.0: the answer is right; 0.0 also where the response is invalid
+    # 1.0: the answer is right; 0.0: it is wrong, or the response is invalid
     accuracy: float
     # 1.0: the response is valid
     format: float
@@ -36,17 +36,17 @@ class Verdict(NamedTuple):
 def score_response(response: str, ground_truth: str, equivalent_answers: Sequence[str] | None = ()) -> dict[str, float]:
     """Returns {"score", "accuracy", "format"} of one response: score = 0.8 accuracy + 0.2 format.
 
-    A response is valid if it is `<caption>…</caption><think>…</think><answer>…</answer>`, each once, none empty,
-    nothing around. The answer of a response that is not valid is not read: its accuracy and its score are 0. What is
-    right is described in `prism.rewards.equivalence`.
+    A valid response is `<caption>…</caption><think>…</think><answer>…</answer>`: each tag once, no section empty, no
+    text around them; see `prism_kernels.grammar`. Accuracy and score of an invalid response are 0: its answer is not
+    read. `prism.rewards.equivalence` says which answers are right.
 
-    Algebra runs in a worker process within TIMEOUT_S; a hang or a crash counts as a wrong answer, with a warning in
-    the log. For many responses `score_batch` is faster.
+    Algebra runs in a worker process within TIMEOUT_S. A hang or a crash counts as a wrong answer and is logged as a
+    warning. For many responses `score_batch` is faster.
 
     Args:
-        response: the whole text of the policy.
-        ground_truth: the right answer, as the data set has it.
-        equivalent_answers: others that are right too.
+        response: the policy's whole response.
+        ground_truth: the right answer, as in the data set.
+        equivalent_answers: other right answers.
     """
     verdict = _score([response], [ground_truth], [equivalent_answers], TIMEOUT_S, None, "score_response")[0]
     return {"score": verdict.score, "accuracy": verdict.accuracy, "format": verdict.format}
@@ -60,14 +60,14 @@ def score_batch(
     timeout_s: float = TIMEOUT_S,
     workers: Workers | None = None,
 ) -> list[Verdict]:
-    """Returns the verdict of each response, as `score_response` judges it, with the reason.
+    """Returns the verdict of each response: `score_response` with the reason.
 
     Args:
-        responses: the whole texts of the policy.
+        responses: the policy's whole responses.
         ground_truths: the right answer of each.
-        equivalent_answers: of each the others that are right too; None: there are none.
-        timeout_s: seconds that one comparison may take; its sample is wrong then, with the reason "timeout".
-        workers: where algebra runs; None: workers that the process shares.
+        equivalent_answers: other right answers of each; None: there are none.
+        timeout_s: seconds for one comparison. After that the answer is wrong, with the reason "timeout".
+        workers: processes for algebra; None: workers that this process shares.
     """
     others = [()] * len(responses) if equivalent_answers is None else equivalent_answers
     for name, given in (("ground_truths", ground_truths), ("equivalent_answers", others)):
@@ -79,13 +79,13 @@ def score_batch(
 
 
 def verifier_workers(count: int | None = None) -> Workers:
-    """Returns workers of one's own for `score_batch`, to be closed by whoever made them."""
+    """Returns new workers for `score_batch`, which the caller closes."""
     return Workers(count, preload=[ALGEBRA], memory_bytes=MEMORY_BYTES)
 
 
 def judge(golds: Sequence[str], answer: str) -> bool:
-    """Returns whether an answer is right, with algebra, here and without a time limit: what a worker runs."""
-    # sympy takes half a second to import, and the workers alone need it
+    """Returns whether an answer is right, with algebra and without a time limit: runs in a worker."""
+    # SymPy takes half a second to import, and only workers need it
     from prism.rewards.algebra import same_expression
 
     return bool(equivalent(golds, answer, same_expression))
@@ -100,9 +100,9 @@ def _score(
     name: str,
 ) -> list[Verdict]:
     verdicts: list[Verdict | None] = []
-    # what only algebra can tell: the place of the response, the right answers, the answer
+    # comparisons for algebra: index of the response, the right answers, the answer
     open_questions: list[tuple[int, tuple[str, ...], str]] = []
-    for place, (text, truth, others) in enumerate(zip(responses, ground_truths, equivalent_answers)):
+    for i, (text, truth, others) in enumerate(zip(responses, ground_truths, equivalent_answers)):
         golds = _right_answers(name, truth, others)
         if not isinstance(text, str):
             raise TypeError(f"{name}: expected a response to be text, got {type(text).__name__}")
@@ -113,16 +113,16 @@ def _score(
         right = equivalent(golds, sections.answer, None)
         verdicts.append(None if right is None else _verdict(right, "right" if right else "wrong"))
         if right is None:
-            open_questions.append((place, golds, sections.answer))
+            open_questions.append((i, golds, sections.answer))
     if open_questions:
         pool = shared_workers([ALGEBRA], MEMORY_BYTES) if workers is None else workers
         calls = [(golds, answer) for _, golds, answer in open_questions]
-        outcomes = pool.map("prism.rewards.grade:judge", calls, timeout_s)
-        for (place, golds, answer), outcome in zip(open_questions, outcomes):
-            if outcome.reason:
-                _log.warning("%s: no verdict on %.200r for %.200r: %s", name, answer, golds[0], outcome.reason)
-            right = not outcome.reason and outcome.value
-            verdicts[place] = _verdict(right, outcome.reason or ("right" if right else "wrong"))
+        results = pool.map("prism.rewards.grade:judge", calls, timeout_s)
+        for (i, golds, answer), result in zip(open_questions, results):
+            if result.reason:
+                _log.warning("%s: no verdict on %.200r for %.200r: %s", name, answer, golds[0], result.reason)
+            right = not result.reason and result.value
+            verdicts[i] = _verdict(right, result.reason or ("right" if right else "wrong"))
     return [verdict for verdict in verdicts if verdict is not None]
 
 

@@ -148,12 +148,12 @@ def _product_of_units(text: str) -> Unit | None:
     text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
     powers: dict[str, int] = {}
     size = Fraction(1)
-    for place, part in enumerate(text.split("/")):
+    for i, part in enumerate(text.split("/")):
         for name in part.split("*"):
             unit = _unit_power(name.strip())
             if unit is None:
                 return None
-            sign = -1 if place else 1
+            sign = -1 if i else 1
             size *= unit.size**sign
             for quantity, power in unit.dimension:
                 powers[quantity] = powers.get(quantity, 0) + sign * power

@@ -1,4 +1,4 @@
-"""The worker process: `python -m prism.rewards.worker DESCRIPTOR` answers jobs that come through a pipe, one by one."""
+"""The worker process: `python -m prism.rewards.worker DESCRIPTOR` runs the jobs that come through a pipe."""
 
 import importlib
 import pickle
@@ -10,12 +10,12 @@ from typing import Any
 
 from prism.rewards.custom import import_function
 
-# how long after its time limit a job that nobody stopped ends the process: then the parent is gone
+# a job that nobody stopped ends its process this long after its time limit: the parent is gone
 ORPHAN_SECONDS = 2.0
 
 
 def serve(connection: Connection) -> None:
-    """Answers jobs, (function's path, arguments, seconds), by (reason, value or text), until the pipe is closed."""
+    """Answers each job, (function's path, arguments, seconds), with (reason, value or text), until the pipe closes."""
     first: tuple[list[str], list[str], int | None] = connection.recv()
     path, preload, memory_bytes = first
     sys.path[:] = path
@@ -37,7 +37,7 @@ def serve(connection: Connection) -> None:
         except Exception:
             connection.send(("error", traceback.format_exc()))
             continue
-        # the default action ends the process in the middle of whatever it does; no handler of Python's could
+        # the default action ends the process even inside C code, where no Python handler runs
         signal.setitimer(signal.ITIMER_REAL, seconds + ORPHAN_SECONDS)
         reply = _answer(function, arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -54,13 +54,13 @@ def _answer(function: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
         return "", import_function(function)(*arguments)
     except MemoryError:
         return "memory", "out of the memory that a worker may use"
-    # one sample's trouble, SystemExit and RecursionError among it, is that sample's
+    # SystemExit and RecursionError too cost only their own sample
     except BaseException:
         return "error", traceback.format_exc()
 
 
 def _limit_memory(memory_bytes: int | None) -> None:
-    # elsewhere the limit is refused or counts other things
+    # other systems refuse the limit or count other things
     if memory_bytes is None or not sys.platform.startswith("linux"):
         return
     import resource
@@ -71,7 +71,7 @@ def _limit_memory(memory_bytes: int | None) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C is the parent's to handle: it closes the pipe
+    # the parent handles Ctrl-C and closes the pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     serve(Connection(int(sys.argv[1])))

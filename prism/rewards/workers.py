@@ -1,4 +1,4 @@
-"""Worker processes with a time limit that kills: a hang or a crash costs one job, never the run."""
+"""Worker processes with time limits that kill: a hang or a crash costs one job, never the run."""
 
 import os
 import pickle
@@ -18,28 +18,27 @@ _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
 class JobResult(NamedTuple):
-    """What became of a job."""
+    """The value of a job, or the reason why it has none."""
 
     value: Any
     # "" where there is a value; else "timeout", "crash" (the process died), "memory" or "error" (an exception)
     reason: str
-    # an exception's traceback, or how the process ended
+    # the traceback of an exception, or how the process ended
     detail: str = ""
 
 
 class Workers:
     """Processes that call functions by import path, each job within its time limit.
 
-    A worker that hangs is killed and replaced, and so is one that crashed. Workers start at the first job, in fresh
-    interpreters, so they inherit neither locks nor a GPU; importing costs them about a second, which no job's limit
-    counts. Jobs may come from any thread. `close` or the end of the program ends all workers; a worker whose parent
-    was killed ends by itself.
+    A worker that hangs or crashes is replaced. Workers start at the first job, in fresh interpreters, so they inherit
+    neither locks nor a GPU. Their imports take about a second, which no job's limit counts. Jobs may come from any
+    thread. `close` or the end of the program ends all workers; a worker whose parent was killed ends by itself.
 
     Args:
-        count: how many processes; None: one per core, at most four.
+        count: number of processes; None: one per core, at most four.
         preload: modules that a worker imports before its first job.
-        memory_bytes: address space that a worker may use, Linux only; None: no limit.
-        start_seconds: how long a worker may take to start.
+        memory_bytes: largest address space of a worker, Linux only; None: no limit.
+        start_seconds: seconds that a worker may take to start.
     """
 
     def __init__(
@@ -57,55 +56,55 @@ class Workers:
         self._changed = threading.Condition()
         self._idle: list[_Worker] = []
         self._borrowed = 0
-        # also of those at work, so that closing from another thread ends them too
+        # busy ones too, so that closing from another thread ends them
         self._all: set[_Worker] = set()
         self._closed = False
-        # not bound to self, which would never be collected
+        # not bound to self, which would then never be collected
         self._end = weakref.finalize(self, _end_all, self._all, os.getpid())
 
     def map(self, function: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> list[JobResult]:
-        """Returns what became of each call, in order.
+        """Returns the result of each call, in order.
 
         Args:
             function: "package.module:function", importable in a fresh interpreter.
-            arguments: of each call, picklable.
-            timeout_s: seconds that one call may take.
+            arguments: the arguments of each call, picklable.
+            timeout_s: seconds for one call.
         """
         if not timeout_s > 0:
             raise ValueError(f"Workers.map: expected timeout_s > 0, got {timeout_s}")
-        outcomes: list[JobResult | None] = [None] * len(arguments)
+        results: list[JobResult | None] = [None] * len(arguments)
         pending = deque(range(len(arguments)))
-        mine = self._borrow(len(pending)) if pending else []
+        workers = self._borrow(len(pending)) if pending else []
         try:
-            while pending or any(worker.job is not None for worker in mine):
-                for worker in [w for w in mine if w.ready and w.job is None]:
+            while pending or any(worker.job is not None for worker in workers):
+                for worker in [w for w in workers if w.ready and w.job is None]:
                     if pending:
                         job = pending.popleft()
                         worker.give(job, pickle.dumps((function, arguments[job], timeout_s)), timeout_s)
                     else:
-                        mine.remove(worker)
+                        workers.remove(worker)
                         self._return(worker)
                 if not pending:
-                    # those that still start are not needed here
-                    for worker in [w for w in mine if not w.ready]:
-                        mine.remove(worker)
+                    # workers that are still starting are no longer needed here
+                    for worker in [w for w in workers if not w.ready]:
+                        workers.remove(worker)
                         self._return(worker)
-                for place, worker in self._events(mine):
-                    outcome = worker.collect()
-                    if outcome is not None and worker.job is not None:
-                        outcomes[worker.job], worker.job = outcome, None
+                for i, worker in self._events(workers):
+                    result = worker.collect()
+                    if result is not None and worker.job is not None:
+                        results[worker.job], worker.job = result, None
                     if not worker.alive:
-                        mine[place] = self._replace(worker)
+                        workers[i] = self._replace(worker)
         finally:
-            for worker in mine:
-                # after an interrupt its answer would be taken for another job's
+            for worker in workers:
+                # after an interrupt, its answer would be taken for another job's
                 if worker.job is not None:
                     worker.kill()
                 self._return(worker)
-        return [outcome for outcome in outcomes if outcome is not None]
+        return [result for result in results if result is not None]
 
     def close(self) -> None:
-        """Ends all workers, those at work too; a call that waits for them in another thread fails."""
+        """Ends all workers, busy ones too; a call in another thread that waits for them fails."""
         with self._changed:
             self._closed = True
             self._idle.clear()
@@ -120,34 +119,34 @@ class Workers:
 
     @property
     def process_ids(self) -> list[int]:
-        """The ids of the processes that run."""
+        """The ids of the running processes."""
         return sorted(worker.process.pid for worker in list(self._all) if worker.process.poll() is None)
 
-    def _events(self, mine: "list[_Worker]") -> "list[tuple[int, _Worker]]":
-        """Waits for an answer, an end or a time limit, and returns those workers with their places."""
-        if not mine:
+    def _events(self, workers: "list[_Worker]") -> "list[tuple[int, _Worker]]":
+        """Waits for an answer, an end or a time limit, and returns those workers with their indices."""
+        if not workers:
             return []
-        first = min(worker.deadline for worker in mine)
-        heard = wait([worker.connection for worker in mine], max(0.0, first - time.monotonic()))
+        first = min(worker.deadline for worker in workers)
+        answered = wait([worker.connection for worker in workers], max(0.0, first - time.monotonic()))
         now = time.monotonic()
-        return [(i, w) for i, w in enumerate(mine) if w.connection in heard or w.deadline <= now]
+        return [(i, w) for i, w in enumerate(workers) if w.connection in answered or w.deadline <= now]
 
     def _borrow(self, most: int) -> "list[_Worker]":
-        """Returns up to so many workers, at least one: idle ones, then new ones; waits while others have them all."""
+        """Returns at least one and at most `most` workers, idle ones first; waits while other calls have all."""
         with self._changed:
             while not self._closed and not self._idle and self._borrowed >= self.count:
                 self._changed.wait()
             if self._closed:
                 raise RuntimeError("Workers.map: expected open workers, got closed ones; make new ones")
-            mine: list[_Worker] = []
-            while len(mine) < most and self._idle:
+            workers: list[_Worker] = []
+            while len(workers) < most and self._idle:
                 worker = self._idle.pop()
-                # one may have been killed while it had nothing to do
-                mine.append(worker if worker.process.poll() is None else self._new(worker))
-            while len(mine) < min(most, self.count - self._borrowed - len(self._idle)):
-                mine.append(self._new())
-            self._borrowed += len(mine)
-            return mine
+                # an idle worker may have been killed
+                workers.append(worker if worker.process.poll() is None else self._new(worker))
+            while len(workers) < min(most, self.count - self._borrowed - len(self._idle)):
+                workers.append(self._new())
+            self._borrowed += len(workers)
+            return workers
 
     def _return(self, worker: "_Worker") -> None:
         with self._changed:
@@ -175,7 +174,7 @@ class Workers:
 
 
 class _Worker:
-    """One process, what it does, and until when it may."""
+    """One process, its job and its deadline."""
 
     def __init__(self, preload: list[str], memory_bytes: int | None, start_seconds: float) -> None:
         self.connection, theirs = Pipe()
@@ -183,7 +182,7 @@ class _Worker:
             "PYTHONPATH": os.pathsep.join(filter(None, [_PACKAGE_ROOT, os.getenv("PYTHONPATH")]))
         }
         command = [sys.executable, "-m", "prism.rewards.worker", str(theirs.fileno())]
-        # a session of its own: Ctrl-C in the terminal reaches the parent alone
+        # a session of its own, so that Ctrl-C in the terminal reaches only the parent
         self.process = subprocess.Popen(
             command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -196,7 +195,7 @@ class _Worker:
         self.connection.send((sys.path, preload, memory_bytes))
 
     def give(self, job: int, message: bytes, timeout_s: float) -> None:
-        """Sends a job; where the process has ended meanwhile, `collect` tells."""
+        """Sends a job; if the process has ended, `collect` will say so."""
         self.job, self.deadline = job, time.monotonic() + timeout_s
         try:
             self.connection.send_bytes(message)
@@ -204,9 +203,9 @@ class _Worker:
             self.deadline = time.monotonic()
 
     def collect(self) -> JobResult | None:
-        """Returns what became of the job, after an answer, the end of the process or its time limit.
+        """Returns the job's result after an answer, the end of the process or its time limit; None: it has started.
 
-        None: the worker has started. One that cannot start is an error: so would be the next.
+        A worker that cannot start is an error, since the next one could not start either.
         """
         try:
             if not self.connection.poll():
@@ -233,13 +232,13 @@ class _Worker:
     def kill(self) -> None:
         """Ends the process at once and waits for it, so that none is left as a zombie."""
         self.alive = False
-        # the pipe stays: a thread that waits on it learns of the end
+        # the pipe stays open, so that a thread that waits on it is woken by the end
         self.process.kill()
         self.process.wait()
 
 
 def _end_all(workers: "set[_Worker]", owner: int) -> None:
-    # a forked child has the list, but not the processes
+    # a forked child has a copy of the set, but the processes are not its own
     if os.getpid() == owner:
         while workers:
             workers.pop().kill()
@@ -250,8 +249,8 @@ _shared_lock = threading.Lock()
 
 
 def shared_workers(preload: Sequence[str], memory_bytes: int | None, count: int | None = None) -> Workers:
-    """Returns the workers of this process for one purpose, which start at first use and end with the program."""
-    # a forked child needs its own
+    """Returns workers that this process shares by their settings; they start at first use and end with the program."""
+    # a forked child needs its own workers
     key = (os.getpid(), count, tuple(preload), memory_bytes)
     with _shared_lock:
         if key not in _shared:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prism.config import Config
-from prism.rewards import Verdict, score_batch
+from prism.rewards import ProblemView, Rewards, join_rewards, rewards_of
 from prism.rollout.batch import RolloutBatch
 from prism.runtime.runtime import Runtime, Step
 from prism.stages.update import policy_update
@@ -18,10 +18,10 @@ SHOW = ("reward", "accuracy", "format", "length", "entropy")
 
 
 class Rewarded(NamedTuple):
-    """Rollouts with their verdicts and rewards, (S,): the verdict's score less the penalty for its length."""
+    """Rollouts with their rewards, and the total of each less the penalty for its length, (S,)."""
 
     batch: RolloutBatch
-    verdicts: list[Verdict]
+    rewards: Rewards
     reward: Tensor
 
 
@@ -31,7 +31,8 @@ def rlvr(rt: Runtime) -> None:
     settings = config.optimiser.rlvr
     for step in rt.steps("rlvr", policy=settings, reference=bool(algorithm.kl_coef), show=SHOW):
         rewarded, tries = sample(rt, step)
-        batch, verdicts, reward = rewarded
+        batch, rewards, reward = rewarded
+        verdicts = rewards.verdicts
         advantage = group_advantage(reward, batch.group, **algorithm.advantage_options())
         metrics = policy_update(
             rt.policy,
@@ -53,12 +54,16 @@ def rlvr(rt: Runtime) -> None:
             "length": float(batch.lengths.float().mean()),
             "informative": float(informative_groups(reward, batch.group).float().mean()),
             "tries": tries,
+            **rewards.metrics(),
         }
         columns = {
             "reward": reward.tolist(),
             "reason": [verdict.reason for verdict in verdicts],
             "advantage": advantage.tolist(),
+            **{f"reward_{name}": values for name, values in rewards.by_name.items()},
         }
+        if rewards.failures:
+            rewards.write_failures(rt.folder / "failed_rewards" / f"rlvr-{step.index + 1:06d}.jsonl")
         step.finish(metrics, batch, columns)
 
 
@@ -66,34 +71,39 @@ def sample(rt: Runtime, step: Step) -> tuple[Rewarded, int]:
     """Returns a step's rewarded rollouts, and the number of tries that dynamic sampling took."""
     config, sampling = rt.config, rt.config.rollout.rlvr
     if config.algorithm.rlvr.dynamic_sampling is None:
-        return reward(rt.generate(step.problems(sampling.prompts), sampling, step.seed), config), 1
+        return score(rt.generate(step.problems(sampling.prompts), sampling, step.seed), config), 1
     tries = config.algorithm.rlvr.dynamic_sampling.tries
     parts: list[Rewarded] = []
     for index, problems in enumerate(step.batches(config.dynamic_prompts, tries)):
-        newest = reward(rt.generate(problems, sampling, step.seed + index), config)
+        newest = score(rt.generate(problems, sampling, step.seed + index), config)
         parts.append(informative(newest, sampling.prompts))
         whole = join(parts)
         if len(whole.batch.problems) >= sampling.prompts:
             return select(whole, list(range(sampling.prompts))), index + 1
     # too few groups are informative: take those, or without any the last try's
-    return (whole if len(whole.batch.problems) else newest), tries
+    taken = whole if len(whole.batch.problems) else newest
+    return taken._replace(rewards=taken.rewards._replace(failures=whole.rewards.failures)), tries
 
 
-def reward(batch: RolloutBatch, config: Config) -> Rewarded:
+def score(batch: RolloutBatch, config: Config) -> Rewarded:
     """Rewards the responses."""
-    owners = [rollout.prompt for rollout in batch.rollouts]
-    problems = batch.problems
-    verdicts = score_batch(
-        batch.texts, [problems[p].answer or "" for p in owners], [problems[p].equivalent_answers for p in owners]
+    settings = config.algorithm.rlvr
+    views = [ProblemView.of(problem) for problem in batch.problems]
+    rewards = rewards_of(
+        batch.texts,
+        batch.lengths.tolist(),
+        [views[rollout.prompt] for rollout in batch.rollouts],
+        settings.custom_rewards,
+        verifier_weight=settings.verifier_weight,
     )
-    value = torch.tensor([verdict.score for verdict in verdicts])
-    rule = config.algorithm.rlvr.overlong
+    value = torch.tensor(rewards.total)
+    rule = settings.overlong
     if rule is not None:
         limit = config.rollout.rlvr.max_new_tokens
         value = value + overlong_penalty(
             batch.lengths, limit=limit, buffer=config.overlong_buffer, penalty=rule.penalty
         )
-    return Rewarded(batch, verdicts, value)
+    return Rewarded(batch, rewards, value)
 
 
 def informative(rewarded: Rewarded, most: int) -> Rewarded:
@@ -113,12 +123,12 @@ def select(rewarded: Rewarded, chosen: list[int]) -> Rewarded:
         [replace(batch.rollouts[s], prompt=place[batch.rollouts[s].prompt]) for s in kept],
         [batch.texts[s] for s in kept],
     )
-    return Rewarded(part, [rewarded.verdicts[s] for s in kept], rewarded.reward[kept])
+    return Rewarded(part, rewarded.rewards.select(kept), rewarded.reward[kept])
 
 
 def join(parts: list[Rewarded]) -> Rewarded:
     """Joins several batches into one."""
-    whole, verdicts = RolloutBatch([], [], [], []), []
+    whole = RolloutBatch([], [], [], [])
     for part in parts:
         shift, batch = len(whole.problems), part.batch
         whole = RolloutBatch(
@@ -127,5 +137,5 @@ def join(parts: list[Rewarded]) -> Rewarded:
             whole.rollouts + [replace(rollout, prompt=rollout.prompt + shift) for rollout in batch.rollouts],
             whole.texts + batch.texts,
         )
-        verdicts += part.verdicts
-    return Rewarded(whole, verdicts, torch.cat([part.reward for part in parts]))
+    rewards = join_rewards([part.rewards for part in parts])
+    return Rewarded(whole, rewards, torch.cat([part.reward for part in parts]))

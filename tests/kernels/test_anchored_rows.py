@@ -45,6 +45,8 @@ def close(ours, exact, tiny):
     assert error <= tiny * exact.abs().max().clamp(min=1) * 10, float(error)
 
 
+# columns: one, odd, vector tails and blocks; dtype chooses the load and store, bias and softcap the inner loop
+@pytest.mark.grid
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("with_bias, softcap", [(False, 0.0), (True, 0.0), (False, 6.0), (True, 6.0)])
@@ -70,6 +72,8 @@ def test_forward_sums_and_exponentials(backend, device, columns, dtype, with_bia
         assert ((again - stats).abs() <= 20 * tiny * stats.abs() + 1e-30).all()
 
 
+# as above; entropy adds a term to the coefficients
+@pytest.mark.grid
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("with_bias, softcap", [(False, 0.0), (True, 6.0)])

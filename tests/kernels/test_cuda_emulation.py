@@ -208,6 +208,8 @@ BACKWARD_CASES = [
 ]
 
 
+# dtypes and offsets choose the vector loads; in place, the source and the softcap choose the inner loop
+@pytest.mark.grid
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 @pytest.mark.parametrize("from_exp", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])

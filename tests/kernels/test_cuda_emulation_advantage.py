@@ -81,6 +81,8 @@ def close(ours, exact, dtype=torch.float64):
     torch.testing.assert_close(ours.cpu().double(), exact, rtol=tiny, atol=tiny)
 
 
+# baseline and scale choose the formula, order of the ids the path through the kernel
+@pytest.mark.grid
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("order", ORDERS)

@@ -77,6 +77,8 @@ def test_all_options(number):
         compare(batch, cu, 1e-12 if dtype == torch.float64 else 1e-6, **options)
 
 
+# aggregate and ratio choose the weights of tokens; masks and missing columns the loads
+@pytest.mark.grid
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])

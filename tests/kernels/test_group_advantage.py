@@ -38,6 +38,8 @@ def make(groups, seed=0, *, contiguous=False, dtype=torch.float64, invalid=0.3):
     return reward, ids, valid
 
 
+# baseline and scale are the choices that users combine; stride and dtype choose how samples are read
+@pytest.mark.grid
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("contiguous", [False, True])

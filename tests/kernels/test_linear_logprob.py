@@ -78,6 +78,8 @@ OPTIONS = [
 ]
 
 
+# dtype and cache choose the stored exponentials, names the terms of the row kernels; they meet in pairs
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("cache", [None, 0, "part"])
 @pytest.mark.parametrize("names", OPTIONS, ids="+".join)
@@ -411,6 +413,8 @@ def test_linear_logprob_backend_by_context_and_environment(device, monkeypatch):
         linear_logprob(hidden, weight, target)
 
 
+# size moves products into the subnormals of fp16; cache chooses what the backward pass reads
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "names", [(), ("softcap",), ("entropy",), ("bias", "softcap", "lora", "entropy")], ids="+".join

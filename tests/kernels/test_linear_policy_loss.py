@@ -79,6 +79,8 @@ def check(batch, tiny, call, **options):
         assert float(getattr(metrics, name)) == pytest.approx(float(value), rel=100 * tiny, abs=100 * tiny), name
 
 
+# options: the algorithms' choices, sampled; a chunk of 4 rows cuts sequences, None holds all
+@pytest.mark.grid
 @pytest.mark.parametrize("chunk", [None, 4])
 @pytest.mark.parametrize("options", list(grid(24)), ids=lambda o: f"{o['objective']}-{o['ratio']}-{o['kl_estimator']}")
 def test_linear_policy_loss_matches_float64(backend, device, options, chunk):
@@ -91,6 +93,8 @@ def test_linear_policy_loss_matches_float64(backend, device, options, chunk):
         check(batch, 2e-6, {"backend": backend, "chunk_tokens": chunk}, **options)
 
 
+# dtype chooses the products, softcap and entropy the terms of the row kernels
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])

@@ -21,6 +21,8 @@ def backend(request):
     return request.param
 
 
+# options: the algorithms' choices, sampled; per_token and dtype choose other inner loops of the C++ kernel
+@pytest.mark.grid
 @pytest.mark.parametrize("options", list(grid(60)), ids=lambda o: f"{o['objective']}-{o['ratio']}-{o['kl_estimator']}")
 @pytest.mark.parametrize("per_token", [False, True], ids=["sequence", "token"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

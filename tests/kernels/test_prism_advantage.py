@@ -49,6 +49,8 @@ def make(sizes=(8, 1, 16, 3, 4, 1), seed=0, dtype=torch.float64, invalid=0.3):
     return perception, reasoning, ids, ok, accuracy
 
 
+# mode, invalid and normalize are the choices that users combine; dtype is the accumulator
+@pytest.mark.grid
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("invalid", INVALID)
 @pytest.mark.parametrize("normalize", NORMALIZE)

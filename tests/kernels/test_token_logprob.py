@@ -36,6 +36,8 @@ def compare(logits, target, tiny, call, **options):
     assert_close(grad, plain_grad, wanted, name="gradient", tiny=tiny)
 
 
+# columns: one, odd, a whole and a broken block; dtype chooses the load, entropy adds a term
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("columns", [1, 7, 256, 5003])

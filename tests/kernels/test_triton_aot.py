@@ -102,6 +102,8 @@ def row_tile(tiles, architecture, accumulator):
     return {"FOLD": tile.fold * 4 // BYTES[accumulator], "LANES": tile.lanes}, tile.num_warps
 
 
+# architecture and dtypes choose the tiles; bias and softcap add registers
+@pytest.mark.grid
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("bias, softcap", [(None, 0.0), ("fp32", SOFTCAP)])
 @pytest.mark.parametrize(
@@ -137,6 +139,8 @@ def test_row_forward(compiled, architecture, z, exp, in_place, bias, softcap):
         assert code.uses(r"STG\.E\S*\.128")
 
 
+# architecture and dtypes choose the tiles; softcap adds registers
+@pytest.mark.grid
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("softcap", [0.0, SOFTCAP])
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from shapes_files import write_problems
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from prism import cli
-from prism.commands import evaluate as exam
 from prism.config import ConfigError, load_config
 from prism.discriminator.storage import load_discriminator, save_discriminator
+from prism.evaluation import assessment
 from prism.models import building
 from prism.models.building import build_discriminator, plain_policy
 from prism.rollout import batch as rollouts
@@ -241,7 +241,7 @@ def test_eval_tells_figures_with_their_errors_by_source(chain, tmp_path, monkeyp
     found = {}
     for data, flags in ((str(tmp_path / "problems.jsonl"), []), ("shapes:test", ["--samples", "70"])):
         left = iter(texts)
-        monkeypatch.setattr(exam, "decode", lambda rollouts, encoder, left=left: [next(left) for _ in rollouts])
+        monkeypatch.setattr(assessment, "decode", lambda rollouts, encoder, left=left: [next(left) for _ in rollouts])
         flags += ["--model", str(chain / "whole/policy"), "--data", data, "--out", str(tmp_path / "figures.json")]
         assert cli.main(["eval", *flags, "--max_new_tokens", "2", "--temperature", "1"]) == 0
         found[data] = json.loads((tmp_path / "figures.json").read_text())

@@ -1,4 +1,4 @@
-"""Workers that hang, crash, eat memory or lose their parent; and own rewards, which run in them."""
+"""Workers that hang, crash, eat memory or lose their parent."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prism.rewards import Workers, evaluate_reward, load_reward, score_batch, verifier_workers
+from prism.rewards import Workers, score_batch, verifier_workers
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -198,69 +198,3 @@ def test_a_hanging_verifier_is_counted(caplog):
         verdicts = score_batch([response(a) for a in answers], [r"\frac{\sqrt{36}}{2}"] * 3, timeout_s=5, workers=pool)
     assert [v.reason for v in verdicts] == ["right", "timeout", "wrong"]
     assert any("timeout" in record.getMessage() for record in caplog.records)
-
-
-@pytest.fixture
-def own_rewards(tmp_path, monkeypatch):
-    (tmp_path / "own_rewards_example.py").write_text(
-        "import os, time\n"
-        "LIMIT = 5\n"
-        "def short(rollout, sample):\n"
-        "    if rollout == 'hang':\n"
-        "        time.sleep(60)\n"
-        "    if rollout == 'crash':\n"
-        "        os._exit(1)\n"
-        "    return None if rollout == 'none' else len(rollout) <= sample['most']\n"
-        "def text(rollout, sample):\n"
-        "    return 'much'\n"
-        "def infinite(rollout, sample):\n"
-        "    return float('inf')\n"
-        "def one_argument(rollout):\n"
-        "    return 0.0\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    return "own_rewards_example"
-
-
-def test_own_reward(own_rewards):
-    rollouts = ["abc", "abcdef", "none", "hang", "crash", "ab"]
-    with Workers(2) as pool:
-        rewards = evaluate_reward(f"{own_rewards}:short", rollouts, [{"most": 3}] * 6, workers=pool, timeout_s=1.5)
-    assert rewards.values == [1.0, 0.0, None, None, None, 1.0]
-    assert rewards.reasons == ["", "", "", "timeout", "crash", ""]
-    assert rewards.failures == {"timeout": 1, "crash": 1}
-    assert load_reward(f"{own_rewards}:short")("abcd", {"most": 3}) == 0.0
-
-
-def test_own_reward_that_returns_no_number(own_rewards):
-    with Workers(1) as pool:
-        text = evaluate_reward(f"{own_rewards}:text", ["a"], [{}], workers=pool, timeout_s=5)
-        infinite = evaluate_reward(f"{own_rewards}:infinite", ["a"], [{}], workers=pool, timeout_s=5)
-    assert text.values == [None] and text.reasons == ["error"]
-    assert "own_rewards_example:text: expected a reward to be a float or None, got str" in text.first_error
-    assert "expected a finite reward, got inf" in infinite.first_error
-
-
-@pytest.mark.parametrize(
-    ("path", "error", "message"),
-    [
-        ("short", ValueError, "expected a path like \"package.module:function\", got 'short'"),
-        (":short", ValueError, "expected a path like"),
-        (
-            "no_such_package.rewards:short",
-            ImportError,
-            "no module named 'no_such_package'; install it or put its folder",
-        ),
-        ("own_rewards_example:long", AttributeError, "expected 'long' in 'own_rewards_example', got only infinite"),
-        ("own_rewards_example:LIMIT", TypeError, "expected 'own_rewards_example:LIMIT' to be callable, got int"),
-        ("own_rewards_example:one_argument", TypeError, r"callable as reward\(rollout, sample\), got \(rollout\)"),
-    ],
-)
-def test_own_reward_that_cannot_be_loaded(own_rewards, path, error, message):
-    with pytest.raises(error, match=message):
-        load_reward(path)
-
-
-def test_own_rewards_need_a_sample_each(own_rewards):
-    with Workers(1) as pool, pytest.raises(ValueError, match="expected a sample for each of 2 rollouts, got 1"):
-        evaluate_reward(f"{own_rewards}:short", ["a", "b"], [{}], workers=pool, timeout_s=5)

@@ -1,4 +1,4 @@
-// the constants of the row kernels in C++ and CUDA. formulas.py of prism_kernels/ops/anchored_rows says what the sums
+// the constants of the row kernels in C++ and CUDA. eager.py of prism_kernels/ops/anchored_rows says what the sums
 // and the coefficients are
 
 #pragma once
@@ -8,10 +8,10 @@ namespace prism {
 // FAR there: exp(28) summed over 2**18 columns stays below 2**60, so that the squares still fit in fp32
 constexpr double kFar = 28;
 
-// the rows of `stats`: RowSums of formulas.py without the target's logit
+// the rows of `stats`: RowSums of eager.py without the target's logit
 enum RowSum { kAnchor, kRest, kMoment, kSquare, kRowSums };
 
-// the rows of `coefficients`, as coefficients() of formulas.py returns them
+// the rows of `coefficients`, as coefficients() of eager.py returns them
 enum Coefficient { kAlpha, kBeta, kAtTarget, kCoefficients };
 
 }  // namespace prism

@@ -94,6 +94,7 @@ def problem_of(sample: ShapesSample) -> Problem:
         answer=sample.answer,
         teacher=sample.response.text,
         shape=sample,
+        data_source=f"shapes/{sample.question.kind}",
     )
 
 
