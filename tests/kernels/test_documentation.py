@@ -10,6 +10,7 @@ import torch
 
 from prism.discriminator.storage import LAYOUTS
 from prism.models.tiny import train_tokenizer
+from prism.rewards import RolloutView
 from prism_kernels.backend import backend_status
 from prism_kernels.packing import PrefixPack
 from prism_kernels.segments import Reason
@@ -143,6 +144,12 @@ def test_snippets_of_the_discriminator_run_and_show_what_the_page_says(tmp_path,
     assert names["model"].value_head.weight.abs().max() > 0
     assert names["hidden"].shape[0] == 2 and names["routings"][0].counts.shape == (5, 4)
     assert any(p.grad is not None and p.grad.any() for n, p in names["moe"].named_parameters() if "gate.weight" in n)
+
+
+def test_the_reward_of_the_training_page_runs():
+    reward = run(DOCS / "training.md", {})["brief_caption"]
+    text = "<caption>- a red star</caption><think>1. I see one.</think><answer>1</answer>"
+    assert reward(RolloutView(text, 40, 1.0), None) == 1.0 and reward(RolloutView("1", 1, 1.0), None) is None
 
 
 def test_every_defect_has_tests_that_exist():
