@@ -19,7 +19,6 @@ from prism.config.sections import (
     DiscriminatorSettings,
     MemorySettings,
     Sampling,
-    StageRollouts,
     TinySize,
 )
 from prism.config.settings import Config
@@ -40,7 +39,6 @@ __all__ = [
     "RlvrAlgorithm",
     "Sampling",
     "StageAdam",
-    "StageRollouts",
     "TinySize",
     "WarmupAdam",
     "all_keys",

@@ -1,4 +1,4 @@
-"""The commands of single stages, and those that measure and give away what they made."""
+"""The commands of single stages, and `upcycle`, `eval` and `export`."""
 
 import json
 import math
@@ -57,10 +57,10 @@ console = "quiet"
 """
 
 
-def texts_of(found, encoder):
-    """Responses of a valid form, which an untrained policy does not give: what they say follows from its tokens."""
+def texts_of(rollouts, encoder):
+    """Responses of a valid form, which an untrained policy does not give. Their text depends on its tokens."""
     texts = []
-    for rollout in found:
+    for rollout in rollouts:
         number = sum(rollout.token_ids) % 4
         items = "\n".join(["- red star, middle"] * (1 + number))
         answer = ("1", "2", "left", "red")[number]
@@ -70,7 +70,7 @@ def texts_of(found, encoder):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """The folders of a run over all stages, and of the same as one command after the other."""
+    """The folders of a run over all stages, and of the same stages run one command at a time."""
     folder = tmp_path_factory.mktemp("chain")
     (folder / "small.toml").write_text(SMALL)
 
@@ -107,17 +107,17 @@ def differ(one, other):
 def test_single_stages_one_after_the_other_are_the_whole_run(chain):
     assert_equal(tensors(chain / "rlvr/policy"), tensors(chain / "whole/policy"))
     assert_equal(tensors(chain / "align/discriminator"), tensors(chain / "whole/discriminator"))
-    # each stage did something, or equality would show nothing
+    # each stage must change something, or equality would show nothing
     for before, after in (("sft", "align"), ("align", "rlvr")):
         assert differ(tensors(chain / before / "policy"), tensors(chain / after / "policy"))
     for before, after in (("base", "warmup"), ("warmup", "align")):
         assert differ(tensors(chain / before / "discriminator"), tensors(chain / after / "discriminator"))
     assert_equal(tensors(chain / "sft/policy"), tensors(chain / "warmup/policy"))
-    # a stage that has no discriminator loads and leaves none
+    # a stage without a discriminator neither loads nor writes one
     assert not (chain / "sft/discriminator").exists() and not (chain / "rlvr/discriminator").exists()
 
 
-def test_upcycle_writes_what_a_run_begins_with_and_tells_the_change(chain, tmp_path, capsys):
+def test_upcycle_writes_the_first_discriminator_of_a_run_and_prints_the_change(chain, tmp_path, capsys):
     config = load_config(chain / "small.toml")
     wanted = build_discriminator(config, plain_policy(config)[0])
     assert_equal(load_discriminator(chain / "base/discriminator").state_dict(), wanted.state_dict())
@@ -126,9 +126,9 @@ def test_upcycle_writes_what_a_run_begins_with_and_tells_the_change(chain, tmp_p
         flags = ["--discriminator.noise", str(noise), "--run.folder", str(tmp_path / str(noise))]
         assert cli.main(["upcycle", "--config", str(chain / "small.toml"), *flags]) == 0
         changes[noise] = json.loads((tmp_path / str(noise) / "upcycle.json").read_text())
-        told = capsys.readouterr().out
-        assert f"4 experts, 2 a token, noise {noise:g}" in told and str(tmp_path / str(noise)) in told
-        assert f"{changes[noise]['logit_change']:.3%}" in told
+        output = capsys.readouterr().out
+        assert f"4 experts, 2 a token, noise {noise:g}" in output and str(tmp_path / str(noise)) in output
+        assert f"{changes[noise]['logit_change']:.3%}" in output
     assert changes[0.0]["logit_change"] < 1e-5 < changes[0.01]["logit_change"] < changes[0.1]["logit_change"] < 0.1
     assert cli.main(["upcycle", "--run.folder", str(tmp_path / "0.1")]) == 2
     assert "run.folder: expected another one than that of `prism upcycle`" in capsys.readouterr().err
@@ -159,16 +159,16 @@ def made(chain, folder, wanted, **settings):
     ],
     ids=["moe", "biases", "text", "dense"],
 )
-def test_a_discriminators_folder_is_taken_as_it_is_and_settings_that_differ_are_errors(
+def test_a_discriminators_folder_is_loaded_unchanged_and_settings_that_differ_are_errors(
     chain, tmp_path, settings, wrong
 ):
     model, named = made(chain, tmp_path, {}, **settings)
     config = load_config(chain / "small.toml", named)
-    # what it would be upcycled from is not looked at
+    # there is no model that it could be upcycled from
     loaded = build_discriminator(config, None)
     assert_equal(loaded.state_dict(), model.state_dict())
     assert (loaded.images, loaded.kind_bias) == (model.images, model.kind_bias)
-    # results must not depend on whether weights were made or loaded
+    # aligned: results must not depend on whether weights were made or loaded
     policy = building.load_dense("model.policy", str(chain / "whole/policy"), torch.float32)
     assert all(p.data_ptr() % 64 == 0 for m in (model, loaded, policy) for p in m.parameters())
     for key, value in wrong.items():
@@ -182,14 +182,14 @@ def test_published_discriminators_are_read_with_either_value_head_also_from_the_
     config = json.loads((tmp_path / "config.json").read_text())
     del config["discriminator_images"], config["discriminator_kind_bias"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = tensors(tmp_path)
-    weight = found.pop("v_head.weight")
+    weights = tensors(tmp_path)
+    weight = weights.pop("v_head.weight")
     fetched = []
     monkeypatch.setattr(building, "snapshot_download", lambda name, **_: fetched.append(name) or str(tmp_path))
     settings = load_config(chain / "small.toml", {"model.discriminator": "some/discriminator"})
-    save_file({**found, "v_head.summary.weight": weight}, tmp_path / "model.safetensors")
+    save_file({**weights, "v_head.summary.weight": weight}, tmp_path / "model.safetensors")
     assert_equal(build_discriminator(settings, None).state_dict(), model.state_dict())
-    save_file(found, tmp_path / "model.safetensors")
+    save_file(weights, tmp_path / "model.safetensors")
     torch.save({"weight": weight}, tmp_path / "value_head.pt")
     assert_equal(build_discriminator(settings, None).state_dict(), model.state_dict())
     assert fetched == ["some/discriminator"] * 2
@@ -199,57 +199,57 @@ def test_published_discriminators_are_read_with_either_value_head_also_from_the_
         build_discriminator(settings, None)
 
 
-def test_folders_that_hold_no_such_model_say_what_was_expected(chain, tmp_path, monkeypatch, capsys):
-    def told(*arguments):
+def test_folders_without_the_model_are_errors_that_say_what_was_expected(chain, tmp_path, monkeypatch, capsys):
+    def error(*arguments):
         assert cli.main(list(arguments)) == 2
         return capsys.readouterr().err
 
     small = ("--config", str(chain / "small.toml"), "--run.folder", str(tmp_path / "new"))
     whole = str(chain / "whole")
-    assert "did you mean" in told("rlvr", *small, "--model.policy", whole)
-    assert f"{whole}/discriminator" in told("align", *small, "--model.discriminator", whole)
-    assert "with a config.json, got" in told("rlvr", *small, "--model.policy", str(tmp_path / "gone"))
-    assert "lacks 1 tensors, the first is lm_head.weight" in told(
+    assert "did you mean" in error("rlvr", *small, "--model.policy", whole)
+    assert f"{whole}/discriminator" in error("align", *small, "--model.discriminator", whole)
+    assert "with a config.json, got" in error("rlvr", *small, "--model.policy", str(tmp_path / "gone"))
+    assert "lacks 1 tensors, the first is lm_head.weight" in error(
         "rlvr", *small, "--model.policy", f"{whole}/discriminator"
     )
     monkeypatch.chdir(chain)
-    assert "model.policy: expected a folder with a config.json" in told("rlvr", *small, "--model.policy", "whole/rlvr")
-    assert "which it would write over" in told(
+    assert "model.policy: expected a folder with a config.json" in error("rlvr", *small, "--model.policy", "whole/rlvr")
+    assert "which it would write over" in error(
         "align", "--run.folder", "warmup", "--model.discriminator", "warmup/discriminator"
     )
-    assert "`prism sft` is one stage" in told("sft", *small, "--run.stages", "sft,rlvr")
+    assert "`prism sft` is one stage" in error("sft", *small, "--run.stages", "sft,rlvr")
     assert not (tmp_path / "new").exists()
 
     def unreachable(name, **_):
         raise OSError("no such repository\nand more")
 
     monkeypatch.setattr(building, "snapshot_download", unreachable)
-    assert "or a model of the hub, got 'some/model': no such repository\n" in told(
+    assert "or a model of the hub, got 'some/model': no such repository\n" in error(
         "rlvr", *small, "--model.policy", "some/model"
     )
 
 
-def test_eval_tells_figures_with_their_errors_by_source(chain, tmp_path, monkeypatch, capsys):
+def test_eval_prints_figures_with_standard_errors_by_source(chain, tmp_path, monkeypatch, capsys):
     samples = list(ShapesWorld().samples("test", 70))
     write_problems(tmp_path / "problems.jsonl", samples)
     with (tmp_path / "problems.jsonl").open("a") as file:
         chat = [{"role": "user", "content": "long " * 5000}]
         too_long = {"data_source": "x", "prompt": chat, "reward_model": {"ground_truth": "1"}}
         file.write("{}\n" + json.dumps(too_long) + "\n")
-    # of the careful teacher, but every third has no valid form
+    # responses of the careful teacher, every third without a valid form
     texts = ["no form" if i % 3 == 0 else sample.response.text for i, sample in enumerate(samples)]
-    found = {}
+    figures = {}
     for data, flags in ((str(tmp_path / "problems.jsonl"), []), ("shapes:test", ["--samples", "70"])):
         left = iter(texts)
         monkeypatch.setattr(assessment, "decode", lambda rollouts, encoder, left=left: [next(left) for _ in rollouts])
         flags += ["--model", str(chain / "whole/policy"), "--data", data, "--out", str(tmp_path / "figures.json")]
         assert cli.main(["eval", *flags, "--max_new_tokens", "2", "--temperature", "1"]) == 0
-        found[data] = json.loads((tmp_path / "figures.json").read_text())
+        figures[data] = json.loads((tmp_path / "figures.json").read_text())
         table = capsys.readouterr().out.split("standard errors\n")[1]
         assert max(map(len, table.splitlines())) <= 80
         assert ["all", "70", "65.7", "±5.7"] in [line.split()[:4] for line in table.splitlines()]
         assert "shapes/comparison" in table and "…" not in table
-    ours, world = found.values()
+    ours, world = figures.values()
     assert ours["skipped"] == {"missing field": 1, "too long": 1} and world["skipped"] == {}
     for part in (ours, world):
         rows = {"all": part["all"], **part["by_source"]}
@@ -272,16 +272,16 @@ def test_eval_tells_figures_with_their_errors_by_source(chain, tmp_path, monkeyp
     assert ours["all"]["length"] == world["all"]["length"]
 
 
-def test_eval_finds_what_the_run_found(chain, tmp_path):
+def test_eval_gives_the_figures_of_the_run(chain, tmp_path):
     arguments = ["--model", str(chain / "whole/policy"), "--data", "shapes:test", "--samples", "8"]
     assert cli.main(["eval", *arguments, "--max_new_tokens", "12", "--out", str(tmp_path / "figures.json")]) == 0
-    found = json.loads((tmp_path / "figures.json").read_text())["all"]
+    figures = json.loads((tmp_path / "figures.json").read_text())["all"]
     known = json.loads((chain / "whole/evaluations.json").read_text())["rlvr"]["test"]
     for name in ("samples", "accuracy", "format", "length", "perception_error", "reasoning_error"):
-        assert found[name] == pytest.approx(known[name]), name
+        assert figures[name] == pytest.approx(known[name]), name
 
 
-def test_an_exported_policy_is_the_runs_in_plain_transformers(chain, tmp_path, capsys):
+def test_an_exported_policy_gives_the_same_logits_in_plain_transformers(chain, tmp_path, capsys):
     assert cli.main(["export", "--run", str(chain / "whole"), "--to", str(tmp_path / "out")]) == 0
     assert "finished; fill in `license:`" in capsys.readouterr().out
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
@@ -308,30 +308,30 @@ def test_an_exported_policy_is_the_runs_in_plain_transformers(chain, tmp_path, c
     assert "--to: expected a folder that does not exist yet" in capsys.readouterr().err
 
 
-def test_of_an_unfinished_run_the_newest_whole_checkpoint_is_exported(chain, tmp_path, capsys):
+def test_export_takes_the_newest_undamaged_checkpoint_of_an_unfinished_run(chain, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(chain / "rlvr", run)
     shutil.rmtree(run / "policy")
 
     def export(to):
         status = cli.main(["export", "--run", str(run), "--to", str(tmp_path / to)])
-        told = capsys.readouterr()
-        return status, told.out + told.err
+        output = capsys.readouterr()
+        return status, output.out + output.err
 
     # the figures say that it is finished
-    status, told = export("none")
-    assert status == 2 and "expected the policy that a finished run leaves" in told
+    status, output = export("none")
+    assert status == 2 and "expected the policy that a finished run leaves" in output
     assert not (tmp_path / "none").exists()
     (run / "evaluations.json").unlink()
-    status, told = export("end")
-    assert status == 0 and "not finished: this is its checkpoint of the end of rlvr" in told
+    status, output = export("end")
+    assert status == 0 and "not finished: this is its checkpoint of the end of rlvr" in output
     assert_equal(tensors(tmp_path / "end"), tensors(chain / "rlvr/policy"))
     newest = sorted(path for path in (run / "checkpoints").iterdir())[-1]
     (newest / "policy.safetensors").write_bytes(b"damaged")
-    status, told = export("before")
-    assert status == 0 and "not finished: this is its checkpoint of step 1 of rlvr" in told
+    status, output = export("before")
+    assert status == 0 and "not finished: this is its checkpoint of step 1 of rlvr" in output
     assert "step 1 of rlvr" in (tmp_path / "before/README.md").read_text()
     assert newest.exists() and differ(tensors(tmp_path / "before"), tensors(tmp_path / "end"))
     shutil.rmtree(run / "checkpoints")
-    status, told = export("nothing")
-    assert status == 2 and "expected a finished run or a checkpoint in" in told
+    status, output = export("nothing")
+    assert status == 2 and "expected a finished run or a checkpoint in" in output

@@ -1,4 +1,4 @@
-"""The settings: files, flags, presets, and what is wrong with bad ones, said with the key."""
+"""The settings: files, flags, presets, and errors that name the key."""
 
 import inspect
 import subprocess
@@ -82,8 +82,8 @@ def test_defaults_and_choices_are_those_of_the_code_that_takes_them():
     from prism_kernels.ops.prism_advantage.op import INVALID, MODES, NORMALIZE
 
     def choices(model, name):
-        found = model.model_fields[name].annotation
-        return next((a.__args__ for a in getattr(found, "__args__", ()) if hasattr(a, "__args__")), found.__args__)
+        kind = model.model_fields[name].annotation
+        return next((a.__args__ for a in getattr(kind, "__args__", ()) if hasattr(a, "__args__")), kind.__args__)
 
     expected = {
         "ratio": RATIOS,
@@ -121,23 +121,23 @@ def test_defaults_outside_the_tables_are_the_same():
 
 
 @pytest.mark.parametrize("name", [*LOSS_PRESETS])
-def test_a_preset_is_what_it_stands_for_and_the_loss_takes_it(name):
+def test_a_preset_sets_its_options_and_the_loss_takes_them(name):
     import torch
 
     from prism_kernels import policy_loss
 
     stage, model = ("align", AlignAlgorithm) if name == "prism" else ("rlvr", RlvrAlgorithm)
     config = load_config(None, {f"algorithm.{stage}.name": name})
-    found = getattr(config.algorithm, stage)
+    algorithm = getattr(config.algorithm, stage)
     stated = {**LOSS_PRESETS[name], **REWARD_PRESETS.get(name, {})}
     plain = model().model_dump() | {"dual_clip": None, "name": name}
-    for key, value in found.model_dump().items():
+    for key, value in algorithm.model_dump().items():
         if key in ("dynamic_sampling", "overlong"):
             assert (value is not None) == (key in stated)
         else:
             assert value == stated.get(key, plain[key]), key
     batch = (torch.zeros(3), torch.zeros(3), torch.ones(2), torch.tensor([0, 2, 3], dtype=torch.int32))
-    loss, _ = policy_loss(*batch, ref_logp=torch.zeros(3), **found.loss_options(longest=100))
+    loss, _ = policy_loss(*batch, ref_logp=torch.zeros(3), **algorithm.loss_options(longest=100))
     assert loss.isfinite()
 
 
@@ -145,7 +145,7 @@ def test_options_beside_a_name_win_over_its_preset(tmp_path):
     path = written(tmp_path, '[algorithm.rlvr]\nname = "dapo"\nclip = [0.1, 0.3]\noverlong = "none"\n')
     rlvr = load_config(path).algorithm.rlvr
     assert (rlvr.clip, rlvr.dual_clip, rlvr.overlong) == ((0.1, 0.3), 10.0, None)
-    # and a flag wins over the file, a preset's switch included
+    # a flag wins over the file, and switches on a table that the file switches off
     flags = [
         "--algorithm.rlvr.dual_clip",
         "none",
@@ -182,7 +182,7 @@ def test_flags():
     }
     config = load_config(None, parse_overrides(flags))
     assert (config.run.seed, config.optimiser.align.lr, config.run.stages) == (3, 1e-6, ("sft", "rlvr"))
-    # the rest of the table keeps its own defaults
+    # the other keys of the table keep its defaults
     assert config.optimiser.align.schedule == "linear"
     with pytest.raises(ConfigError, match=r"flags: expected --section.key value, got 'align'"):
         parse_overrides(["align"])
@@ -199,7 +199,7 @@ def test_keys_are_listed():
     assert {"run.seed", "algorithm.rlvr.overlong.buffer", "model.tiny.heads", "optimiser.discriminator.lr"} <= set(keys)
 
 
-# a file's text, and what is said of it
+# the text of a file, and the error that it gives
 BAD = {
     "not TOML": ("[run\n", r"my.toml: expected a TOML file, got .*line 1"),
     "a misspelled key": (
@@ -341,7 +341,7 @@ def test_bad_settings_are_named(name, tmp_path):
     assert all(line.startswith(str(tmp_path / "my.toml")) for line in str(error.value).splitlines())
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_are_listed_at_once(tmp_path):
     text = "[rollout.align]\ngroup = 1\n[optimiser.rlvr]\nbatch = 20\n"
     with pytest.raises(ConfigError) as error:
         load_config(written(tmp_path, text))
@@ -374,5 +374,5 @@ def test_a_flag_into_a_value_is_named():
 
 def test_torch_is_not_imported():
     code = "import prism.config, prism.cli, sys; prism.config.load_config(); print({'torch', 'numpy'} & {*sys.modules})"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "set()"
