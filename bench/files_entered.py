@@ -1,11 +1,13 @@
 """Counts the files of a package that a call enters, and the pairs of files that call each other: the length of a read.
 
-Run: python -m bench.files_entered linear_logprob
+Run: python -m bench.files_entered linear_logprob, or align_step
 """
 
 import argparse
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -13,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 import prism_kernels
+from prism.commands.run import run_stages
+from prism.config import load_config
+from prism.runtime.runtime import Runtime, Step
 
 
 class Entered(NamedTuple):
@@ -27,8 +32,9 @@ class Entered(NamedTuple):
         return "\n".join([*lines, f"{len(self.pairs)} pairs of caller and callee", *calls])
 
 
-def files_entered(run: Callable[[], object], root: Path) -> Entered:
-    """Returns the files below `root` whose functions ran during `run`, in this thread.
+@contextmanager
+def files_entered(root: Path) -> Iterator[Entered]:
+    """Collects the files below `root` whose functions run inside the block, in this thread.
 
     A call through other code, such as torch's, counts for the last function of the package before it.
     """
@@ -53,33 +59,67 @@ def files_entered(run: Callable[[], object], root: Path) -> Entered:
 
     sys.setprofile(profile)
     try:
-        run()
+        yield entered
     finally:
         sys.setprofile(None)
-    return entered
 
 
-def linear_logprob() -> None:
+def linear_logprob() -> Entered:
     """Runs the op once on the CPU, forward and backward, with a bias and the entropy."""
     make = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
         torch.randn(*shape, generator=make).requires_grad_() for shape in ((16, 32), (64, 32), (64,))
     )
     target = torch.randint(0, 64, (16,), generator=make)
-    out = prism_kernels.linear_logprob(hidden, weight, target, bias=bias, entropy=True, backend="cpu")
-    assert out.entropy is not None
-    (out.logp.sum() + out.entropy.sum()).backward()
+    with files_entered(Path(prism_kernels.__file__).parent) as entered:
+        out = prism_kernels.linear_logprob(hidden, weight, target, bias=bias, entropy=True, backend="cpu")
+        assert out.entropy is not None
+        (out.logp.sum() + out.entropy.sum()).backward()
+    return entered
 
 
-CALLS: dict[str, tuple[Callable[[], None], Path]] = {
-    "linear_logprob": (linear_logprob, Path(prism_kernels.__file__).parent),
+# a run that only alignment's second step is read from
+SMALL = {
+    "run.stages": ["align"],
+    "model.tiny.layers": 2,
+    "data.shapes.validation": 8,
+    "data.shapes.test": 8,
+    "rollout.align.prompts": 2,
+    "rollout.align.group": 3,
+    "rollout.align.max_new_tokens": 12,
+    "evaluation.samples": 4,
+    "evaluation.max_new_tokens": 12,
+    "optimiser.align.steps": 3,
+    "log.console": "quiet",
 }
+
+
+def align_step() -> Entered:
+    """Runs the second step of alignment on the embedded world, from its problems to its rollouts' record."""
+    found: list[Entered] = []
+
+    class Counting(Runtime):
+        def steps(self, stage: str, **options: Any) -> Iterator[Step]:
+            for step in super().steps(stage, **options):
+                if step.index != 1:
+                    yield step
+                    continue
+                with files_entered(Path(sys.modules["prism"].__path__[0])) as entered:
+                    yield step
+                found.append(entered)
+
+    with tempfile.TemporaryDirectory() as folder, Counting(load_config(None, {**SMALL, "run.folder": folder})) as rt:
+        run_stages(rt)
+    return found[0]
+
+
+CALLS = {"linear_logprob": linear_logprob, "align_step": align_step}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("call", choices=sorted(CALLS))
-    print(files_entered(*CALLS[parser.parse_args().call]).report())
+    print(CALLS[parser.parse_args().call]().report())
 
 
 if __name__ == "__main__":

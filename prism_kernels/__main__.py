@@ -1,4 +1,4 @@
-"""Prints the versions, the devices, and for every op and backend "available" or the reason why it is not."""
+"""Prints the versions, the devices, and for each op and backend whether it is available, or why not."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,4 @@
-"""One wording for bad arguments: who was called, what it expected of which argument, what came."""
+"""Checks of arguments, with one wording for errors: the op, the expected argument, the given one."""
 
 import os
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def fail(op: str, expected: str, got: object, error: type[Exception] = ValueError) -> None:
-    """Raises `error` with the sentence that every op uses."""
+    """Raises `error` with the text that every op uses."""
     raise error(f"{op}: expected {expected}, got {got}")
 
 
@@ -19,7 +19,7 @@ def tensor(op: str, name: str, value: object) -> None:
 
 
 def shape(op: str, name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
-    """Checks a shape; a string stands for any size and is printed as the dimension's name."""
+    """Checks a shape; a string allows any size and names the dimension in the error."""
     sizes = tuple(value.shape)
     if len(sizes) != len(expected) or any(isinstance(e, int) and e != s for e, s in zip(expected, sizes)):
         wanted = ", ".join(str(e) for e in expected) + ("," if len(expected) == 1 else "")
@@ -27,7 +27,7 @@ def shape(op: str, name: str, value: Tensor, expected: tuple[int | str, ...]) ->
 
 
 def dtype(op: str, name: str, value: Tensor, allowed: Iterable[torch.dtype]) -> None:
-    """Checks a dtype."""
+    """Checks that a tensor has one of these dtypes."""
     allowed = tuple(allowed)
     if value.dtype not in allowed:
         names = ", ".join(str(a).removeprefix("torch.") for a in allowed)
@@ -35,26 +35,26 @@ def dtype(op: str, name: str, value: Tensor, allowed: Iterable[torch.dtype]) -> 
 
 
 def device(op: str, name: str, value: Tensor, like: Tensor, like_name: str) -> None:
-    """Checks that two tensors live on one device."""
+    """Checks that two tensors are on one device."""
     if value.device != like.device:
         fail(op, f"{name} on {like_name}'s device {like.device}", value.device)
 
 
 def positive(op: str, name: str, value: float | None) -> None:
-    """Checks that a number, where one is given, is positive and finite."""
+    """Checks that a number is positive and finite; None passes."""
     if value is not None and not 0 < value < float("inf"):
         fail(op, f"{name} > 0 and finite", value)
 
 
 def one_of(op: str, name: str, value: object, known: Iterable[str]) -> None:
-    """Checks that a name is known, and lists the known ones."""
+    """Checks that a name is known; the error lists the known names."""
     known = tuple(known)
     if value not in known:
         fail(op, f"{name} to be one of {', '.join(map(repr, known))}", repr(value))
 
 
 def reads_values(value: Tensor) -> bool:
-    """True where the values of a tensor may be checked: on the CPU, elsewhere only if PRISM_KERNELS_CHECK=1."""
+    """Returns whether a tensor's values may be checked: on the CPU, elsewhere only with PRISM_KERNELS_CHECK=1."""
     return value.device.type == "cpu" or os.environ.get("PRISM_KERNELS_CHECK") == "1"
 
 

@@ -34,7 +34,7 @@ def register_op(
     """Defines `prism_kernels::<schema>`, registers its implementations and returns the function that calls it.
 
     Args:
-        schema: name, arguments and results. csrc implements an op by its name and dispatch key, without a word here.
+        schema: name, arguments and results. csrc implements an op by its name and dispatch key; nothing here says so.
         fake: returns empty results of the right shapes, for torch.compile; None where the op returns nothing and
             writes into its arguments.
         eager: the implementation in Python, on every device; None where csrc implements the op.

@@ -22,7 +22,7 @@ Floats = Sequence[float] | Tensor
 
 
 class Kind(IntEnum):
-    """What a token is. A branch holds the last three, its prefix the first two."""
+    """The kind of a token: the first two are a prefix's, the last three a branch's."""
 
     PROMPT = 0
     IMAGE = 1
@@ -42,8 +42,8 @@ class Branch:
         token_ids: (L,), at least one.
         kind: one `Kind` for all tokens, or (L,); perception, reasoning or answer.
         weight: one weight for all tokens, or (L,).
-        pair: the index, within the group, of the branch that this one is compared with: its teacher's of the same
-            channel. None where there is none.
+        pair: the index, within the group, of the branch that this one is compared with: the teacher's branch of the
+            same channel. None: there is none.
     """
 
     token_ids: Ints
@@ -62,7 +62,7 @@ class PrefixGroup:
         image_grids: (images, 3), patches in time, height and width of each image in order, before merging: the
             `image_grid_thw` of a Qwen-VL processor.
         weight: the weight of the prompt's tokens.
-        name: what errors call the group; None: its index.
+        name: the group's name in errors; None: its index.
     """
 
     prompt_ids: Ints
@@ -73,21 +73,21 @@ class PrefixGroup:
 
     @property
     def tokens(self) -> int:
-        """The tokens that the group takes in a pack."""
+        """The number of the group's tokens in a pack."""
         return len(self.prompt_ids) + sum(len(branch.token_ids) for branch in self.branches)
 
 
 class Layout(NamedTuple):
-    """The lengths of a pack as Python integers: what a launch needs without reading a device."""
+    """The lengths of a pack as Python integers, so that a launch reads no device."""
 
-    # (P,), (S,) and (P,): of each prefix, of each branch, and how many branches each group has
+    # [P] lengths of the prefixes; [S] lengths of the branches; [P] numbers of branches of the groups
     prefix: tuple[int, ...]
     branch: tuple[int, ...]
     branches: tuple[int, ...]
 
 
 def layout_of(cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor) -> Layout:
-    """Returns the layout of a pack from its three tensors; reads them."""
+    """Returns the layout of a pack from its three tensors, whose values it reads."""
     counts = torch.bincount(branch_group, minlength=len(cu_prefix) - 1)
     return Layout(tuple(cu_prefix.diff().tolist()), tuple(cu_branch.diff().tolist()), tuple(counts.tolist()))
 
@@ -106,37 +106,37 @@ class PrefixPack:
     branch: Tensor
     # [T], int64: `Kind`
     kind: Tensor
-    # [3, T], int64: time, height, width; every branch begins at the greatest of its prefix + 1
+    # [3, T], int64: time, height, width; every branch begins one past the greatest position of its prefix
     position: Tensor
     # [P + 1], int32: cumulative lengths of the prefixes
     cu_prefix: Tensor
     # [S + 1], int32: cumulative lengths of the branches
     cu_branch: Tensor
-    # [S], int64: where in T each branch's last token is
+    # [S], int64: the index in T of each branch's last token
     last_index: Tensor
     # [S], int64: the group of each branch; it does not decrease
     branch_group: Tensor
-    # [S], int64: the branch in this pack that each is compared with; -1: none
+    # [S], int64: the branch of this pack that each branch is compared with; -1: none
     pair: Tensor
     # [T], float32
     token_weight: Tensor
 
     @cached_property
     def layout(self) -> Layout:
-        """The lengths on the host. Packs made here have them from the start, so that no device is read."""
+        """The lengths on the host. Packs that are made here have them from the start and read no device."""
         return layout_of(self.cu_prefix, self.cu_branch, self.branch_group)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PrefixPack":
         """Returns the pack on a device."""
         layout = self.layout
         moved = PrefixPack(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
-        # a cached property's value lives here: it must not be read from the device again
+        # sets the cached property, so that it is not read from the device again
         moved.__dict__["layout"] = layout
         return moved
 
 
 class Packed(NamedTuple):
-    """A pack, and the indices of the groups that are in it, in its order (that of their images, too)."""
+    """A pack, and the indices of its groups, in the order of their tokens and of their images."""
 
     pack: PrefixPack
     groups: tuple[int, ...]
@@ -151,13 +151,13 @@ def pack_groups(
 ) -> list[Packed]:
     """Returns packs of at most `budget` tokens that hold each group whole, once.
 
-    Deterministic: the largest group first, each into the first pack that has room; the packs come in the order of
-    their first groups, the groups of a pack in their given order.
+    Deterministic: groups go, the largest first, into the first pack that has room. The packs are in the order of their
+    first groups, the groups of a pack in their given order.
 
     Args:
         groups: any number; a group over the budget is an error.
-        budget: tokens a pack.
-        image_token_id: the placeholder of a merged patch; None: the prompts hold no images.
+        budget: the most tokens of a pack.
+        image_token_id: the placeholder of a merged patch; None: the prompts have no images.
         spatial_merge_size: patches along one side of a merged patch.
     """
     check.positive(NAME, "budget", budget)
@@ -181,46 +181,46 @@ def pack_groups(
 def build_pack(
     groups: Sequence[PrefixGroup], *, image_token_id: int | None = None, spatial_merge_size: int = 2
 ) -> PrefixPack:
-    """Returns one pack of all groups in their order, whatever its size."""
+    """Returns one pack of any size with all groups in their order."""
     return _build(groups, range(len(groups)), image_token_id, spatial_merge_size)
 
 
 def plan_packs(sizes: Sequence[int], budget: int) -> list[tuple[int, ...]]:
-    """Returns which groups share a pack, by their sizes in tokens, as `pack_groups` decides it."""
+    """Returns the groups of each pack of `pack_groups` from the groups' sizes in tokens."""
     packs: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        place = next((p for p, free in enumerate(room) if free >= sizes[index]), len(packs))
-        if place == len(packs):
+        pack = next((p for p, free in enumerate(room) if free >= sizes[index]), len(packs))
+        if pack == len(packs):
             packs.append([])
             room.append(budget)
-        packs[place].append(index)
-        room[place] -= sizes[index]
+        packs[pack].append(index)
+        room[pack] -= sizes[index]
     return sorted(tuple(sorted(chosen)) for chosen in packs)
 
 
 class TokenPlan(NamedTuple):
-    """Tokens through the language model for one group, by scheme."""
+    """The tokens that each scheme runs through the language model for one group."""
 
-    # four forwards a response: student and teacher, caption and reasoning
+    # four forwards for each response: caption and reasoning of the student and of the teacher
     published: int
     # the published second pass, which scores the students for the rewards
     published_scoring: int
-    # the teacher's two forwards once a group
+    # the teacher's two forwards once for each group
     teacher_once: int
-    # prompt once for each response, its two segments sharing it
+    # the prompt once for each response, shared by its two segments
     prefix_per_response: int
-    # prompt once a group
+    # the prompt once for each group
     packed: int
 
 
 def plan_tokens(prompt: int, students: Sequence[tuple[int, int]], teacher: tuple[int, int]) -> TokenPlan:
-    """Returns what each scheme computes for one group, from lengths alone.
+    """Returns the tokens that each scheme computes for one group, from lengths alone.
 
     Args:
-        prompt: tokens of the prompt, the image's included.
+        prompt: tokens of the prompt, with the image's.
         students: for each response the tokens of its caption and of its reasoning.
-        teacher: the same of the teacher's response.
+        teacher: the same for the teacher's response.
     """
     repeated = [2 * prompt + caption + reasoning for caption, reasoning in students]
     teacher_repeated = 2 * prompt + sum(teacher)
@@ -242,10 +242,10 @@ def prompt_positions(
     spatial_merge_size: int,
     name: str = "the prompt",
 ) -> Tensor:
-    """Returns the M-RoPE positions (3, L) of a prompt (L,): those of transformers' `get_rope_index` for Qwen3-VL.
+    """Returns the M-RoPE positions (3, L) of a prompt (L,), equal to transformers' `get_rope_index` for Qwen3-VL.
 
-    Text advances all three by one a token; an image's tokens take the time, row and column of their merged patch, and
-    the text behind it goes on past the image's longer side.
+    Text advances all three by one for each token. An image's tokens take the time, row and column of their merged
+    patch, and the text after it continues past the image's longer side.
     """
     grids = [tuple(int(n) for n in grid) for grid in image_grids]
     is_image = torch.zeros_like(prompt_ids, dtype=torch.bool)
@@ -253,35 +253,36 @@ def prompt_positions(
         is_image = prompt_ids == image_token_id
     elif grids:
         check.fail(NAME, f"image_token_id, since {name} has images", None)
-    places = is_image.nonzero()[:, 0].tolist()
+    placeholders = is_image.nonzero()[:, 0].tolist()
     parts: list[Tensor] = []
-    read = used = following = 0
+    # the tokens and the placeholders that have positions, and the next position
+    done = used = following = 0
     for index, grid in enumerate(grids):
-        what = f"image {index} of {name}"
-        rows, columns = _merged(what, grid, spatial_merge_size)
+        image = f"image {index} of {name}"
+        rows, columns = _merged(image, grid, spatial_merge_size)
         size = rows * columns
-        start = places[used] if used < len(places) else len(prompt_ids)
-        found = int(is_image[start : start + size].sum())
-        if found < size:
-            check.fail(NAME, f"{size} placeholders in a row for {what}, of grid {grid}", found)
-        text = start - read
+        start = placeholders[used] if used < len(placeholders) else len(prompt_ids)
+        count = int(is_image[start : start + size].sum())
+        if count < size:
+            check.fail(NAME, f"{size} placeholders in a row for {image}, of grid {grid}", count)
+        text = start - done
         parts.append(torch.arange(following, following + text).expand(3, text))
         following += text
         row = torch.arange(rows).repeat_interleave(columns)
         column = torch.arange(columns).repeat(rows)
         parts.append(torch.stack((torch.zeros_like(row), row, column)) + following)
         following += max(rows, columns)
-        read, used = start + size, used + size
-    if used < len(places):
-        check.fail(NAME, f"{used} image placeholders in {name}, for {len(grids)} images", len(places))
-    text = len(prompt_ids) - read
+        done, used = start + size, used + size
+    if used < len(placeholders):
+        check.fail(NAME, f"{used} image placeholders in {name}, for {len(grids)} images", len(placeholders))
+    text = len(prompt_ids) - done
     parts.append(torch.arange(following, following + text).expand(3, text))
     return torch.cat(parts, 1)
 
 
-def _merged(what: str, grid: tuple[int, ...], merge: int) -> tuple[int, int]:
+def _merged(image: str, grid: tuple[int, ...], merge: int) -> tuple[int, int]:
     if len(grid) != 3 or grid[0] != 1 or any(n <= 0 or n % merge for n in grid[1:]):
-        check.fail(NAME, f"{what} to have a grid (1, h, w) with h and w multiples of {merge}", grid)
+        check.fail(NAME, f"{image} to have a grid (1, h, w) with h and w multiples of {merge}", grid)
     return grid[1] // merge, grid[2] // merge
 
 
@@ -289,15 +290,15 @@ def _group_name(group: PrefixGroup, index: int) -> str:
     return f"group {index}" if group.name is None else f"group {index} ({group.name})"
 
 
-def _vector(what: str, values: int | float | Ints | Floats, size: int | None, dtype: torch.dtype) -> Tensor:
+def _vector(name: str, values: int | float | Ints | Floats, size: int | None, dtype: torch.dtype) -> Tensor:
     """Returns values as a vector on the CPU; one number stands for `size` of them."""
     vector = torch.as_tensor(values).detach().cpu()
     if vector.numel() and not dtype.is_floating_point and (vector.is_floating_point() or vector.dtype == torch.bool):
-        check.fail(NAME, f"{what} to be integers", str(vector.dtype).removeprefix("torch."), TypeError)
+        check.fail(NAME, f"{name} to be integers", str(vector.dtype).removeprefix("torch."), TypeError)
     vector = vector.to(dtype)
     if vector.dim() == 0 and size is not None:
         return vector.repeat(size)
-    check.shape(NAME, what, vector, ("L" if size is None else size,))
+    check.shape(NAME, name, vector, ("L" if size is None else size,))
     return vector
 
 
@@ -311,8 +312,8 @@ def _build(
     ]
     counts = tuple(len(group.branches) for group in groups)
     first = [0, *accumulate(counts)]
-    owner = torch.arange(len(groups)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
-    # pieces come group by group, each prefix followed by its branches
+    branch_group = torch.arange(len(groups)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    # pieces are in the order of the groups, each prefix before its branches
     is_prefix = torch.zeros(len(pieces), dtype=torch.bool)
     is_prefix[torch.arange(len(groups)) + torch.tensor(first[:-1], dtype=torch.int64)] = True
     lengths = torch.tensor([len(piece.ids) for piece in pieces], dtype=torch.int64)
@@ -323,7 +324,7 @@ def _build(
         for g, group in enumerate(groups)
         for branch in group.branches
     ]
-    # so that a pack of nothing has its dtypes
+    # gives a pack without groups its dtypes
     empty = _Piece(torch.empty(0).long(), torch.empty(0).long(), torch.empty(3, 0).long(), torch.empty(0))
     joined = [*pieces, empty]
     pack = PrefixPack(
@@ -334,7 +335,7 @@ def _build(
         cu_prefix=_cumulative(lengths[is_prefix]),
         cu_branch=_cumulative(lengths[~is_prefix]),
         last_index=ends[~is_prefix] - 1,
-        branch_group=owner,
+        branch_group=branch_group,
         pair=torch.tensor(pairs, dtype=torch.int64),
         token_weight=torch.cat([piece.weight for piece in joined]),
     )
@@ -361,24 +362,24 @@ def _pieces(group: PrefixGroup, name: str, image_token_id: int | None, spatial_m
     pieces = [_Piece(prompt, kind, position, torch.full((len(prompt),), float(group.weight)))]
     start = int(position.max()) + 1 if position.numel() else 0
     for index, branch in enumerate(group.branches):
-        where = f"branch {index} of {name}"
-        ids = _vector(f"token_ids of {where}", branch.token_ids, None, torch.int64)
+        branch_name = f"branch {index} of {name}"
+        ids = _vector(f"token_ids of {branch_name}", branch.token_ids, None, torch.int64)
         size = len(ids)
         if size == 0:
-            check.fail(NAME, f"{where} to have at least one token", "none")
+            check.fail(NAME, f"{branch_name} to have at least one token", "none")
         if image_token_id is not None and (ids == image_token_id).any():
-            place = int((ids == image_token_id).nonzero()[0, 0])
-            expected = f"no image placeholder in {where}; ban token {image_token_id} when sampling"
-            check.fail(NAME, expected, f"one at {place}")
-        kind = _vector(f"kind of {where}", branch.kind, size, torch.int64)
+            first = int((ids == image_token_id).nonzero()[0, 0])
+            expected = f"no image placeholder in {branch_name}; ban token {image_token_id} when sampling"
+            check.fail(NAME, expected, f"one at {first}")
+        kind = _vector(f"kind of {branch_name}", branch.kind, size, torch.int64)
         wrong = (kind < min(BRANCH_KINDS)) | (kind > max(BRANCH_KINDS))
         if wrong.any():
             known = ", ".join(f"{k.value} ({k.name.lower()})" for k in BRANCH_KINDS)
-            place = int(wrong.nonzero()[0, 0])
-            check.fail(NAME, f"kinds of {where} to be {known}", f"{int(kind[place])} at {place}")
-        weight = _vector(f"weight of {where}", branch.weight, size, torch.float32)
+            first = int(wrong.nonzero()[0, 0])
+            check.fail(NAME, f"kinds of {branch_name} to be {known}", f"{int(kind[first])} at {first}")
+        weight = _vector(f"weight of {branch_name}", branch.weight, size, torch.float32)
         if branch.pair is not None and (branch.pair == index or not 0 <= branch.pair < len(group.branches)):
-            expected = f"pair of {where} to be another branch of its group, in [0, {len(group.branches)})"
+            expected = f"pair of {branch_name} to be another branch of its group, in [0, {len(group.branches)})"
             check.fail(NAME, expected, branch.pair)
         pieces.append(_Piece(ids, kind, torch.arange(start, start + size).expand(3, size), weight))
     return pieces

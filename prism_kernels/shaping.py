@@ -10,9 +10,9 @@ from prism_kernels import check
 
 
 def overlong_penalty(length: Tensor, *, limit: int, buffer: int, penalty: float = 1.0) -> Tensor:
-    """Returns what is added to the reward of each sample for its length, (N,), fp32: DAPO's soft overlong punishment.
+    """Returns a term for each sample's reward from its length, (N,), fp32: DAPO's soft overlong punishment.
 
-    0 up to limit - buffer tokens, then linearly down to -penalty at the limit, and -penalty beyond.
+    It is 0 up to limit - buffer tokens, falls linearly to -penalty at the limit, and is -penalty beyond.
     """
     check.positive("overlong_penalty", "buffer", buffer)
     if limit < buffer:
@@ -22,9 +22,9 @@ def overlong_penalty(length: Tensor, *, limit: int, buffer: int, penalty: float 
 
 
 def informative_groups(reward: Tensor, group: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Returns which samples are in a group whose valid rewards are not all equal, (N,), bool: DAPO's group filter.
+    """Returns whether each sample's group has valid rewards that differ, (N,), bool: DAPO's group filter.
 
-    The others have an advantage of 0 throughout. `reward`, `group` and `valid` are those of `group_advantage`.
+    All advantages of the other groups are 0. `reward`, `group` and `valid` are those of `group_advantage`.
     """
     name = "informative_groups"
     check.shape(name, "reward", reward, ("N",))
@@ -39,13 +39,13 @@ def informative_groups(reward: Tensor, group: Tensor, *, valid: Tensor | None = 
 
 
 def token_advantage(advantage: Tensor, channel: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Returns an advantage for each token, (T,): that of its sequence in its own channel, 0 where it has none.
+    """Returns each token's advantage, (T,): its sequence's advantage in the token's channel, 0 without a channel.
 
-    So the description is credited with the perception's advantage, thinking and answer with the reasoning's.
+    So the description gets the advantage of perception; thinking and answer get the advantage of reasoning.
 
     Args:
         advantage: (C, N), one row for each channel, such as `group_advantage` of each channel's score.
-        channel: (T,), int64, the row of each token; -1 for none (tags, the prompt).
+        channel: (T,), int64, the channel of each token; -1: none (tags, the prompt).
         cu_seqlens: (N + 1,), the sequences' bounds.
     """
     name = "token_advantage"
@@ -56,7 +56,7 @@ def token_advantage(advantage: Tensor, channel: Tensor, cu_seqlens: Tensor) -> T
     tokens = channel.shape[0]
     if advantage.numel() == 0:
         return advantage.new_zeros(tokens)
-    place = torch.arange(tokens, device=channel.device)
-    sequence = torch.bucketize(place, cu_seqlens[1:].to(torch.int64), right=True).clamp(max=advantage.shape[1] - 1)
+    position = torch.arange(tokens, device=channel.device)
+    sequence = torch.bucketize(position, cu_seqlens[1:].to(torch.int64), right=True).clamp(max=advantage.shape[1] - 1)
     credit = advantage[channel.clamp(min=0), sequence]
     return torch.where(channel >= 0, credit, 0)

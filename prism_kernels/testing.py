@@ -1,4 +1,4 @@
-"""Inputs and the three-way comparison that the tests and the benchmarks share."""
+"""Inputs and the three-way comparison, for tests and benchmarks."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ def head_inputs(
     scale: float = 1.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns hidden (T, D), weight (V, D), both wanting gradients, and target (T,); logits of spread `scale`."""
+    """Returns hidden (T, D) and weight (V, D), which require gradients, and target (T,); `scale` spreads the logits."""
     make = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, width, generator=make) * (scale / math.sqrt(width))
     weight = torch.randn(columns, width, generator=make)
@@ -30,13 +30,13 @@ def head_inputs(
 def confident_inputs(
     gaps: Tensor, columns: int, width: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns hidden, weight and target such that row t's 1 - p is close to gaps[t] (a target far above the rest)."""
+    """Returns hidden, weight and target such that 1 - p of row t's target is close to gaps[t]."""
     make = torch.Generator().manual_seed(seed)
     rows = gaps.numel()
     weight = torch.randn(columns, width, generator=make, dtype=torch.float64) / math.sqrt(width)
     target = torch.randint(0, columns, (rows,), generator=make)
     direction = weight[target]
-    # along its own weight row the target's logit grows with the square, the others' only at random
+    # along the target's weight row its logit grows with the row's square, the others only at random
     hidden = torch.zeros(rows, width, dtype=torch.float64)
     low, high = torch.zeros(rows, dtype=torch.float64), torch.full((rows,), 400.0, dtype=torch.float64)
     for _ in range(60):
@@ -51,7 +51,7 @@ def confident_inputs(
 
 
 def double(value: Any) -> Any:
-    """Returns a detached float64 copy of tensors (leaves that want gradients where the original did), deeply."""
+    """Returns float64 copies of the tensors inside a value, as leaves that require gradients where the originals do."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             return value
@@ -85,9 +85,9 @@ def gradients(outputs: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> lis
 
 
 def poison_allocations() -> Callable[[], None]:
-    """Fills what torch.empty and its kin return with NaN from now on; returns the function that undoes it."""
+    """Makes torch.empty and its variants return NaN from now on; returns a function that undoes it."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # torch's default, but a caller may have switched it off
+    # torch's default, which a caller may have changed
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     return lambda: torch.use_deterministic_algorithms(before)

@@ -1,3 +1,3 @@
-"""The version, alone in a module so that the build reads it without importing torch."""
+"""The version, in a module that the build can import without torch."""
 
 __version__ = "0.1.0"

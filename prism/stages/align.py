@@ -3,11 +3,12 @@
 S responses, T their tokens, B the tokens' bytes.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from prism.config import AlignAlgorithm
 from prism.data.drift import drift
 from prism.discriminator.score import GroupScores, prepare_groups, sample_of, score_limits
 from prism.discriminator.training import discriminator_step
@@ -30,7 +31,7 @@ def align(rt: Runtime) -> None:
     """
     config, sampling = rt.config, rt.config.rollout.align
     algorithm, optimisers, discriminator = config.algorithm.align, config.optimiser, rt.discriminator
-    limits = score_limits(config)
+    limits, mixing = score_limits(config), algorithm.advantage_options()
     for step in rt.steps(
         "align",
         policy=optimisers.align,
@@ -49,7 +50,7 @@ def align(rt: Runtime) -> None:
             for _ in range(config.discriminator.steps)
         ]
         scores = results[0].scores
-        mixture = mixed_advantages(scores, batch, algorithm)
+        mixture = mixed_advantages(scores, batch, mixing)
         metrics = policy_update(
             rt.policy,
             batch,
@@ -75,12 +76,18 @@ def align(rt: Runtime) -> None:
         step.finish(metrics, batch, columns)
 
 
-def mixed_advantages(scores: GroupScores, batch: RolloutBatch, algorithm: AlignAlgorithm) -> Tensor:
-    """Returns one advantage per response, (S,), on the CPU: the mixture of both channels."""
+def mixed_advantages(scores: GroupScores, batch: RolloutBatch, mixing: dict[str, Any]) -> Tensor:
+    """Returns one advantage per response, (S,), on the CPU: the mixture of both channels.
+
+    Args:
+        scores: scores of the responses.
+        batch: the rollouts.
+        mixing: options of `prism_advantage`.
+    """
     valid = torch.tensor([reason is None for reason in scores.reason])
     # zero only unscored responses; let real NaNs surface in the loss
     perception, reasoning = (torch.where(valid, score.cpu(), 0.0) for score in (scores.perception, scores.reasoning))
-    return prism_advantage(perception, reasoning, batch.group, format_ok=valid, **algorithm.advantage_options())
+    return prism_advantage(perception, reasoning, batch.group, format_ok=valid, **mixing)
 
 
 def token_credit(scores: GroupScores, batch: RolloutBatch, table: TokenBytes, mixture: Tensor) -> list[Tensor]:

@@ -188,22 +188,24 @@ class HeadArguments(NamedTuple):
     softcap: float
 
     def head(self, keep: Tensor, first: int = 0, total: int | None = None) -> Head:
-        """Returns the head; its slice begins at column `first` of `total` (None: the weight's own)."""
+        """Returns the head; the weight's columns are those from `first` on of `total` (None: they are all)."""
         dtype, columns = accumulator(self.hidden.dtype), self.weight.shape[0]
 
         def cast(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(dtype)
 
         exists = (self.target >= 0) & (self.target < (columns if total is None else total))
-        local = self.target - first
-        local = torch.where(exists & (local >= 0) & (local < columns), local, -1)
+        local, inside = self.target, exists
+        if total is not None:
+            local = self.target - first
+            inside = exists & (local >= 0) & (local < columns)
         return Head(
             self.hidden,
             self.weight,
             cast(self.bias),
             cast(self.lora_hidden),
             cast(self.lora_weight),
-            torch.where(keep & ~exists, columns, local),
+            torch.where(keep & ~exists, columns, torch.where(inside, local, -1)),
             inverse(self.temperature),
             keep,
             self.softcap,

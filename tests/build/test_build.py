@@ -145,13 +145,13 @@ def test_sources_that_do_not_compile_give_a_pure_installation(tree):
 def test_required_native_code_that_cannot_be_built_is_an_error(tree):
     done = install(tree, "--no-build-isolation", check=False, CXX="/bin/false", PRISM_KERNELS_REQUIRE="1")
     assert done.returncode != 0
-    assert "PRISM_KERNELS_REQUIRE=1 asks for it" in done.stdout + done.stderr
+    assert "PRISM_KERNELS_REQUIRE=1 makes this an error" in done.stdout + done.stderr
 
 
 @pytest.mark.slow
 def test_an_isolated_build_without_torch_is_pure(tree):
     done = install(tree)
-    assert "torch is not there at build time" in done.stdout + done.stderr
+    assert "torch cannot be imported" in done.stdout + done.stderr
     assert not list((tree / "site" / "prism_kernels").glob("*.so"))
 
 

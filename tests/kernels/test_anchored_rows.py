@@ -1,4 +1,4 @@
-"""The row kernels themselves: each backend against a float64 computation written out here, and opcheck."""
+"""The row kernels of each backend against a float64 computation written out here, and opcheck."""
 
 import pytest
 import torch

@@ -262,12 +262,12 @@ def test_linear_logprob_a_poisoned_row_touches_itself_alone(backend, device, poi
     out = linear_logprob(bad, weight, target, entropy=entropy, cache_bytes=cache, backend=backend)
     assert out.logp[11].isnan()
     assert torch.equal(out.logp[others], clean.logp[others])
-    surprise = 0.5 * out.entropy.sum() if entropy else 0
-    grads = torch.autograd.grad(out.logp.sum() + surprise, (bad, weight))
+    entropy_term = 0.5 * out.entropy.sum() if entropy else 0
+    grads = torch.autograd.grad(out.logp.sum() + entropy_term, (bad, weight))
     assert grads[0][11].isnan().all()
     kept = linear_logprob(hidden[others], weight, target[others], entropy=entropy, cache_bytes=cache, backend=backend)
-    surprise = 0.5 * kept.entropy.sum() if entropy else 0
-    wanted = torch.autograd.grad(kept.logp.sum() + surprise, (hidden, weight))
+    entropy_term = 0.5 * kept.entropy.sum() if entropy else 0
+    wanted = torch.autograd.grad(kept.logp.sum() + entropy_term, (hidden, weight))
     torch.testing.assert_close(grads[0][others], wanted[0][others], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grads[1], wanted[1], rtol=1e-5, atol=1e-6)
 
@@ -368,7 +368,7 @@ def test_linear_logprob_is_repeatable_bitwise(backend, device):
 
 @pytest.mark.parametrize("width", [64, 512])
 def test_linear_logprob_is_batch_invariant(backend, device, width):
-    """A row's bits do not depend on its neighbours, their number, or its place among them."""
+    """A row's bits do not depend on its neighbours, their number, or its position among them."""
     hidden, weight, target = head_inputs(2300, 600, width, device=device)
     for grad in (False, True):
         for cache in (None, 0) if grad else (None,):
@@ -422,7 +422,7 @@ def test_linear_logprob_backend_by_context_and_environment(device, monkeypatch):
 @pytest.mark.parametrize("cache", [None, 0, "part"])
 @pytest.mark.parametrize("size", [1e-6, 1.0])
 def test_linear_logprob_with_products_of_low_precision(monkeypatch, dtype, names, cache, size):
-    """What a GPU does: operands of 16 bits, products summed in fp32. Small gradients must survive fp16."""
+    """As on a GPU: operands of 16 bits, products summed in fp32. Small gradients must survive fp16."""
 
     def multiply(a, b, out, add=False):
         assert a.dtype == b.dtype == dtype

@@ -1,4 +1,4 @@
-"""How much memory linear_logprob takes beside its arguments and gradients, measured in a child process."""
+"""The memory that linear_logprob takes besides its arguments and gradients, measured in a child process."""
 
 import pytest
 import torch

@@ -52,9 +52,9 @@ def make(lengths=LENGTHS, *, dtype=torch.float32, device="cpu", masked=True, lor
 
 
 def leaves(batch):
-    found = [batch["hidden"], batch["weight"]]
-    found += [batch["bias"]] if "bias" in batch else []
-    return found + (list(batch["lora"][:2]) if "lora" in batch else [])
+    tensors = [batch["hidden"], batch["weight"]]
+    tensors += [batch["bias"]] if "bias" in batch else []
+    return tensors + (list(batch["lora"][:2]) if "lora" in batch else [])
 
 
 def run(op, batch, **options):

@@ -16,7 +16,7 @@ ROWS = (torch.rand(T) + 0.5, torch.rand(T) + 0.5)
 
 
 def samples(device):
-    """Arguments of each operator: tensors on `device`."""
+    """Returns operators and arguments for each, on `device`."""
     make = torch.Generator().manual_seed(0)
 
     def rand(*shape):

@@ -1,5 +1,6 @@
 """A run does not go on with other settings, unless they change nothing of what it has done; and what a step takes."""
 
+import json
 import mmap
 import os
 
@@ -119,3 +120,18 @@ def test_peak_memory_where_the_system_forgets_none(monkeypatch, tmp_path):
     first = peak.peak_bytes(device)
     peak.begin_peak(device)
     assert peak.peak_bytes(device) >= first > 2**20
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_with_both_formats(tmp_path, capsys):
+    begun(tmp_path)
+    (path,) = checkpoint.checkpoints(tmp_path / "checkpoints")
+    state = json.loads((path / "state.json").read_text())
+    # the first format had no number
+    del state["format"]
+    (path / "state.json").write_text(json.dumps(state))
+    assert cli.main(["run", "--run.folder", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert f"{path}: expected a checkpoint of format 2, got format 1" in told
+    assert "finish the run with the version that began it, or take another run.folder" in told
+    # it is refused, and not mistaken for a damaged one, which would be renamed
+    assert path.exists()

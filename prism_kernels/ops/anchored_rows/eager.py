@@ -69,8 +69,8 @@ def forward(
         slope = 1 - (x / softcap).square() if chain and softcap and exp is not None else None
         d = x.sub_(centre[:, None]).mul_(inv_temperature[:, None])
         e = d.exp()
-        here = ((target >= v0) & (target < v1)).nonzero()[:, 0]
-        e[here, target[here] - v0] = 0
+        rows = ((target >= v0) & (target < v1)).nonzero()[:, 0]
+        e[rows, target[rows] - v0] = 0
         d.clamp_(min=LOWEST)
         stats[1] += e.sum(1)
         stats[2] += d.mul_(e).sum(1)
@@ -121,6 +121,6 @@ def backward(
         if softcap and x is not None:
             f *= torch.where(e == 0, 0, 1 - (x / softcap).square_())
         f.masked_fill_(dead[:, None], 0)
-        here = ((target >= v0) & (target < v1)).nonzero()[:, 0]
-        f[here, target[here] - v0] = at_target[here, 0]
+        rows = ((target >= v0) & (target < v1)).nonzero()[:, 0]
+        f[rows, target[rows] - v0] = at_target[rows, 0]
         out[:, v0:v1] = f

@@ -15,7 +15,7 @@ from torch import Tensor
 from prism_kernels.ops.anchored_rows import eager
 
 FAR = tl.constexpr(eager.FAR)
-# from 3.10 on, Triton contracts a * b + c only where asked: the tiles were chosen, and are tested, with it
+# from 3.10 on, Triton fuses a * b + c only on request; the tiles were chosen, and are tested, with it
 FP_FUSION = {"enable_fp_fusion": True}
 
 
@@ -37,7 +37,7 @@ BACKWARD_TILES = {0: RowTile(2, 32, 1), 80: RowTile(2, 2048, 8), 90: RowTile(2, 
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The key of the tile tables for a device: 80, 90 or 100, and 0 for the CPU, that is, the interpreter."""
+    """Returns the key of the tile tables for a device: 80, 90 or 100, and 0 for the CPU, that is, the interpreter."""
     if device.type == "cpu":
         return 0
     major, _ = torch.cuda.get_device_capability(device)
@@ -130,7 +130,7 @@ def _moving_pass(
         v = _columns(v0, FOLD, LANES)
         x, _ = _logits(z, z_stride, bias, bias_stride, v, columns, SOFTCAP, dtype)
         top = tl.maximum(top, tl.max(x))
-        # never to +inf: R is then inf for a row with an infinity and NaN for a row with a NaN
+        # +inf never becomes the centre: so R is inf for a row with an infinity and NaN for a row with a NaN
         if ((top - anchor) * inv_temperature > FAR) & (top > centre) & (top < float("inf")):
             R, M, Q = rescaled(R, M, Q, (centre - top) * inv_temperature)
             centre = top
@@ -263,14 +263,14 @@ def _anchored_rows_bwd_kernel(
             f = e * (alpha + beta * d)
             if SOFTCAP != 0.0:
                 f *= 1.0 - t * t
-            # d is -inf, or next to it, where e is 0: no product with it may be formed into NaN
+            # where e is 0, d is -inf or close to it: their product must not become NaN
             f = tl.where(e == 0, 0.0, f)
             f = tl.where(v == y, at_target, f)
             tl.store(out + _offset(v, out_stride), f.to(out.dtype.element_ty), mask=live)
 
 
 def forward_registers(dtype: torch.dtype, softcap: float) -> int | None:
-    """The registers that the forward may take: left to itself, ptxas stops at 80 and spills the tanh of a soft cap."""
+    """Returns the forward's limit of registers: without one, ptxas stops at 80 and spills the tanh of a soft cap."""
     return 128 if softcap and dtype == torch.float32 else None
 
 

@@ -186,8 +186,8 @@ def _row_block(
         at_target = -torch.where(stats[1].isfinite(), stats[1], 0.0)
         if chain:
             at_target = at_target * (1 - (logit / head.softcap).square())
-        here, index = (target == index)[:, None], index[:, None]
-        exp.scatter_(1, index, torch.where(here, at_target[:, None].to(exp.dtype), exp.gather(1, index)))
+        inside, index = (target == index)[:, None], index[:, None]
+        exp.scatter_(1, index, torch.where(inside, at_target[:, None].to(exp.dtype), exp.gather(1, index)))
 
 
 def _target_logits(head: Head, logit: Tensor, index: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from prism_kernels.ops.anchored_rows.kernels import FAR, FP_FUSION, architecture, rescaled, tanh
 
-# what an anchor of -inf starts as, since -inf - -inf is NaN
+# stands in for an anchor of -inf, since -inf - -inf is NaN
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 # partial sums take 16 bytes for each row and split: 17 MB for this many rows on 132 multiprocessors
 ROWS_OF_LAUNCH = 16384
@@ -31,12 +31,12 @@ class Tile(NamedTuple):
     group: int
     num_warps: int
     num_stages: int
-    # left to itself, ptxas stops at 128 for sm_100 and spills the rest; elsewhere it does better without a number
+    # without a limit ptxas stops at 128 for sm_100 and spills the rest; elsewhere it does better without one
     registers: int | None = None
 
 
 class Tiles(NamedTuple):
-    """The tiles for one architecture: of 2-byte elements, of these with a soft cap, of fp32, and of unaligned rows.
+    """The tiles for one architecture: for 2-byte elements, the same with a soft cap, fp32, and unaligned rows.
 
     The tanh of a soft cap takes registers, and so do the addresses of single elements: larger tiles would spill.
     """
@@ -86,7 +86,7 @@ def _absorb(x, v0, y, c_y, s, centre, top, R, M, Q, bias, columns, SOFTCAP: tl.c
         x = SOFTCAP * tanh(x * (1.0 / SOFTCAP))
     x = tl.where((v < columns)[None, :], x, float("-inf"))
     top = tl.maximum(top, tl.max(x, 1))
-    # never to +inf: R is then inf for a row with an infinity and NaN for a row with a NaN
+    # +inf never becomes the centre: so R is inf for a row with an infinity and NaN for a row with a NaN
     moved = tl.where(((top - c_y) * s > FAR) & (top < float("inf")), top, centre)
     R, M, Q = rescaled(R, M, Q, (centre - moved) * s)
     d = tl.where(v[None, :] == y[:, None], float("-inf"), (x - moved[:, None]) * s[:, None])
@@ -207,7 +207,7 @@ def _target_logits_kernel(
         k = k0 + tl.arange(0, BLOCK)
         mask = k < tl.where(exists, depth, 0)
         h = tl.load(hidden + k * hidden_stride, mask=mask, other=0.0).to(tl.float32)
-        # the product is that of the operands in hidden's dtype
+        # the operands of the product are in hidden's dtype
         w = tl.load(weight + k * weight_stride, mask=mask, other=0.0).to(hidden.dtype.element_ty)
         z += h * w.to(tl.float32)
     x = tl.sum(z)
@@ -235,7 +235,7 @@ def _tile(hidden: Tensor, softcap: float, aligned: bool) -> Tile:
 
 
 def _aligned(x: Tensor) -> bool:
-    """Whether rows can be read 16 bytes at a time, which a tensor descriptor needs."""
+    """Returns whether rows can be read 16 bytes at a time, which a tensor descriptor needs."""
     return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
@@ -273,7 +273,7 @@ def fused_forward(
     descriptors = aligned and TILES[architecture(hidden.device)].descriptors
     columns, depth = weight.shape
     column_tiles = triton.cdiv(columns, tile.columns)
-    # two work items for each multiprocessor even when there is one tile of rows would double the partial sums
+    # more splits would keep all multiprocessors busy with a single tile of rows, but double the partial sums
     tiles_of_split = max(1, 2 * column_tiles // _processors(hidden.device))
     splits = triton.cdiv(column_tiles, tiles_of_split)
     target, anchor, inv_temperature = target.contiguous(), anchor.contiguous(), inv_temperature.contiguous()

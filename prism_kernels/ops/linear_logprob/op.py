@@ -43,7 +43,7 @@ def _run_forward(
     if shard is None:
         check.targets(NAME, arguments.target, weight.shape[0], ignore_index)
     check.temperatures(NAME, arguments.temperature)
-    # a surrounding autocast must not lower the products in here
+    # a surrounding autocast must not lower the precision of these products
     with torch.autocast(hidden.device.type, enabled=False):
         head = _head(arguments, ignore_index, shard)
         if backend == "triton" and cache_rows == 0 and head.lora_hidden is None and shard is None:

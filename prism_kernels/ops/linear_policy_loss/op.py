@@ -83,7 +83,7 @@ def _run(
     policy = Policy(old, row_advantage, ref, rollout, weight, correction, segments)
 
     chunk = chunk_tokens or default_rows(hidden, columns)
-    # a surrounding autocast must not lower the products in here
+    # a surrounding autocast must not lower the precision of these products
     with torch.autocast(hidden.device.type, enabled=False):
         loss, totals, logp, grads = run_chunks(
             head, ROW_KERNELS[backend], policy, options, chunk, Needs(*needs), may_read

@@ -52,5 +52,5 @@ def token_logprob(
     results = TokenLogProbFunction.apply(
         flat, target.reshape(-1), tau, ignore_index, inplace_backward, resolve(NAME, logits.device, backend)
     )
-    logp, surprise, lse, square = (r.view(target.shape) for r in results)
-    return TokenLogProbs(logp, surprise if entropy else None, lse, square)
+    logp, row_entropy, lse, square = (r.view(target.shape) for r in results)
+    return TokenLogProbs(logp, row_entropy if entropy else None, lse, square)

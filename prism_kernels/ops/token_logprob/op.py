@@ -116,7 +116,7 @@ class TokenLogProbFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """Returns the gradient of the logits, in their own memory if that was asked for."""
+        """Returns the gradient of the logits, in the logits' memory if so asked."""
         logits, target, temperature, sums = ctx.saved_tensors
         ignore_index, in_place, backend = ctx.options
         if grad_logp is None and grad_entropy is None:

@@ -22,7 +22,7 @@ def token_logprob_reference(
     pi = log_pi.exp()
     logp = log_pi.gather(-1, torch.where(keep, target, 0)[..., None])[..., 0]
     # a token of probability 0 adds nothing to the entropy: 0 * -inf counts as 0
-    surprise = -(pi * torch.where(pi == 0, 0.0, log_pi)).sum(-1)
+    row_entropy = -(pi * torch.where(pi == 0, 0.0, log_pi)).sum(-1)
     zero = torch.zeros((), dtype=logits.dtype, device=logits.device)
 
     def kept(x: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def token_logprob_reference(
 
     return TokenLogProbs(
         kept(logp),
-        kept(surprise) if entropy else None,
+        kept(row_entropy) if entropy else None,
         kept(torch.logsumexp(scaled, -1).detach()),
         kept(pi.square().sum(-1).detach()),
     )

@@ -53,7 +53,7 @@ def anchors(z, target, bias, softcap, dtype):
 
 
 def exact_forward(z, target, anchor, inv_temperature, bias, softcap, chain):
-    """The definition, in float64: stats, exponentials, and what the rounding of stats is measured against."""
+    """Returns stats and exponentials by their definition in float64, and the scale of the stats' rounding."""
     x = logits(z, bias, softcap)
     c, s = anchor.double(), inv_temperature.double()
     top = x.amax(1)

@@ -20,7 +20,7 @@ def head(rows, columns, depth, seed=0):
 
 
 def exact(hidden, weight, target, inv_temperature, bias, softcap):
-    """The definition, in float64: each row's stats and what their rounding is measured against."""
+    """Returns each row's stats by their definition in float64, and the scale of their rounding."""
     x = hidden.double() @ weight.double().t()
     if bias is not None:
         x = x + bias.double()
