@@ -170,15 +170,17 @@ class Runtime:
         total: int = getattr(self.config.optimiser, stage).steps
         self.reference = self._frozen_policy() if reference else None
         if policy is not None:
+            self.policy.train()
             self._policy_optimiser = self._optimiser(self.policy, policy, total, f"{stage}-policy")
         if discriminator is not None:
+            # in alignment too: layers are computed again in the backward pass in training mode only
+            self.discriminator.train()
             folder = f"{stage}-discriminator"
             self._discriminator_optimiser = self._optimiser(self.discriminator, discriminator, total, folder)
         first = 0
         if self._inside is not None:
             checkpoint.load(self._checkpoints, self._models(), self._training())
             first, self._inside = self._inside.extra["step"], None
-        (self.discriminator if policy is None else self.policy).train()
         with self.log.stage(stage, total, first):
             for index in range(first, total):
                 began = time.perf_counter()

@@ -127,6 +127,14 @@ def test_a_finished_run_does_nothing_more(whole):
     assert all(torch.equal(value, before[name]) for name, value in weights(again).items())
 
 
+def test_alignment_alone_trains_both_models_in_training_mode(tmp_path):
+    with Runtime(settings(tmp_path, **{"run.stages": ["align"]})) as one:
+        assert not one.discriminator.backbone.training, "otherwise nothing is shown"
+        optimisers = one.config.optimiser
+        next(one.steps("align", policy=optimisers.align, discriminator=optimisers.discriminator))
+        assert all(module.training for model in (one.policy, one.discriminator) for module in model.modules())
+
+
 def test_other_algorithms_are_settings(tmp_path):
     changes = {
         "run.stages": ["align", "rlvr"],
