@@ -1,5 +1,5 @@
-// the row kernels of linear_logprob and token_logprob on CUDA. prism_kernels/ops/anchored_rows says what they compute.
-// A block of threads handles a row; memory bandwidth is the limit
+// the row kernels of linear_logprob and token_logprob on CUDA. prism_kernels/ops/anchored_rows/eager.py says what they
+// compute. A block of threads handles a row; memory bandwidth is the limit
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -21,7 +21,8 @@ template <typename T>
 constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
-// LOWEST of prism_kernels/ops/anchored_rows: it replaces -inf, whose product with an exponential or a beta of 0 is NaN
+// LOWEST of prism_kernels/ops/anchored_rows/eager.py: it replaces -inf, whose product with an exponential or a beta of
+// 0 is NaN
 constexpr double kLowest = -1e4;
 
 // a vector of T, or one row of a matrix

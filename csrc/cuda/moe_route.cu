@@ -15,7 +15,7 @@ namespace prism {
 namespace {
 
 constexpr int kThreads = 256;
-// MOST_EXPERTS and TILE of prism_kernels/ops/moe_route: the most experts, and the assignments that a block sorts
+// MOST_EXPERTS and TILE of prism_kernels/ops/moe_route/op.py: the most experts, and the assignments that a block sorts
 constexpr int kMostExperts = 512;
 constexpr int kTile = 1024;
 

@@ -28,7 +28,7 @@ enum Number {
   kNumbers
 };
 
-// the entries of `totals`, in the order of NAMES in metrics.py
+// the entries of `totals`, in the order of POLICY_TOTALS of prism_kernels/metrics.py
 enum Total {
   kTokens, kSequences, kClippedLow, kClippedHigh, kClippedDual, kApproxKl, kRefKl, kRatioSum, kCorrectionRaw,
   kCorrectionUsed, kCorrectionClipped, kEssSum, kEssSumSq, kEntropy, kRatioMin, kRatioMax, kTotals
