@@ -1,5 +1,5 @@
-// the row kernels of linear_logprob and token_logprob on CUDA. prism_kernels/ops/anchored_rows/eager.py says what they
-// compute. A block of threads handles a row; memory bandwidth is the limit
+// the row kernels of linear_logprob and token_logprob on CUDA; prism_kernels/ops/anchored_rows/eager.py defines them.
+// A block of threads handles a row; memory bandwidth is the limit
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -327,7 +327,7 @@ struct Type {
   using type = T;
 };
 
-// calls call(Type<T>) with the type of a tensor's elements, one of those that A computes with
+// calls call(Type<T>) with the type T of a tensor's elements, which are computed with as A
 template <typename A, typename Call>
 void with_type(const Tensor& tensor, const Call& call) {
   if constexpr (std::is_same_v<A, double>) {

@@ -1,5 +1,5 @@
-// the options of group_advantage and prism_advantage in C++ and CUDA. reference.py of prism_kernels/ops/group_advantage
-// and of prism_kernels/ops/prism_advantage says what is computed
+// the options of group_advantage and prism_advantage in C++ and CUDA. The specification is reference.py of
+// prism_kernels/ops/group_advantage and prism_kernels/ops/prism_advantage
 
 #pragma once
 

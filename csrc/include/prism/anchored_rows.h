@@ -1,5 +1,5 @@
-// the constants of the row kernels in C++ and CUDA. prism_kernels/ops/anchored_rows/eager.py says what the sums and the
-// coefficients are
+// the constants of the row kernels in C++ and CUDA; prism_kernels/ops/anchored_rows/eager.py defines the sums and the
+// coefficients
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// the options and the totals of policy_loss in C++ and CUDA. reference.py of prism_kernels/ops/policy_loss says what is
-// computed
+// the options and the totals of policy_loss in C++ and CUDA; prism_kernels/ops/policy_loss/reference.py is the
+// specification
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace prism {
 
-// in the order of the tuples of options.py there
+// in the order of the tuples of prism_kernels/ops/policy_loss/options.py
 enum class Ratio { token, sequence };
 enum class Objective { clip, cispo, reinforce };
 enum class Aggregate { token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm };
