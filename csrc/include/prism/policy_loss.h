@@ -16,7 +16,7 @@ enum class Ratio { token, sequence };
 enum class Objective { clip, cispo, reinforce };
 enum class Aggregate { token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm };
 enum class Estimator { k1, k2, k3, k1_plus, k3_plus };
-// CORRECTIONS there is every unit with the first rule, then every unit with the second; -1 is no correction
+// CORRECTIONS there has every unit with truncate, then every unit with mask; -1 is no correction
 enum class Unit { token, sequence, geometric };
 enum class Rule { none, truncate, mask };
 constexpr int64_t kUnits = 3;
