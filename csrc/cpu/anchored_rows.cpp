@@ -1,5 +1,5 @@
-// the row kernels of linear_logprob and token_logprob on the CPU. prism_kernels/ops/anchored_rows says what they
-// compute
+// the row kernels of linear_logprob and token_logprob on the CPU; prism_kernels/ops/anchored_rows/eager.py defines
+// them
 
 #include <prism/anchored_rows.h>
 #include <prism/check.h>

@@ -1,5 +1,5 @@
-// group_advantage and prism_advantage on the CPU, in double, one group after the other. reference.py of
-// prism_kernels/ops/group_advantage and prism_kernels/ops/prism_advantage says what is computed
+// group_advantage and prism_advantage on the CPU, in double, one group after the other. The specification is
+// reference.py of prism_kernels/ops/group_advantage and prism_kernels/ops/prism_advantage
 
 #include <prism/advantage.h>
 #include <prism/check.h>

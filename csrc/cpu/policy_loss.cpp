@@ -1,5 +1,5 @@
-// policy_loss on the CPU, with dL/dlogp and the metrics. prism_kernels/ops/policy_loss/reference.py says what is
-// computed
+// policy_loss on the CPU, with dL/dlogp and the metrics; prism_kernels/ops/policy_loss/reference.py is the
+// specification
 
 #include <prism/check.h>
 #include <prism/isa.h>

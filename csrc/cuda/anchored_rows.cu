@@ -1,4 +1,4 @@
-// the row kernels of linear_logprob and token_logprob on CUDA. prism_kernels/ops/anchored_rows says what they compute.
+// the row kernels of linear_logprob and token_logprob on CUDA; prism_kernels/ops/anchored_rows/eager.py defines them.
 // A block of threads handles a row; memory bandwidth is the limit
 
 #include <torch/csrc/stable/library.h>
@@ -21,7 +21,8 @@ template <typename T>
 constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
-// LOWEST of prism_kernels/ops/anchored_rows: it replaces -inf, whose product with an exponential or a beta of 0 is NaN
+// LOWEST of prism_kernels/ops/anchored_rows/eager.py: it replaces -inf, whose product with an exponential or a beta of
+// 0 is NaN
 constexpr double kLowest = -1e4;
 
 // a vector of T, or one row of a matrix
@@ -326,7 +327,7 @@ struct Type {
   using type = T;
 };
 
-// calls call(Type<T>) with the type of a tensor's elements, one of those that A computes with
+// calls call(Type<T>) with the type T of a tensor's elements, which are computed with as A
 template <typename A, typename Call>
 void with_type(const Tensor& tensor, const Call& call) {
   if constexpr (std::is_same_v<A, double>) {

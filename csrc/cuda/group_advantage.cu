@@ -1,5 +1,5 @@
-// group_advantage and prism_advantage on CUDA, in double, in one launch that the host does not wait for. reference.py
-// of prism_kernels/ops/group_advantage and prism_kernels/ops/prism_advantage says what is computed
+// group_advantage and prism_advantage on CUDA, in double, in one launch that the host does not wait for. The
+// specification is reference.py of prism_kernels/ops/group_advantage and prism_kernels/ops/prism_advantage
 //
 // N samples. All blocks run at once and wait for each other between the passes. They check first whether the ids rise;
 // if not, they sort the samples by id (a stable radix sort). Then a warp takes each group, or a block a large one, and

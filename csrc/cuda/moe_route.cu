@@ -1,5 +1,5 @@
 // moe_route's softmax and top-K, and the permutation that sorts assignments by expert, on CUDA.
-// prism_kernels/ops/moe_route/reference.py says what is computed. There are no atomics, so that the bits are the same
+// prism_kernels/ops/moe_route/reference.py is the specification. There are no atomics, so that the bits are the same
 // from run to run, and no host synchronisation
 //
 // T tokens, E experts, K experts of a token, T * K assignments
@@ -15,7 +15,7 @@ namespace prism {
 namespace {
 
 constexpr int kThreads = 256;
-// MOST_EXPERTS and TILE of prism_kernels/ops/moe_route: the most experts, and the assignments that a block sorts
+// MOST_EXPERTS and TILE of prism_kernels/ops/moe_route/op.py: the most experts, and the assignments that a block sorts
 constexpr int kMostExperts = 512;
 constexpr int kTile = 1024;
 

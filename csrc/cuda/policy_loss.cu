@@ -1,5 +1,5 @@
 // policy_loss on CUDA, with dL/dlogp and the metrics, in one launch that the host does not wait for.
-// prism_kernels/ops/policy_loss/reference.py says what is computed
+// prism_kernels/ops/policy_loss/reference.py is the specification
 //
 // T tokens, S sequences. All blocks run at once and wait for each other between four passes: sums over pieces (see
 // packed.cuh), sums over sequences, the loss and the gradient, the merge. Every sum has a fixed order, so that the bits

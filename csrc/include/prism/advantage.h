@@ -1,5 +1,5 @@
-// the options of group_advantage and prism_advantage in C++ and CUDA. reference.py of prism_kernels/ops/group_advantage
-// and of prism_kernels/ops/prism_advantage says what is computed
+// the options of group_advantage and prism_advantage in C++ and CUDA. The specification is reference.py of
+// prism_kernels/ops/group_advantage and prism_kernels/ops/prism_advantage
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace prism {
 
-// in the order of BASELINES, SCALES, NORMALIZE, INVALID and MODES there
+// in the order of BASELINES, SCALES, NORMALIZE, INVALID and MODES of op.py there
 enum class Baseline { mean, leave_one_out, none };
 enum class Scale { deviation, none, batch };
 enum class Normalize { channel, sum };
@@ -22,7 +22,7 @@ struct PrismSettings {
   Normalize normalize;
   Invalid invalid;
   Mode mode;
-  // `numbers` of the operator, in the order of Settings there
+  // `numbers` of the operator, in the order of Settings of eager.py there
   double alpha, format_penalty, align_coef, wrong_penalty, w_acc, w_fmt, eps;
 
   // whether the rewards are z-scored within the group

@@ -1,5 +1,5 @@
-// the options and the totals of policy_loss in C++ and CUDA. reference.py of prism_kernels/ops/policy_loss says what is
-// computed
+// the options and the totals of policy_loss in C++ and CUDA; prism_kernels/ops/policy_loss/reference.py is the
+// specification
 
 #pragma once
 
@@ -11,12 +11,12 @@
 
 namespace prism {
 
-// in the order of the tuples of options.py there
+// in the order of the tuples of prism_kernels/ops/policy_loss/options.py
 enum class Ratio { token, sequence };
 enum class Objective { clip, cispo, reinforce };
 enum class Aggregate { token_mean, seq_mean_token_mean, seq_mean_token_sum, seq_mean_token_sum_norm };
 enum class Estimator { k1, k2, k3, k1_plus, k3_plus };
-// CORRECTIONS there is every unit with the first rule, then every unit with the second; -1 is no correction
+// CORRECTIONS there has every unit with truncate, then every unit with mask; -1 is no correction
 enum class Unit { token, sequence, geometric };
 enum class Rule { none, truncate, mask };
 constexpr int64_t kUnits = 3;
@@ -28,7 +28,7 @@ enum Number {
   kNumbers
 };
 
-// the entries of `totals`, in the order of NAMES in metrics.py
+// the entries of `totals`, in the order of POLICY_TOTALS of prism_kernels/metrics.py
 enum Total {
   kTokens, kSequences, kClippedLow, kClippedHigh, kClippedDual, kApproxKl, kRefKl, kRatioSum, kCorrectionRaw,
   kCorrectionUsed, kCorrectionClipped, kEssSum, kEssSumSq, kEntropy, kRatioMin, kRatioMax, kTotals

@@ -27,7 +27,7 @@ class LogProbsOutput(ModelOutput):
     """A patched model's output, each (B, L - 1) with `labels`, (B, L) with `shift_labels`; 0 where ignored."""
 
     log_probs: Tensor | None = None
-    # None unless asked for
+    # with entropy=True
     entropy: Tensor | None = None
     # where the label is not -100
     mask: Tensor | None = None

@@ -48,7 +48,7 @@ class Options(NamedTuple):
     def encoded(self) -> tuple[list[int], list[float]]:
         """Returns the names as indices into the tuples above (-1: no correction), and the numbers.
 
-        csrc/cpu/policy_loss_isa.h counts the names in the same order.
+        csrc/include/prism/policy_loss.h counts the names in the same order.
         """
         choices = [
             RATIOS.index(self.ratio),
