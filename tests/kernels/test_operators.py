@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import prism_kernels
+from bench.files_entered import CALLS, files_entered
 from prism_kernels.backend import resolve
+from prism_kernels.library import native_reason
 
 T, V, D, R = 7, 33, 8, 2
 ROWS = (torch.rand(T) + 0.5, torch.rand(T) + 0.5)
@@ -90,3 +92,10 @@ def test_report_names_every_op_and_backend():
 @pytest.mark.parametrize("op", ["linear_logprob", "token_logprob"])
 def test_every_log_probability_op_has_its_backends(op):
     assert {s.backend for s in prism_kernels.backend_status() if s.op == op} == {"cuda", "triton", "cpu", "torch"}
+
+
+@pytest.mark.skipif(native_reason["_C"] is not None, reason="the C++ kernels were not built")
+def test_linear_logprob_forward_and_backward_enters_six_files():
+    entered = files_entered(*CALLS["linear_logprob"])
+    assert len(entered.files) <= 6, entered.report()
+    assert "ops/linear_logprob/op.py" in entered.files
