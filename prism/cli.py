@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prism.data.files import DataError
+from prism.data.files import SCHEMAS, DataError
 
 if TYPE_CHECKING:
     from prism.config import Config
@@ -105,20 +105,11 @@ COMMANDS = {
 }
 
 # splits of the embedded world whose problems have answers
-SPLITS = ("test", "validation", "rl", "alignment", "sft")
+EVALUATED = ("test", "validation", "rl", "alignment", "sft")
 # packages that doctor shows besides those of the kernels
 PACKAGES = ("pydantic", "rich", "safetensors", "tokenizers", "pillow", "pyarrow", "math-verify")
 # errors that are shown without a traceback; by name, since importing their modules takes long
 SHOWN = ("ConfigError", "CheckpointError", "NotFiniteError")
-# schema of the files that each stage reads
-SCHEMAS = {
-    "sft": "chat",
-    "warmup": "warmup",
-    "align": "problem",
-    "rlvr": "problem",
-    "validation": "problem",
-    "test": "problem",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -261,8 +252,8 @@ def evaluate(
     _check_model("--model", model)
     world, _, split = data.partition(":")
     if world == "shapes" and split:
-        if split not in SPLITS:
-            raise DataError(f"--data: expected shapes: with one of {', '.join(SPLITS)}, got {data!r}")
+        if split not in EVALUATED:
+            raise DataError(f"--data: expected shapes: with one of {', '.join(EVALUATED)}, got {data!r}")
     elif not Path(data).exists():
         raise DataError(f"--data: expected a file or folder of problems, or shapes:test; there is no {data!r}")
     if out is not None and not Path(out).parent.is_dir():

@@ -56,7 +56,13 @@ _MODULES = {
 }
 
 
+# modules that are attributes of the package without an import of their own
+_SUBMODULES = ("backend", "check", "library", "ops", "outputs")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"prism_kernels.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module("prism_kernels.ops")
@@ -67,4 +73,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -77,11 +77,6 @@ def _returns_nothing(*arguments: Any, **outputs: Any) -> None:
     """The fake of an op that writes into its arguments."""
 
 
-def define(schema: str) -> None:
-    """Defines an operator `prism_kernels::<schema>`: for ops that `register_op` does not register yet."""
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-
 def load_native() -> None:
     """Loads the extensions that were built; `native_reason` says why for each that was not."""
     for name, how in _HOW_TO_BUILD.items():

@@ -43,7 +43,7 @@ def mark_redundant(items):
         test = item.path, item.originalname
         # by identity, since not all values can be hashed
         values = sorted((name, id(value)) for name, value in item.callspec.params.items())
-        pairs = set(combinations(values, 2))
+        pairs = set(combinations(values, 2)) or set(values)
         if pairs <= covered[test]:
             item.add_marker("full")
         covered[test] |= pairs

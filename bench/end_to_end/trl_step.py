@@ -28,7 +28,7 @@ from prism.rewards import score_batch
 from prism.rollout.batch import generate
 from prism.rollout.engine import Engine, Rollout
 from prism.runtime.optimiser import StageOptimiser
-from prism.stages.rlvr import score
+from prism.stages.rlvr import reward_rollouts
 from prism.stages.update import policy_update
 from prism.worlds.shapes.problems import ShapesProblems
 from prism.worlds.shapes.world import ShapesWorld
@@ -107,7 +107,7 @@ def our_steps(shape: Shape, steps: int) -> Iterator[Callable[[], Said]]:
     def step(index: int) -> Said:
         own = data[index * shape.prompts : (index + 1) * shape.prompts]
         batch = generate(engine, own, encoder, sampling, seed=index)
-        value = score(batch, config).reward + torch.tensor(variety(batch.texts))
+        value = reward_rollouts(batch, config).total + torch.tensor(variety(batch.texts))
         logged = policy_update(
             policy,
             batch,

@@ -8,7 +8,7 @@ from prism.stages.rlvr import rlvr
 from prism.stages.sft import base, sft
 from prism.stages.warmup import warmup
 
-STAGES = {"base": base, "sft": sft, "distill": distill, "warmup": warmup, "align": align, "rlvr": rlvr}
+LOOPS = {"base": base, "sft": sft, "distill": distill, "warmup": warmup, "align": align, "rlvr": rlvr}
 
 
 def run(config: Config) -> int:
@@ -24,10 +24,11 @@ def run(config: Config) -> int:
 
 def run_stages(rt: Runtime) -> None:
     """Runs the stages that are left."""
+    rt.restore()
     with rt.interruptible():
         rt.start()
         for name in rt.config.run.stages:
             if name not in rt.done:
-                STAGES[name](rt)
+                LOOPS[name](rt)
                 rt.finish_stage(name)
     rt.finish()

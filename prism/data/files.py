@@ -11,6 +11,8 @@ MAX_LINE = 64 * 2**20
 _BATCH = 64
 # long enough to recognise a value, short enough for a log
 _SHOWN = 60
+# the schema of the files under each key of data.files
+SCHEMAS = {"sft": "chat", "warmup": "warmup"} | dict.fromkeys(("align", "rlvr", "validation", "test"), "problem")
 
 
 class DataError(ValueError):

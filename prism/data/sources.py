@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prism.config import STAGES, Config
-from prism.data.files import DataError
+from prism.data.files import SCHEMAS, DataError
 from prism.data.images import ImageLimits
 from prism.data.loader import LoadOptions, RowStream
 from prism.data.problem import Problem, problem_reader
@@ -16,7 +16,6 @@ from prism.worlds.shapes.problems import EmbeddedProblems
 
 # the files that each stage reads; warmup reads its own, or else those of alignment
 FILES = {"sft": "sft", "rlvr": "rlvr", "distill": "align", "align": "align"}
-SCHEMAS = {"sft": "chat", "warmup": "warmup"} | dict.fromkeys(("align", "rlvr", "validation", "test"), "problem")
 
 
 class Problems(Protocol):

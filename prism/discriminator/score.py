@@ -44,8 +44,8 @@ class ScoreLimits:
 
     def __post_init__(self) -> None:
         for name in ("budget", "prompt_tokens", "response_tokens"):
-            check.positive("score_groups", name, getattr(self, name))
-        check.one_of("score_groups", "too_long", self.too_long, ("skip", "raise"))
+            check.positive(NAME, name, getattr(self, name))
+        check.one_of(NAME, "too_long", self.too_long, ("skip", "raise"))
 
 
 def score_limits(config: Config) -> ScoreLimits:
@@ -76,7 +76,7 @@ class TextBranches:
     def terminal(self) -> int:
         """The token that ends every branch."""
         if self.encoder.tokenizer.eos_token_id is None:
-            check.fail("score_groups", "a tokenizer with an end-of-turn token as eos_token", "none")
+            check.fail(NAME, "a tokenizer with an end-of-turn token as eos_token", "none")
         return int(self.encoder.tokenizer.eos_token_id)
 
     def cut(self, texts: Sequence[str], names: Sequence[str]) -> list[tuple[Segment, ...] | str]:
@@ -111,7 +111,7 @@ class TextBranches:
         for ids, response, name in zip(self._ids(texts), parsed, names):
             if len(ids) > limit:
                 if self.limits.too_long == "raise":
-                    check.fail("score_groups", f"at most {limit} tokens in {name}", len(ids))
+                    check.fail(NAME, f"at most {limit} tokens in {name}", len(ids))
                 reasons.append(f"too long: {len(ids)} tokens, the limit is {limit}")
             else:
                 reasons.append("" if response.sections else response.reason.name.lower().replace("_", " "))

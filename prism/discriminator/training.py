@@ -37,7 +37,7 @@ class StepResult(NamedTuple):
     pairs: dict[str, PairMetrics]
     # (L, kinds, E): how many tokens of each kind chose each expert; None without experts
     expert_counts: Tensor | None
-    # NaN where no update was applied
+    # NaN if the update was skipped before the gradient was looked at
     grad_norm: float
     # why the update was skipped; None: it was applied
     skipped: str | None
@@ -121,6 +121,9 @@ def discriminator_step(
         elif not total:
             # groups without a pair are no numerical failure
             update.skip(NO_PAIR, failed=False)
+        elif not math.isfinite(float(sum(losses))):
+            values = ", ".join(f"{name} {float(value)}" for name, value in losses._asdict().items())
+            update.skip(f"the loss is not finite: {values}")
     return StepResult(merged, *losses, metrics, counts, update.grad_norm, update.skipped)
 
 

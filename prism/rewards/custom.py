@@ -1,7 +1,7 @@
 """Custom rewards: callables `reward(rollout, problem) -> float | None`, named by import path in the settings.
 
 They run in worker processes with a time limit. A hang, a crash, an exception or a non-finite value costs one rollout
-one reward, and never the run.
+one reward. Only a module that can no longer be imported, when a worker is replaced, ends the run with its error.
 """
 
 import importlib

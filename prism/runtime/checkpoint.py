@@ -1,4 +1,4 @@
-"""Checkpoints: written aside, then renamed; verified by checksums; the newest few are kept. And the rule of resuming.
+"""Checkpoints: written aside, then renamed; verified by checksums; the newest few are kept.
 
 A folder of checkpoints holds `step-00000040/` with `<model>.safetensors`, `training.pt` (optimisers, schedulers, random
 generators; read with weights_only=True), `state.json`, and `checksums.json`, which is written last.
@@ -31,7 +31,7 @@ NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 CHECKSUMS = "checksums.json"
 # prefix of folders that are not yet, or no longer, checkpoints
 ASIDE = ".aside-"
-# of a checkpoint; 1 named optimisers by number
+# version of the checkpoint format; version 1 named optimisers by number
 FORMAT = 2
 
 # settings that may change on resume: they do not change what is learnt, but for rounding
@@ -285,7 +285,7 @@ def check_settings(config: Config) -> None:
     changed = list(_changed(before, config.model_dump(mode="json"), Config().model_dump(mode="json")))
     last = newest(folder / "checkpoints") if changed else None
     if last is None:
-        # nothing changed, or no checkpoint: the run begins anew
+        # no changes, or no checkpoint to resume from
         return
     begun = [*last.extra["done"], *([last.extra["stage"]] if last.extra["stage"] else [])]
     lines = [

@@ -187,8 +187,11 @@ class GuardedOptimiser:
     ) -> None:
         check.positive("GuardedOptimiser", "clip_norm", clip_norm)
         self.optimiser, self.clip_norm = optimiser, clip_norm
-        groups = optimiser.param_groups
-        self.parameters = [p for group in groups for p in group["params"]] if parameters is None else parameters
+        if parameters is None:
+            # the groups of MasterAdamW hold copies, which have no gradients
+            grouped = [p for group in optimiser.param_groups for p in group["params"]]
+            parameters = optimiser.trained if isinstance(optimiser, MasterAdamW) else grouped
+        self.parameters = parameters
 
     @property
     def lr(self) -> float:
@@ -200,7 +203,7 @@ class GuardedOptimiser:
         """Applies the gradients that the block computes, unless something is not finite.
 
         Args:
-            batch: returns tensors and plain values that show what a failed update was computed from.
+            batch: returns the inputs of the update; not used here, but saved by `StageOptimiser`.
         """
         self.optimiser.zero_grad(set_to_none=True)
         update = Update(self.lr)

@@ -58,7 +58,7 @@ class Step:
         # seed of the step's rollouts
         self.seed = int(step_random(rt.config.run.seed, stage, index).integers(2**62))
         # set by `finish`
-        self.metrics: Metrics = {}
+        self.metrics: Metrics | None = None
 
     def problems(self, count: int | None) -> list[Problem]:
         """Returns the step's problems."""
@@ -125,7 +125,7 @@ class Runtime:
     def discriminator(self) -> Discriminator:
         """The discriminator of a run that has a stage with one."""
         if self._discriminator is None:
-            raise RuntimeError("discriminator: expected warmup or align among run.stages, which alone have one")
+            raise RuntimeError("discriminator: expected warmup or align among run.stages; only these stages have one")
         return self._discriminator
 
     @property
@@ -180,6 +180,7 @@ class Runtime:
         first = 0
         if self._inside is not None:
             checkpoint.load(self._checkpoints, self._models(), self._training())
+            self._resume_log(self._inside)
             first, self._inside = self._inside.extra["step"], None
         with self.log.stage(stage, total, first):
             for index in range(first, total):
@@ -187,6 +188,8 @@ class Runtime:
                 begin_peak(self.policy.device)
                 step = Step(self, stage, index)
                 yield step
+                if step.metrics is None:
+                    raise RuntimeError(f"{stage}: expected each step to be finished, step {index + 1} was not")
                 metrics = {**step.metrics, **self.data.figures(stage)}
                 for optimiser in self._training().values():
                     optimiser.next_rate()
@@ -217,12 +220,27 @@ class Runtime:
 
     # --- the run around its stages
 
-    def start(self) -> None:
-        """Restores the newest checkpoint, and evaluates where the run is new."""
+    def restore(self) -> None:
+        """Restores the newest checkpoint; one inside a stage is loaded when that stage has built its optimisers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
         (self.folder / "environment.json").write_text(json.dumps(_environment(self.policy.device), indent=2) + "\n")
-        self._restore()
+        newest = checkpoint.newest(self._checkpoints, tell=self.log.note)
+        if newest is None:
+            # no checkpoint yet: discard the stopped run's metrics
+            self.log.load_state_dict({"bytes": 0, "non_finite": {}})
+            return
+        self.done, stage = list(newest.extra["done"]), newest.extra["stage"]
+        self.evaluations = dict(newest.extra["evaluations"])
+        if stage is None:
+            checkpoint.load(self._checkpoints, self._models(), {})
+            self._resume_log(newest)
+        else:
+            self._inside = newest
+            self.data.go_to(stage, newest.extra["data"])
+
+    def start(self) -> None:
+        """Evaluates the policy of a new run."""
         if not self.evaluations:
             for split in ("validation", "test"):
                 if not self.data.held_out(split):
@@ -329,23 +347,11 @@ class Runtime:
         keep = self.config.checkpoint.keep
         checkpoint.save(self._checkpoints, steps, self._models(), self._training(), extra, keep=keep)
 
-    def _restore(self) -> None:
-        """Restores the newest checkpoint; one inside a stage is loaded when that stage has built its optimisers."""
-        newest = checkpoint.newest(self._checkpoints, tell=self.log.note)
-        if newest is None:
-            # no checkpoint yet: discard the stopped run's metrics
-            self.log.load_state_dict({"bytes": 0, "non_finite": {}})
-            return
-        self.done, stage = list(newest.extra["done"]), newest.extra["stage"]
-        if stage is None:
-            checkpoint.load(self._checkpoints, self._models(), {})
-        else:
-            self._inside = newest
-            self.data.go_to(stage, newest.extra["data"])
-        self.evaluations = dict(newest.extra["evaluations"])
-        self.log.load_state_dict(newest.extra["log"])
-        where = f"step {newest.extra['step']} of {stage}" if stage else f"the end of {self.done[-1]}"
-        self.log.note(f"resuming after {where} ({newest.path})")
+    def _resume_log(self, saved: checkpoint.Restored) -> None:
+        self.log.load_state_dict(saved.extra["log"])
+        stage, step = saved.extra["stage"], saved.extra["step"]
+        after = f"step {step} of {stage}" if stage else f"the end of {saved.extra['done'][-1]}"
+        self.log.note(f"resuming after {after} ({saved.path})")
 
 
 def _environment(device: torch.device) -> Metrics:

@@ -1,6 +1,6 @@
 """Alignment: the policy plays against the discriminator, which is trained on the same rollouts.
 
-S responses, T their tokens, B the tokens' bytes.
+S responses, T their tokens.
 """
 
 from typing import Any

@@ -22,7 +22,7 @@ class Rewarded(NamedTuple):
 
     batch: RolloutBatch
     rewards: Rewards
-    reward: Tensor
+    total: Tensor
 
 
 def rlvr(rt: Runtime) -> None:
@@ -31,9 +31,9 @@ def rlvr(rt: Runtime) -> None:
     settings = config.optimiser.rlvr
     for step in rt.steps("rlvr", policy=settings, reference=bool(algorithm.kl_coef), show=SHOW):
         rewarded, tries = sample(rt, step)
-        batch, rewards, reward = rewarded
+        batch, rewards, total = rewarded
         verdicts = rewards.verdicts
-        advantage = group_advantage(reward, batch.group, **algorithm.advantage_options())
+        advantage = group_advantage(total, batch.group, **algorithm.advantage_options())
         metrics = policy_update(
             rt.policy,
             batch,
@@ -48,16 +48,16 @@ def rlvr(rt: Runtime) -> None:
             reference=rt.reference,
         )
         metrics |= {
-            "reward": float(reward.mean()),
+            "reward": float(total.mean()),
             "accuracy": sum(v.accuracy for v in verdicts) / len(verdicts),
             "format": sum(v.format for v in verdicts) / len(verdicts),
             "length": float(batch.lengths.float().mean()),
-            "informative": float(informative_groups(reward, batch.group).float().mean()),
+            "informative": float(informative_groups(total, batch.group).float().mean()),
             "tries": tries,
             **rewards.metrics(),
         }
         columns = {
-            "reward": reward.tolist(),
+            "reward": total.tolist(),
             "reason": [verdict.reason for verdict in verdicts],
             "advantage": advantage.tolist(),
             **{f"reward_{name}": values for name, values in rewards.by_name.items()},
@@ -71,11 +71,11 @@ def sample(rt: Runtime, step: Step) -> tuple[Rewarded, int]:
     """Returns a step's rewarded rollouts, and the number of tries that dynamic sampling took."""
     config, sampling = rt.config, rt.config.rollout.rlvr
     if config.algorithm.rlvr.dynamic_sampling is None:
-        return score(rt.generate(step.problems(sampling.prompts), sampling, step.seed), config), 1
+        return reward_rollouts(rt.generate(step.problems(sampling.prompts), sampling, step.seed), config), 1
     tries = config.algorithm.rlvr.dynamic_sampling.tries
     parts: list[Rewarded] = []
     for index, problems in enumerate(step.batches(config.dynamic_prompts, tries)):
-        newest = score(rt.generate(problems, sampling, step.seed + index), config)
+        newest = reward_rollouts(rt.generate(problems, sampling, step.seed + index), config)
         parts.append(informative(newest, sampling.prompts))
         whole = join(parts)
         if len(whole.batch.problems) >= sampling.prompts:
@@ -85,7 +85,7 @@ def sample(rt: Runtime, step: Step) -> tuple[Rewarded, int]:
     return taken._replace(rewards=taken.rewards._replace(failures=whole.rewards.failures)), tries
 
 
-def score(batch: RolloutBatch, config: Config) -> Rewarded:
+def reward_rollouts(batch: RolloutBatch, config: Config) -> Rewarded:
     """Rewards the responses."""
     settings = config.algorithm.rlvr
     views = [ProblemView.of(problem) for problem in batch.problems]
@@ -108,7 +108,7 @@ def score(batch: RolloutBatch, config: Config) -> Rewarded:
 
 def informative(rewarded: Rewarded, most: int) -> Rewarded:
     """Returns the first `most` problems whose responses have different rewards, with their responses."""
-    keep = informative_groups(rewarded.reward, rewarded.batch.group)
+    keep = informative_groups(rewarded.total, rewarded.batch.group)
     owners = rewarded.batch.group[keep].unique().tolist()[:most]
     return select(rewarded, owners)
 
@@ -123,7 +123,7 @@ def select(rewarded: Rewarded, chosen: list[int]) -> Rewarded:
         [replace(batch.rollouts[s], prompt=place[batch.rollouts[s].prompt]) for s in kept],
         [batch.texts[s] for s in kept],
     )
-    return Rewarded(part, rewarded.rewards.select(kept), rewarded.reward[kept])
+    return Rewarded(part, rewarded.rewards.select(kept), rewarded.total[kept])
 
 
 def join(parts: list[Rewarded]) -> Rewarded:
@@ -138,4 +138,4 @@ def join(parts: list[Rewarded]) -> Rewarded:
             whole.texts + batch.texts,
         )
     rewards = join_rewards([part.rewards for part in parts])
-    return Rewarded(whole, rewards, torch.cat([part.reward for part in parts]))
+    return Rewarded(whole, rewards, torch.cat([part.total for part in parts]))

@@ -20,7 +20,7 @@ from prism.rollout.engine import Rollout
 from prism.runtime.optimiser import StageOptimiser, Update
 from prism_kernels import PolicyMetrics, linear_policy_loss, policy_loss
 
-# (S,), or for each response one number a token
+# (S,), or one number per token of each response
 Advantages = Tensor | Sequence[Tensor]
 
 
@@ -111,7 +111,7 @@ def policy_update(
         updates.append(update)
     return {
         "loss": sum(update.loss for update in updates) / max(1, len(updates)),
-        **_means(metrics, loss),
+        **_means(metrics, loss, entropy=not memory.fused_policy_loss or loss.entropy_coef != 0),
         "engine_gap": float(torch.stack(gaps).max()),
         **_applied(updates),
     }
@@ -176,9 +176,10 @@ def _of_tokens(batch: RolloutBatch, advantages: Advantages, response: int) -> Te
     return value if value.dim() else value.expand(len(batch.rollouts[response].token_ids))
 
 
-def _means(metrics: PolicyMetrics | None, loss: PolicyLoss) -> dict[str, float]:
+def _means(metrics: PolicyMetrics | None, loss: PolicyLoss, *, entropy: bool) -> dict[str, float]:
     """Returns the means over the tokens of all updates, as far as the loss has them."""
-    names = ["entropy", "clipped_low", "clipped_high", "clipped_dual", "approx_kl", "ratio_max", "tokens"]
+    names = ["entropy"] if entropy else []
+    names += ["clipped_low", "clipped_high", "clipped_dual", "approx_kl", "ratio_max", "tokens"]
     names += ["ref_kl"] if loss.kl_coef else []
     names += ["correction_raw", "correction_used", "correction_clipped", "ess"] if loss.correction else []
     means = {} if metrics is None else metrics.means()

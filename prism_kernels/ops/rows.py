@@ -1,8 +1,8 @@
 """What the ops on rows share: dtypes, layout, temperatures, the LM head, and a row's sums and their formulas.
 
 T rows, V columns, D hidden, R rank of LoRA. Every formula works on vectors of T rows: c is a row's anchor,
-d_v = (z_v - c) / temperature, and over v != target R = sum e^d, M = sum e^d d, Q = sum e^2d. d_y is the target's d,
-exactly 0 where c is the target's logit.
+d_v = (z_v - c) / temperature. Over v != target, `rest` = sum e^d, `moment` = sum e^d d, `square` = sum e^2d. d_y is
+the target's d, exactly 0 where c is the target's logit.
 """
 
 from typing import NamedTuple

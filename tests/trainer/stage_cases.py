@@ -22,13 +22,17 @@ class FixedRun(SimpleNamespace):
             **{"reference": None, **parts},
         )
 
-    def steps(self, stage, **options):
+    def steps(self, stage, *, policy=None, discriminator=None, reference=False, show=()):
+        # what a stage trains is what it has an optimiser for
+        assert (policy is None) == (getattr(self, "policy_optimiser", None) is None)
+        assert (discriminator is None) == (getattr(self, "discriminator_optimiser", None) is None)
+        assert reference == (self.reference is not None)
         for _ in range(self.count):
-            yield SimpleNamespace(
-                seed=0,
-                problems=lambda count: self.batch.problems,
-                finish=lambda metrics, *rest: self.metrics.append(metrics),
-            )
+            yield SimpleNamespace(seed=0, problems=lambda count: self.batch.problems, finish=self.finish)
+
+    def finish(self, metrics, batch=None, columns=None):
+        assert all(len(values) == len(batch.rollouts) for values in (columns or {}).values())
+        self.metrics.append(metrics)
 
     def generate(self, problems, sampling, seed):
         return self.batch

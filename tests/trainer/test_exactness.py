@@ -146,6 +146,33 @@ def test_a_step_of_rlvr_is_that_of_the_whole_batch(untrained, answered, dtype, n
     assert logs[0]["tokens"] == int(answered.lengths.sum())
 
 
+@pytest.mark.parametrize("name", ["grpo", "gspo", "reference"])
+def test_the_fused_loss_takes_the_same_step(untrained, answered, dtype, name):
+    advantage = torch.randn(len(answered.rollouts), generator=torch.Generator().manual_seed(1), dtype=dtype)
+    algorithm = RlvrAlgorithm(**ALGORITHMS[name])
+    reference = policy_of(untrained, dtype) if algorithm.kl_coef else None
+    found, logs = [], []
+    for fused in (False, True):
+        policy = policy_of(untrained, dtype)
+        optimiser = StageOptimiser(policy, StageAdam(**STILL), 4)
+        memory = MemorySettings(fused_policy_loss=fused)
+        logs.append(
+            policy_update(
+                policy, answered, advantage, ENCODER, optimiser, algorithm, memory, temperature=1.0, longest=LONGEST,
+                reference=reference,
+            )
+        )  # fmt: skip
+        found.append(gradients(policy))
+    wanted, got = found
+    norm = float(torch.cat([g.flatten() for g in wanted.values()]).norm())
+    assert norm > 0.01 and got.keys() == wanted.keys()
+    assert max(float((got[name] - wanted[name]).norm()) for name in wanted) <= BOUNDS[dtype] * norm
+    # the fused loss knows no entropy unless the loss has one
+    assert ("entropy" in logs[1]) == (algorithm.entropy_coef != 0)
+    wanted = {name: logs[0][name] for name in logs[1]}
+    assert logs[1] == pytest.approx(wanted, rel=BOUNDS[dtype] * 10, abs=BOUNDS[dtype] * 10)
+
+
 def test_both_players_steps_in_alignment_are_those_of_the_whole_batch(untrained, answered, dtype):
     """Each discriminator's pack holds a group whole, so that there one group is the least."""
     settings = load_config(

@@ -24,6 +24,7 @@ from prism.runtime.log import read_metrics
 from prism.runtime.optimiser import NotFiniteError, StageOptimiser
 from prism.runtime.runtime import Runtime
 from prism.stages.align import align
+from prism.stages.warmup import warmup
 
 ADAM = Adam(lr=1e-3)
 
@@ -141,6 +142,36 @@ def test_alignment_takes_no_step_on_what_is_not_finite(game, tmp_path, broken):
         saved = torch.load(tmp_path / "policy" / "step-000001.pt", weights_only=True)
         assert saved["responses"] == [rollout.token_ids for rollout in answered.rollouts]
         assert len(saved["advantage"]) == len(saved["log_probs"]) == len(answered.rollouts)
+
+
+def test_ten_in_a_row_end_the_warm_up_which_logs_each(game):
+    _, answered = game
+    # one response to each problem, as warm-up samples them
+    batch = answered._replace(rollouts=answered.rollouts[::3], texts=answered.texts[::3])
+    model = make_model()
+    with torch.no_grad():
+        model.backbone.language_model.norm.weight[0] = torch.nan
+    optimiser = StageOptimiser(model, ADAM, 20)
+    run = FixedRun(config(), batch, steps=20, discriminator=model, encoder=ENCODER, discriminator_optimiser=optimiser)
+    with pytest.raises(NotFiniteError, match="10 updates in a row were skipped: a score is not finite"):
+        warmup(run)
+    assert [metrics["skipped"] for metrics in run.metrics] == [1.0] * 9
+
+
+def test_scores_are_those_from_before_the_first_of_several_updates(game):
+    policy, answered = game
+    logged = []
+    for steps in (1, 3):
+        model, own = make_model(), copy.deepcopy(policy)
+        optimisers = {
+            f"{name}_optimiser": StageOptimiser(one, ADAM, 20)
+            for name, one in (("policy", own), ("discriminator", model))
+        }
+        changes = {"discriminator.steps": steps, "algorithm.align.kl_coef": 0.0}
+        run = FixedRun(config(**changes), answered, policy=own, discriminator=model, encoder=ENCODER, **optimisers)
+        align(run)
+        logged += run.metrics
+    assert logged[0] == logged[1] and logged[0]["d_grad_norm"] > 0
 
 
 def test_a_run_saves_the_batch_of_a_step_that_it_does_not_take(tmp_path):

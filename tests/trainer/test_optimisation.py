@@ -8,7 +8,7 @@ from torch import nn
 
 from prism.config import StageAdam, WarmupAdam
 from prism.runtime import checkpoint
-from prism.runtime.optimiser import MasterAdamW, NotFiniteError, StageOptimiser
+from prism.runtime.optimiser import GuardedOptimiser, MasterAdamW, NotFiniteError, StageOptimiser
 
 # 1e-6 of weights of about 1: bf16 numbers lie 1/128 apart there
 SETTINGS = StageAdam(lr=1e-6, steps=1000, weight_decay=0.0, clip_norm=1e9)
@@ -193,3 +193,16 @@ def test_a_skip_that_is_no_failure_is_not_counted():
     with optimiser.step() as update:
         update.skip("nothing to compare", failed=False)
     assert (update.skipped, optimiser.failed_in_a_row, optimiser.tries) == ("nothing to compare", 1, 1)
+
+
+def test_a_guard_around_copies_looks_at_the_gradients_of_the_parameters():
+    model = Mixed()
+    guard = GuardedOptimiser(MasterAdamW([{"params": [model.body, model.head]}], lr=1e-3))
+    before = copy.deepcopy(model.state_dict())
+    with guard.step() as update:
+        update.backward(model(1.0) * torch.nan)
+    assert "not finite" in update.skipped
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with guard.step() as update:
+        update.backward(model(1.0))
+    assert update.skipped is None and update.grad_norm > 1

@@ -123,7 +123,7 @@ def test_a_finished_run_does_nothing_more(whole):
     before = weights(whole)
     assert run(settings(whole.folder)) == 0
     again = Runtime(settings(whole.folder))
-    again.start()
+    again.restore()
     assert all(torch.equal(value, before[name]) for name, value in weights(again).items())
 
 

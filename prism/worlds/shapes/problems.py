@@ -12,7 +12,7 @@ from prism.worlds.shapes.probes import judged
 from prism.worlds.shapes.world import ShapesSample, ShapesWorld
 
 # the split of the embedded world that each stage draws from
-SPLITS = {"base": "base", "sft": "sft", "rlvr": "rl"} | dict.fromkeys(("distill", "warmup", "align"), "alignment")
+SPLIT_OF = {"base": "base", "sft": "sft", "rlvr": "rl"} | dict.fromkeys(("distill", "warmup", "align"), "alignment")
 
 
 class ShapesProblems:
@@ -55,7 +55,7 @@ class EmbeddedProblems:
 
     def batches(self, stage: str, step: int, count: int, most: int = 1) -> Iterator[list[Problem]]:
         """Yields batches of distinct problems, or with repeats if the split is smaller than all of them together."""
-        split, curated = self._split(SPLITS[stage]), self._split("alignment")
+        split, curated = self._split(SPLIT_OF[stage]), self._split("alignment")
         total = len(split) + (self.settings.sft_curated if stage == "sft" else 0)
         rng = step_random(self.seed, stage, step)
         chosen = rng.choice(total, count * most, replace=count * most > total)
