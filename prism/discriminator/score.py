@@ -1,4 +1,4 @@
-"""The one function that scores groups with images: warm-up, alignment and audit all use it.
+"""Scores groups of responses: limits, branches cut from texts, packs, and the scores that the discriminator gives.
 
 P samples (groups), N responses of all samples, S branches of a pack.
 """
@@ -22,19 +22,19 @@ from prism_kernels.packing import Branch, Kind, PrefixGroup, PrefixPack, pack_gr
 NAME = "score_groups"
 
 
-# what a branch is scored on, in the order of a response's branches
+# the scored channels, in the order of a response's branches
 CHANNELS = ("perception", "reasoning")
 
 
 @dataclass(frozen=True)
 class ScoreLimits:
-    """Lengths in tokens. Nothing is ever cut.
+    """Limits in tokens. Nothing is ever cut.
 
     Args:
-        budget: of a pack; a group over it is an error.
-        prompt_tokens: of a prompt with its image tokens; more is an error.
-        response_tokens: of a response, the student's or the teacher's.
-        too_long: what happens to a response past it: `skip` makes it invalid, with its reason, `raise` is an error.
+        budget: the most tokens of a pack; a larger group is an error.
+        prompt_tokens: the most tokens of a prompt with its images; a longer prompt is an error.
+        response_tokens: the most tokens of a response of student or teacher.
+        too_long: `skip` makes a longer response invalid, with its reason; `raise` makes it an error.
     """
 
     budget: int = 16384
@@ -54,7 +54,7 @@ def score_limits(config: Config) -> ScoreLimits:
 
 
 class Segment(NamedTuple):
-    """The tokens of a branch and what each is."""
+    """The tokens of a branch and the kind of each."""
 
     token_ids: list[int]
     kind: list[int]
@@ -64,9 +64,9 @@ class Segment(NamedTuple):
 class TextBranches:
     """Cuts responses into branches.
 
-    A branch is its opening tag, the segment's text without white space at its ends, and the terminal token, at which
-    it is scored; the reasoning branch holds the thinking and the answer. Each segment is tokenised by itself, from
-    text, so that neither sampled tokens nor tokens that reach over a tag tell students and teachers apart.
+    A branch is an opening tag, the stripped text of its segment, and the terminal token, at which it is scored. The
+    reasoning branch holds the thinking and the answer. Each segment is tokenised from its text, so that sampled tokens,
+    or tokens across a tag, do not tell students from teachers.
     """
 
     encoder: PromptEncoder
@@ -74,19 +74,19 @@ class TextBranches:
 
     @property
     def terminal(self) -> int:
-        """The token that ends every branch."""
+        """The token at the end of every branch."""
         if self.encoder.tokenizer.eos_token_id is None:
             check.fail(NAME, "a tokenizer with an end-of-turn token as eos_token", "none")
         return int(self.encoder.tokenizer.eos_token_id)
 
     def cut(self, texts: Sequence[str], names: Sequence[str]) -> list[tuple[Segment, ...] | str]:
-        """Returns each text's branches, one for each channel, or the reason why it has none.
+        """Returns each text's branches, one per channel, or the reason why it has none.
 
         Args:
             texts: S whole responses.
-            names: what errors call them.
+            names: their names in errors.
         """
-        # as the tokens will spell them, so that text and tokens have the same tags
+        # normalised as the tokenizer does it, so that text and tokens have the same tags
         normalizer = self.encoder.tokenizer.backend_tokenizer.normalizer
         texts = [normalizer.normalize_str(text) for text in texts] if normalizer else texts
         # of the text, not the tokens: where a vocabulary has a token for ">B", "<answer>B" is an answer all the same
@@ -120,7 +120,7 @@ class TextBranches:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        # a text that spells a special token does not thereby hold one
+        # special tokens spelled out in a text stay text
         options = {"add_special_tokens": False, "split_special_tokens": True}
         return self.encoder.tokenizer(list(texts), **options)["input_ids"]
 
@@ -132,14 +132,14 @@ def _segment(*parts: tuple[list[int], Kind]) -> Segment:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with what is scored on it: a group.
+    """A group: one prompt with the responses to score.
 
     Args:
-        prompt: see `PromptEncoder.encode`; or already encoded, with its images.
-        responses: the student's texts, whole and with their tags.
-        images: of the prompt, in order.
-        teacher: the supervision's text, which each response is compared with.
-        name: what errors call it; None: its index.
+        prompt: see `PromptEncoder.encode`; or an encoded prompt with its images.
+        responses: the student's whole texts, tags included.
+        images: images of the prompt, in order.
+        teacher: the teacher's text, with which each response is compared.
+        name: name in errors; None: its index.
     """
 
     prompt: str | Sequence[Message] | EncodedPrompt
@@ -165,7 +165,7 @@ def sample_of(
 
 
 class ScorePack(NamedTuple):
-    """One forward pass, and where its scores go."""
+    """One forward pass, and the places of its scores."""
 
     pack: PrefixPack
     pixel_values: Tensor | None
@@ -180,13 +180,13 @@ class PreparedGroups(NamedTuple):
     packs: tuple[ScorePack, ...]
     # (N,), int64: the sample of each response
     group: Tensor
-    # of each response and of each sample's teacher: why it has no scores; None where it has
+    # why a response, or a sample's teacher, has no scores; None: it has scores
     reason: tuple[str | None, ...]
     teacher_reason: tuple[str | None, ...]
 
     @property
     def pairs(self) -> Tensor:
-        """Which responses (N,) are compared with a teacher: both are valid."""
+        """Whether a response is compared with a teacher, (N,): both are valid."""
         valid, taught = (torch.tensor([r is None for r in why]) for why in (self.reason, self.teacher_reason))
         return valid & taught[self.group] if len(self.group) else torch.zeros(0, dtype=torch.bool)
 
@@ -210,14 +210,14 @@ class GroupScores(NamedTuple):
 def score_groups(
     model: Discriminator, samples: Sequence[Sample], encoder: PromptEncoder, limits: ScoreLimits | None = None
 ) -> GroupScores:
-    """Returns the scores of all responses and teachers of the samples; an invalid text costs its own scores only.
+    """Returns the scores of all responses and teachers of the samples; an invalid text loses only its own scores.
 
-    Texts are tokenised afresh, students' and teachers' alike, cut by the strict grammar, and each scored segment ends
-    in the same terminal token, at which it is read. A sample's prompt and images go through the model once.
+    The texts of students and teachers are tokenised anew and cut by the strict grammar. Each scored segment ends in the
+    same terminal token, at which it is read. A sample's prompt and images go through the model once.
 
     Args:
-        model: under `torch.no_grad()` for scores alone.
-        samples: each with any number of responses.
+        model: the discriminator; call under `torch.no_grad()` if no gradient is wanted.
+        samples: samples with any number of responses.
         encoder: tokenizer and image processor of the model.
         limits: lengths and budget.
     """
@@ -232,14 +232,14 @@ def prepare_groups(
     images: bool = True,
     view: Callable[[Segment], Segment] | None = None,
 ) -> PreparedGroups:
-    """Returns the samples as packs, without a model.
+    """Packs the samples, without a model.
 
     Args:
         samples: see `score_groups`.
         encoder: see `score_groups`.
         limits: see `score_groups`.
         images: whether the discriminator sees images; otherwise prompts are made without them.
-        view: what is scored of each segment; None: all of it.
+        view: reduces each segment to the part that is scored; None: all of it.
     """
     limits = limits or ScoreLimits()
     cutter = TextBranches(encoder, limits)
@@ -283,8 +283,7 @@ def score_prepared(model: Discriminator, prepared: PreparedGroups, packs: Iterab
     Args:
         model: see `score_groups`.
         prepared: from `prepare_groups`.
-        packs: the packs to run; None: all. The scores of the others are NaN: for a training step that runs one pack
-            after the other, each with its backward pass.
+        packs: the packs to run; None: all. The scores of the others are NaN. A training step runs one pack at a time.
     """
     device = model.value_head.weight.device
     responses, samples = len(prepared.reason), len(prepared.teacher_reason)
@@ -317,7 +316,7 @@ def _branches(
     teacher: tuple[Segment, ...] | str | None,
     view: Callable[[Segment], Segment] | None,
 ) -> tuple[list[Branch], list[tuple[int, int]]]:
-    """Returns a group's branches, the teacher's last, and whose each is: a student's index or -1, and its channel."""
+    """Returns a group's branches, the teacher's last, and the owner of each: a student's index or -1, and a channel."""
     valid = [(item, cut) for item, cut in enumerate(students) if not isinstance(cut, str)]
     first_teacher = len(CHANNELS) * len(valid)
     taught = isinstance(teacher, tuple)
@@ -357,7 +356,7 @@ def _packs(
     encoder: PromptEncoder,
     budget: int,
 ) -> tuple[ScorePack, ...]:
-    # a group without a valid text has nothing to score: its prompt is not computed
+    # a group without a valid text has nothing to score, so its prompt is not computed
     scored = [index for index, group in enumerate(groups) if group.branches]
     packed = pack_groups(
         [groups[index] for index in scored],

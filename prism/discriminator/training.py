@@ -1,4 +1,4 @@
-"""One update of the discriminator on pairs of a response and its teacher's.
+"""One update of the discriminator on pairs of a response and its teacher's, and reports on the pairs that it wins.
 
 The step returns the scores of its own forward pass: they are the rewards of alignment, so nothing is scored twice.
 P samples, N responses, E experts, L layers.
@@ -226,21 +226,21 @@ def _each(scores: GroupScores, change: Callable[[str], Tensor]) -> GroupScores:
     )
 
 
-# scores closer than this, relative to their size, differ by rounding: by where in a batch they were computed
+# scores closer than this, relative to their size, differ only by rounding, which depends on the batch
 TIE = 1e-5
 
 
 @dataclass(frozen=True)
 class ChannelReport:
-    """What one channel's scores show. NaN where there was nothing to compare."""
+    """Figures of one channel's scores; NaN if there was nothing to compare."""
 
-    # valid pairs of a teacher and a response
+    # number of valid pairs of a teacher and a response
     pairs: int
-    # the share of pairs whose teacher scores higher; a tie counts a half, so that a constant score is at chance
+    # share of pairs in which the teacher scores higher; a tie counts half, so that a constant score is at chance
     accuracy: float
     # mean of teacher - response
     gap: float
-    # pairs of a right and a wrong response of one group, and the share that the right one wins
+    # number of pairs of a right and a wrong response of one group, and the share in which the right one wins
     compared: int
     auc: float
 
@@ -249,9 +249,9 @@ def channel_report(scores: GroupScores, right: Mapping[str, Tensor] | None = Non
     """Returns the report of each channel.
 
     Args:
-        scores: from `score_groups`.
-        right: for a channel whose responses' rightness is known, (N,), bool. Pair accuracy alone misleads: a style
-            that differs wins all pairs; within a group, right and wrong responses have the same style.
+        scores: scores from `score_groups`.
+        right: (N,), bool, whether a response is right, for each channel in which this is known. Pair accuracy alone
+            misleads, since another style can win all pairs; responses of one group have the same style.
     """
     reports = {}
     for channel in CHANNELS:
@@ -274,19 +274,19 @@ def channel_report(scores: GroupScores, right: Mapping[str, Tensor] | None = Non
 
 
 def within_group_auc(score: Tensor, right: Tensor, group: Tensor) -> tuple[float, int]:
-    """Returns how often a right response outscores a wrong one of its group (a tie is a half), and of how many pairs.
+    """Returns the share of pairs of one group in which the right response wins (a tie counts half), and their number.
 
     Args:
         score: (N,); NaN does not count.
         right: (N,), bool.
-        group: (N,), which group each is of.
+        group: (N,), the group of each.
     """
     check.shape("channel_report", "right", right, tuple(score.shape))
     known = ~score.isnan()
     score, right, group = (x[known] for x in (score.double(), right.to(score.device), group))
     winners, losers = (torch.nonzero(mask)[:, 0] for mask in (right, ~right))
     won, pairs = 0.0, 0
-    # by group: all pairs at once would be N * N numbers
+    # group by group, since all pairs at once would be N * N numbers
     for members in group.unique():
         above, below = score[winners[group[winners] == members]], score[losers[group[losers] == members]]
         if len(above) and len(below):
@@ -296,6 +296,6 @@ def within_group_auc(score: Tensor, right: Tensor, group: Tensor) -> tuple[float
 
 
 def wins(a: Tensor, b: Tensor) -> Tensor:
-    """Returns 1 where a is the higher, 0 where b is, a half where they are equal up to rounding."""
+    """Returns 1 where a is higher, 0 where b is higher, and 1/2 where they are equal up to rounding."""
     size = torch.maximum(a.abs(), b.abs()).clamp(min=1.0)
     return ((a > b + TIE * size).double() - (b > a + TIE * size).double() + 1) / 2
