@@ -224,7 +224,7 @@ def test_the_phases_fit_the_limit_and_leave_later_phases_their_shares():
     # time that the build does not use goes to the tests
     assert gpu.limits(gpu.LIMIT_S - 30, gpu.PHASES[1:]) == gpu.limits(gpu.LIMIT_S, gpu.PHASES[1:]) - 30
     assert gpu.limits(123.0, [last]) == 123.0 and gpu.limits(-5.0, [last]) == 1.0
-    # all of them but those that share a file, and phases.json: eight come back from a lent machine
+    # the result files, at most eight: one for all duels, phases.json, and one for each other phase
     assert len({phase.name for phase in gpu.PHASES} - {"build", "tests", *gpu.DUELS}) + 2 <= 8
 
 

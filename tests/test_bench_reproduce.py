@@ -101,7 +101,7 @@ def test_the_longer_rlvr_gets_the_time_of_alignment_and_rlvr(tmp_path):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
     settings = found.settings(Job(0, found.arms["long_rlvr"]))
-    # 18 seconds at 1.5 a step
+    # 18 seconds, at 1.5 seconds per step
     assert settings.optimiser.rlvr.steps == 12
     assert settings.model.policy == str(tmp_path / "seed-0" / "sft" / "policy")
 

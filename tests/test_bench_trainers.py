@@ -27,7 +27,7 @@ def test_sides_take_turns():
     assert [said["seconds"] for said in taken["b"]] == [2, 3, 6]
     memory = {name: {"case": {"peak_bytes": 5, "peak_extra_bytes": 2}} for name in "ab"}
     _, b = turns.rows(taken, memory, "case")
-    # the first step does not count
+    # the first step is a warm-up and does not count
     assert b == {
         **{"case": "case", "contender": "b", "median_s": 4.5, "samples_s": [3, 6]},
         **{"peak_bytes": 5, "peak_extra_bytes": 2},

@@ -88,7 +88,7 @@ def test_a_the_last_token_does_not_separate_the_classes(model):
     pack = part.pack
     ends = pack.input_ids[pack.last_index]
     assert ends.shape == (10,) and set(ends.tolist()) == {TERMINAL}
-    # nor does the first token, which is that of the channel's tag
+    # the first token does not separate them either: it is the channel's tag
     begins = pack.input_ids[pack.last_index - pack.cu_branch.diff() + 1]
     assert begins[0::2].unique().numel() == begins[1::2].unique().numel() == 1
 
@@ -305,7 +305,7 @@ def test_k_segments_are_found_without_decoding(monkeypatch):
         found = find_segments(ids, [0, len(ids)], ENCODER.token_bytes)
         assert list(zip(found.start[0].tolist(), found.end[0].tolist())) == spans
         assert not decoded
-    # published: twice the text is nearly four times the work
+    # published: twice the text takes nearly four times the work
     assert all(after > 3 * before for before, after in pairwise(work))
     # building packs from texts decodes nothing either
     prepare_groups([Sample("How many?", texts, teacher=texts[0])], ENCODER)

@@ -237,7 +237,7 @@ UNUSABLE = [
      "messages.1", "expected images before the last message"),
     ("rlvr", problem(prompt=[{"role": "user", "content": "<image>" + "why " * 200}]), "prompt",
      "expected at most data.prompt_tokens = 128 tokens"),
-    # 288 x 288 pixels are 81 tokens of the image alone
+    # the image, resized to 288 x 288 pixels, is already 81 tokens
     ("rlvr", problem(images=["images/wide.png"]), "prompt", "expected at most data.prompt_tokens = 60 tokens, got"),
     ("rlvr", problem(prompt=[{"role": "user", "content": "<image>a <|image_pad|>"}]), "prompt",
      "expected <image> where an image goes"),
