@@ -14,18 +14,18 @@ BACKENDS = ("cuda", "triton", "torch") if DEVICE == "cuda" else ("cpu", "torch")
 
 
 def pytest_configure(config):
-    # a shell's background job ignores Ctrl-C, and so would the processes of the tests, which some of them interrupt
+    # a shell's background job ignores SIGINT, and so would the processes that some tests start and interrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # the machine's own core count makes timings and reduction orders differ; two is what CI has
+    # the number of threads changes timings and reduction orders; CI has two cores
     if DEVICE == "cpu":
         torch.set_num_threads(min(2, os.cpu_count() or 1, int(os.environ.get("OMP_NUM_THREADS", "2"))))
 
 
-# the files that take longest begin first, so that parallel workers end together
+# the slowest files run first, so that parallel workers end together
 LONGEST = ("trainer/test_demo.py", "kernels/test_triton_aot.py", "build/test_cuda_compile.py", "build/test_build.py")
 
 
-# before pytest's own, which selects by markers
+# must run before pytest's own hook, which selects by markers
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     def rank(item):
@@ -37,11 +37,11 @@ def pytest_collection_modifyitems(items):
 
 
 def mark_redundant(items):
-    """Marks a case `full` if earlier cases of its test have each pair of its parameters already."""
+    """Marks a case `full` if earlier cases of its test cover every pair of its parameter values."""
     covered = defaultdict(set)
     for item in items:
         test = item.path, item.originalname
-        # by identity, since not all values can be hashed
+        # compare by identity, because some values cannot be hashed
         values = sorted((name, id(value)) for name, value in item.callspec.params.items())
         pairs = set(combinations(values, 2)) or set(values)
         if pairs <= covered[test]:
@@ -63,7 +63,7 @@ def backend(request):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Every torch.empty is filled with NaN, so that an output that is not written shows."""
+    """Fills every torch.empty with NaN, so that an unwritten output is noticed."""
     undo = poison_allocations()
     yield
     undo()

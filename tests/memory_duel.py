@@ -1,4 +1,4 @@
-"""A duel whose ways to the same value differ in what they allocate meanwhile, for the tests of the benchmarks."""
+"""A duel between two programs that compute the same value with different peak memory, for the benchmarks' tests."""
 
 import torch
 

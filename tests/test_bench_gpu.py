@@ -1,4 +1,4 @@
-"""What `make gpu` does, on the CPU: its duels on tiny shapes, its plan of time, what it leaves out, what it writes."""
+"""`make gpu`, tested on the CPU: its duels on tiny shapes, time limits, skipped tests and result files."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ DUELS = {
 
 
 def quick(duel, **changes):
-    # torch.compile takes seconds
+    # torch.compile would take seconds
     rivals = tuple(rival for rival in duel.rivals if "compile" not in rival.name)
     return dataclasses.replace(
         duel, **({"rivals": rivals, "memory": False, "limit_s": 0.01, "rounds": (1, 2)} | changes)
@@ -49,18 +49,18 @@ def quick(duel, **changes):
 
 
 @pytest.mark.parametrize("name", DUELS)
-def test_the_duels_of_a_gpu_have_right_values(name):
+def test_the_gpu_duels_compute_right_values(name):
     *_, content = versus.fight_all(quick(DUELS[name]()), __name__)
     rows = {row["contender"]: row for row in content["versus"]}
     wrong = {who: row["status"] for who, row in rows.items() if row["status"] != "ok"}
-    # flash attention is for a GPU; the peers may be missing
+    # flash attention needs a GPU, and the peers may not be installed
     assert all(status.startswith(("not installed", "failed: NotImplementedError")) for status in wrong.values()), wrong
     assert len(rows) - len(wrong) >= 2 or name == "prefix_attention"
     assert not [who for who in wrong if rows[who]["ours"]]
     assert max(max(row["errors"].values()) for row in rows.values() if "errors" in row) < 1e-4
 
 
-def test_branch_by_branch_is_the_specification_of_prefix_attention():
+def test_prefix_attention_branch_by_branch_equals_its_specification():
     data = test_prefix_attention.make(ATTENTION)
     wanted, found = test_prefix_attention.exact(data), test_prefix_attention.exact_by_branch(data)
     for name, value in wanted.items():
@@ -68,7 +68,7 @@ def test_branch_by_branch_is_the_specification_of_prefix_attention():
 
 
 def tiny_true_group(responses):
-    # M-RoPE's sections are those of a head of 128
+    # M-RoPE's default sections need a head size of 128
     text = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 96, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": discriminator.TRUE_IMAGE_TOKEN + 1}
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
@@ -77,7 +77,7 @@ def tiny_true_group(responses):
     return shape, functools.partial(discriminator.make_true_group, shape, "cpu", 0, text, vision)
 
 
-def test_the_step_at_true_size_is_fought_apart_and_on_a_part():
+def test_the_published_step_at_true_size_runs_on_a_part_and_is_scaled_up():
     shape, make = tiny_true_group(8)
     duel = quick(test_discriminator_step.cuda_duel(make, shape, "cpu"), rounds=(1, 1))
     *_, content = versus.fight_all(duel, __name__)
@@ -89,14 +89,14 @@ def test_the_step_at_true_size_is_fought_apart_and_on_a_part():
     assert all(row["first_samples_s"] == [] for row in others)
 
 
-def test_the_true_size_is_that_of_the_plan():
+def test_the_true_size_model_has_the_planned_size():
     group = discriminator.make_true_group(device="meta")
     counts = {False: 0, True: 0}
     for name, parameter in group.backbone.named_parameters():
         counts["experts" in name] += parameter.numel()
         assert parameter.dtype == torch.bfloat16
     assert counts[True] == 28 * 4 * 3 * 2048 * 6144
-    # Qwen3-VL-2B without its MLPs: attention, embeddings, vision
+    # Qwen3-VL-2B without its MLPs: attention, embeddings and vision tower
     assert 1.0e9 < counts[False] < 1.2e9
     assert discriminator.TRUE_SHAPE.image_tokens == 600
     assert "13,774 tokens against 134,304" in test_discriminator_step.CUDA_DUELS[0].label
@@ -126,7 +126,7 @@ def doubling(**changes):
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """The bookkeeping of a GPU's figures: a call takes 2 ms there, the reference 1 ms."""
+    """Replaces a GPU's measurements: a call takes 2 ms, the reference 1 ms."""
     clears = []
     traces = iter([gpu_trace.Trace(3, 2e-3, 0, {"kernel": 3}), gpu_trace.Trace(1, 1e-3, 0, {"copy": 1})] * 2)
     monkeypatch.setattr(versus, "trace", lambda run: next(traces))
@@ -137,7 +137,7 @@ def pretended_gpu(monkeypatch):
     return clears
 
 
-def test_a_gpus_figures_become_goals_and_tables(pretended_gpu, tmp_path, monkeypatch):
+def test_gpu_measurements_become_goals_and_tables(pretended_gpu, tmp_path, monkeypatch):
     *_, content = versus.fight_all(doubling(device="cuda", op="policy_loss_4m"), __name__)
     ours = content["versus"][0]
     assert pretended_gpu
@@ -160,7 +160,7 @@ def test_a_gpus_figures_become_goals_and_tables(pretended_gpu, tmp_path, monkeyp
     assert fought == {op for op, *_ in tables.GPU_DUELS}
 
 
-def test_one_of_ours_that_fails_loses_nothing_else(pretended_gpu, tmp_path, monkeypatch, capsys):
+def test_a_failing_contender_of_ours_keeps_the_other_results(pretended_gpu, tmp_path, monkeypatch, capsys):
     def broken(data):
         raise RuntimeError("CUDA error: out of memory")
 
@@ -189,11 +189,11 @@ def test_peak_memory_counts_gradients_that_a_call_replaces():
         leaf.grad = torch.ones(leaf.shape)
         return {"leaf": leaf.grad}
 
-    # all that it takes is its result; the one before must not be counted as given back
+    # the call allocates only its result; freeing the earlier gradient must not be subtracted
     assert abs(versus.peak_extra(run, "cpu")) < 16 * 2**20
 
 
-def test_launches_are_what_ran_on_the_device():
+def test_only_device_events_count_as_launches():
     def event(name, device=DeviceType.CUDA, annotation=False):
         span = SimpleNamespace(elapsed_us=lambda: 5.0)
         return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation, time_range=span)
@@ -204,7 +204,7 @@ def test_launches_are_what_ran_on_the_device():
     assert sum(seconds for _, seconds in done) == pytest.approx(15e-6)
 
 
-def test_waits_of_the_host_are_counted(monkeypatch):
+def test_host_synchronisations_are_counted(monkeypatch):
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
 
@@ -217,18 +217,18 @@ def test_waits_of_the_host_are_counted(monkeypatch):
     assert modes == ["warn", "default"]
 
 
-def test_the_phases_fit_the_limit_and_keep_the_shares_of_later_ones():
+def test_the_phases_fit_the_limit_and_leave_later_phases_their_shares():
     assert sum(phase.share_s for phase in gpu.PHASES) <= gpu.LIMIT_S < 9 * 60
     first, *_, last = gpu.PHASES
     assert gpu.limits(gpu.LIMIT_S) == first.share_s + gpu.LIMIT_S - sum(phase.share_s for phase in gpu.PHASES)
-    # what the build leaves goes to the tests
+    # time that the build does not use goes to the tests
     assert gpu.limits(gpu.LIMIT_S - 30, gpu.PHASES[1:]) == gpu.limits(gpu.LIMIT_S, gpu.PHASES[1:]) - 30
     assert gpu.limits(123.0, [last]) == 123.0 and gpu.limits(-5.0, [last]) == 1.0
-    # all of them but those that share a file, and phases.json: eight come back from a lent machine
+    # the result files, at most eight: one for all duels, phases.json, and one for each other phase
     assert len({phase.name for phase in gpu.PHASES} - {"build", "tests", *gpu.DUELS}) + 2 <= 8
 
 
-def test_a_phase_that_hangs_is_ended_and_its_output_kept(tmp_path):
+def test_a_hanging_phase_is_killed_and_its_output_is_kept(tmp_path):
     hangs = gpu.Phase("hangs", 1, ("-c", "import time; print('so far', flush=True); time.sleep(60)"))
     summary = gpu.run_phase(hangs, 3.0, tmp_path)
     assert summary["timed_out"] and not summary["ok"] and "so far" in summary["output_end"]
@@ -256,7 +256,7 @@ def test_files_that_cannot_be_imported_are_left_out(tmp_path, monkeypatch):
     }
 
 
-def test_a_gpu_machine_without_the_trainers_packages_can_import_what_it_runs(monkeypatch):
+def test_the_gpu_run_needs_none_of_the_trainers_packages(monkeypatch):
     absent = {"pydantic", "pydantic_core", "math_verify", "sympy", "trl", "verl", "datasets", "tyro"}
     installed = left_out.is_installed
     monkeypatch.setattr(left_out, "is_installed", lambda package: package not in absent and installed(package))
@@ -268,7 +268,7 @@ def test_a_gpu_machine_without_the_trainers_packages_can_import_what_it_runs(mon
     assert not [name for name, why in without.items() if "kernels" in name and why.startswith("not installed")]
 
 
-def test_the_tests_phase_says_what_it_leaves_out(monkeypatch, capsys):
+def test_the_tests_phase_prints_the_files_that_it_leaves_out(monkeypatch, capsys):
     commands = []
     monkeypatch.setattr(gpu, "left_out", lambda tests: {"tests/trainer/test_config.py": "not installed: pydantic"})
     monkeypatch.setattr(gpu.subprocess, "call", lambda command, **_: commands.append(command) or 7)

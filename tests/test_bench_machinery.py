@@ -1,4 +1,4 @@
-"""The benchmarks' own tests: exact results, memory, timing, and what is made of the figures."""
+"""The machinery of the benchmarks: exact results, memory, timing, tables and plots."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def test_truth_agrees_with_autograd_in_float64(case, with_entropy):
 
 
 @pytest.mark.parametrize("case", [LINEAR, TOKEN], ids=lambda c: c.op)
-def test_inputs_hold_confident_tokens(case):
+def test_inputs_contain_confident_tokens(case):
     missing = truth(case, make_inputs(case, "cpu")).missing[::8]
     inside = (missing >= 1e-9) & (missing <= 1e-3)
     assert inside.float().mean() > 0.7
@@ -71,14 +71,14 @@ def test_a_wrong_result_is_red_and_has_no_ratio():
     assert not is_green(LINEAR, errors(LINEAR, bench.truth(FORWARD), bench.stage.full, *wrong_ready, False))
 
 
-def test_half_leaves_gradients_out():
+def test_the_half_pass_has_a_gradient_in_half_of_the_rows():
     big = Case("tiny", "linear_logprob", 512, 300, 16, "float32")
     inputs = make_inputs(big, "cpu").without_gradient_in_half()
     assert (inputs.grad_logp == 0).sum() == 256
     assert big.flops(HALF) * 3 == big.flops(TRAIN) * 2
 
 
-def test_interleave_takes_turns_and_sets_up():
+def test_interleave_alternates_the_order_and_calls_setup_each_time():
     seen = []
     calls = {name: Timed(lambda name=name: seen.append(name), lambda: seen.append("setup")) for name in "ab"}
     durations = interleave(calls, "cpu", rounds=3, warmup=1)
@@ -87,12 +87,12 @@ def test_interleave_takes_turns_and_sets_up():
     assert seen.count("setup") == 8
 
 
-def test_interleave_stops_at_its_limit():
+def test_interleave_stops_at_its_time_limit():
     durations = interleave({"a": Timed(lambda: None)}, "cpu", rounds=100, limit=0)
     assert len(durations["a"]) == 1
 
 
-def test_peak_memory_counts_what_was_freed_again():
+def test_peak_memory_counts_memory_that_was_freed():
     with PeakMemory("cpu") as peak:
         torch.ones(64 * 2**18)
     assert 60 * 2**20 < peak.bytes < 90 * 2**20
@@ -109,12 +109,12 @@ def test_memory_child_measures_and_reports_failures():
     finally:
         child.close()
     logits = case.logits_bytes
-    # logits and log_softmax; then also the gradient of one of them
+    # forward keeps logits and log_softmax; training adds the gradient of one of them
     assert 1.9 * logits < forward < 2.6 * logits
     assert 1.9 * logits < train < 3.6 * logits
 
 
-def test_absent_contenders_say_why():
+def test_an_absent_contender_has_a_reason():
     peer = Contender("peer", lambda: None, package="peer")
     assert absent(LINEAR, peer, TRAIN, ImportError("No module named 'peer'"))["status"].startswith(
         MISSING + ": No module"
@@ -124,7 +124,7 @@ def test_absent_contenders_say_why():
     assert absent(LINEAR, peer, TRAIN, ValueError("x\ny"))["status"] == "failed: ValueError: x"
 
 
-def test_figures_become_tables_and_plots(tmp_path, monkeypatch):
+def test_measurements_become_tables_and_plots(tmp_path, monkeypatch):
     def broken():
         raise ImportError("No module named 'peer'")
 
@@ -148,13 +148,13 @@ def test_figures_become_tables_and_plots(tmp_path, monkeypatch):
     assert tables.insert("a\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nb\n", made, page) == f"a\n{made}\nb\n"
     with pytest.raises(SystemExit, match=r"expected one line .* in page\.md"):
         tables.insert("no markers", made, page)
-    # the ratio of the two ratios to torch.mm
+    # the quotient of both contenders' ratios to torch.mm
     plain, ours = (results.find(rows, "tiny", TRAIN, name) for name in (PLAIN, "ours, torch"))
     assert f"| {PLAIN} | {plain['ratio'] / ours['ratio']:.2f} |" in tables.ratio_block()
     assert f"bench/results/{content['machine']}/overview.png" in tables.plot_block()
 
 
-def test_bars_compare_with_the_first_peer_and_with_the_logits():
+def test_bars_compare_time_with_a_peer_and_memory_with_the_logits():
     def row(name, ratio, peak):
         return {"case": "main", "pass": TRAIN, "contender": name, "ratio": ratio, "peak_extra_bytes": peak}
 
@@ -190,7 +190,7 @@ def small_duel(**changes):
 
 
 class PlainBenchmark:
-    """What pytest-benchmark's fixture does, without its statistics."""
+    """A stand-in for pytest-benchmark's fixture, without statistics."""
 
     def __init__(self):
         self.extra_info = {}
@@ -201,7 +201,7 @@ class PlainBenchmark:
             run()
 
 
-def test_a_duel_checks_values_scales_parts_and_names_what_is_missing(tmp_path, monkeypatch):
+def test_a_duel_checks_values_scales_up_parts_and_names_missing_peers(tmp_path, monkeypatch):
     duel = small_duel()
     ring = versus.Ring(duel)
     for rival in duel.rivals[:3]:
@@ -226,17 +226,17 @@ def test_a_wrong_result_of_ours_fails_its_benchmark():
         versus.Ring(duel).fight(duel.rivals[0], PlainBenchmark(), __name__)
 
 
-def test_a_duel_measures_memory_in_a_process_of_its_own():
+def test_a_duel_measures_memory_in_a_separate_process():
     duel = memory_duel.DUELS[0]
     in_place, by_copies = (versus.peak_in_child("tests.memory_duel", duel, rival) for rival in duel.rivals)
     size = 4 * memory_duel.ELEMENTS
-    # the result is not counted; of the two copies one lives beside it
+    # the result is not counted; one of the two copies exists beside it
     assert abs(in_place) < 0.1 * size
     assert 0.9 * size < by_copies < 1.1 * size
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_declared_tiles_fit_the_tables():
+def test_the_tuned_settings_include_the_declared_tiles():
     from prism_kernels.ops.anchored_rows import kernels as row_kernels
     from prism_kernels.ops.linear_logprob import kernels as fused
 
@@ -246,7 +246,7 @@ def test_the_declared_tiles_fit_the_tables():
     assert fused.TILES[90] in [value for *_, value in tuning.fused_settings(fused.TILES, 90)]
 
 
-def test_tuning_reports_each_setting_and_puts_the_old_one_back():
+def test_tuning_reports_each_setting_and_restores_the_old_one():
     table, rows = {"size": 1}, []
 
     def run():

@@ -1,4 +1,4 @@
-"""The experiment's arms, its scheduling, and what is made of its figures; the figures here are made up."""
+"""The experiment's arms, scheduling and page; the measurements here are invented."""
 
 import fcntl
 import json
@@ -39,7 +39,7 @@ def experiment(out, algorithm="grpo", **changes):
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo"])
-def test_every_arm_has_settings_that_are_valid(algorithm, tmp_path):
+def test_every_arm_has_valid_settings(algorithm, tmp_path):
     found = Experiment(TINY, {}, algorithm, tmp_path)
     for seed in (0, 2):
         for arm in found.arms.values():
@@ -48,7 +48,7 @@ def test_every_arm_has_settings_that_are_valid(algorithm, tmp_path):
             assert settings.evaluation.temperature == 0 and settings.evaluation.sampled
             assert settings.data.shapes.test >= 1000
             if arm.reinforces:
-                # the preset's options; of the file's the KL term alone, which all algorithms then have
+                # the preset's options, except the KL term, which comes from the file and is the same for all algorithms
                 preset = load_config(None, {"algorithm.rlvr.name": algorithm}).algorithm.rlvr
                 assert settings.algorithm.rlvr == preset.model_copy(update={"kl_coef": 0.05, "kl_estimator": "k3"})
     ablated = found.arms["align_dense"], found.arms["align_no_warmup"]
@@ -56,7 +56,7 @@ def test_every_arm_has_settings_that_are_valid(algorithm, tmp_path):
     assert ablated[1].stages == ("align",)
 
 
-def test_an_arm_needs_what_it_goes_on_from(tmp_path):
+def test_choosing_an_arm_also_chooses_the_arms_it_starts_from(tmp_path):
     known = arms(load_config(TINY), "grpo")
     names = list(known)
     for arm in known.values():
@@ -68,14 +68,14 @@ def test_an_arm_needs_what_it_goes_on_from(tmp_path):
         chosen(known, ["prsm"])
 
 
-def test_the_curve_begins_with_an_sft_that_has_seen_no_demonstrations():
+def test_the_curve_starts_from_an_sft_without_demonstrations():
     seen = load_config(TINY, {"data.shapes.sft_curated": 400, "data.shapes.alignment": 400})
     found = arms(seen, "grpo")
     assert found["clean_sft"].changes == {"data.shapes.sft_curated": 0}
     for n in SIZES:
         for name in curve(seen)[n]:
             assert found[name].parent == "clean_sft" and found[name].changes["data.shapes.alignment"] == n
-    # where no SFT has, one serves all, and so do the arms of the main part
+    # if no SFT has seen demonstrations, the curve shares the SFT and arms of the main part
     unseen = load_config(TINY, {"data.shapes.sft_curated": 0, "data.shapes.alignment": 400})
     found = arms(unseen, "grpo")
     assert "clean_sft" not in found and "align_400" not in found
@@ -83,7 +83,7 @@ def test_the_curve_begins_with_an_sft_that_has_seen_no_demonstrations():
     assert all(found[name].part != ABLATION for pair in curve(unseen).values() for name in pair)
 
 
-def test_the_longer_rlvr_spends_what_alignment_and_rlvr_took(tmp_path):
+def test_the_longer_rlvr_gets_the_time_of_alignment_and_rlvr(tmp_path):
     assert long_steps(spent=300.0, seconds=50.0, steps=40) == 240
     assert long_steps(spent=0.1, seconds=50.0, steps=40) == 1
     found = experiment(tmp_path)
@@ -101,12 +101,12 @@ def test_the_longer_rlvr_spends_what_alignment_and_rlvr_took(tmp_path):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
     settings = found.settings(Job(0, found.arms["long_rlvr"]))
-    # 18 seconds at 1.5 a step
+    # 18 seconds, at 1.5 seconds per step
     assert settings.optimiser.rlvr.steps == 12
     assert settings.model.policy == str(tmp_path / "seed-0" / "sft" / "policy")
 
 
-# --- figures
+# --- measurements
 
 
 def share(perception, accuracy, reasoning=0.2, samples=1024):
@@ -116,7 +116,7 @@ def share(perception, accuracy, reasoning=0.2, samples=1024):
 
 
 def made_up(seeds=3, algorithm="grpo", **levels):
-    """What would be measured, had each arm these perception errors and accuracies."""
+    """Returns invented measurements in which each arm has the given perception error and accuracy."""
     given = {
         "sft": (0.25, 0.72),
         "rlvr": (0.13, 0.91),
@@ -167,13 +167,13 @@ def test_means_have_standard_errors_over_seeds():
         pytest.approx(0.25),
         pytest.approx(0.004 / 3**0.5),
     ]
-    # of distillation and RLVR, 50, 51 and 52 seconds each; SFT is every arm's
+    # distillation and RLVR took 50, 51 and 52 seconds each; the SFT, which all arms share, is not counted
     assert content["arms"]["distill_rlvr"]["seconds_after_sft"] == [pytest.approx(102), pytest.approx(2 / 3**0.5)]
     assert content["arms"]["prism"]["seconds_after_sft"][0] == pytest.approx(153)
     assert content["arms"]["sft"]["seconds_after_sft"] == [0.0, None]
 
 
-def test_a_difference_is_each_seeds_own():
+def test_differences_are_taken_seed_by_seed():
     content = made_up()
     found = compare(content["arms"], "prism", "rlvr", "greedy", "accuracy")
     own = [content["arms"][name]["seeds"][seed]["greedy"]["accuracy"] for name in ("prism", "rlvr") for seed in "012"]
@@ -185,26 +185,26 @@ def test_a_difference_is_each_seeds_own():
 
     assert verdict("accuracy", 0.05, 0.02) == 1 and verdict("accuracy", -0.05, 0.02) == -1
     assert verdict("perception_error", 0.05, 0.02) == -1 and verdict("perception_error", 0.03, 0.02) == 0
-    # one seed tells nothing
+    # one seed has no standard error and gives no verdict
     assert verdict("accuracy", 0.5, None) == 0
 
 
-def test_half_of_the_error_is_asked_of_every_seed():
+def test_halving_the_error_is_judged_on_every_seed():
     found = halved(made_up()["arms"])["greedy"]
     assert list(found) == ["0", "1", "2"] and all(one["halved"] for one in found.values())
-    # after alignment .120, .112, .116; of SFT half are .123, .125, .127
+    # errors after alignment are .120, .112, .116; half of SFT's are .123, .125, .127
     assert all(one["halved"] for one in halved(made_up(align=(0.116, 0.8))["arms"])["greedy"].values())
     mixed = halved(made_up(align=(0.125, 0.8))["arms"])["greedy"]
     assert [one["halved"] for one in mixed.values()] == [False, True, True]
     assert halved({}) == {}
 
 
-def test_crossings_lie_where_the_lines_meet_over_the_logarithm():
+def test_crossings_are_interpolated_over_the_logarithm_of_the_size():
     assert crossings([(10, 1.0), (1000, -1.0)]) == [pytest.approx(100)]
     assert crossings([(10, 3.0), (1000, -1.0)]) == [pytest.approx(10 * 100**0.75)]
     assert crossings([(12, 0.1), (40, 0.2), (400, 0.01)]) == []
     assert crossings([(12, 0.1), (40, -0.1), (400, 0.1)]) == [pytest.approx(480**0.5), pytest.approx(16000**0.5)]
-    # on zero, and beyond; touching zero is no crossing
+    # a difference of zero is a crossing only if the sign changes there
     assert crossings([(12, 0.1), (40, 0.0), (400, -0.1)]) == [40.0]
     assert crossings([(12, 0.1), (40, 0.0), (400, 0.1)]) == []
     assert crossings([(12, 0.0), (40, 0.0)]) == []
@@ -224,7 +224,7 @@ def statements(**levels):
     return page.block([made_up(**levels)])
 
 
-def test_the_page_says_what_the_figures_say():
+def test_the_page_states_the_results():
     made = statements()
     assert made.startswith(page.BEGIN) and made.endswith(page.END)
     assert "at most half of SFT's?** Greedy: yes, on every seed (seed 0: 0.246 → 0.064, yes;" in made
@@ -243,7 +243,7 @@ def test_the_page_says_what_the_figures_say():
     assert "distillation (" not in better.split("Alignment against distillation, accuracy")[1].split("\n")[0]
 
 
-def test_one_seed_and_an_unfinished_experiment_have_no_verdict_they_cannot_have():
+def test_one_seed_or_an_unfinished_experiment_gives_no_unsupported_verdict():
     content = made_up(seeds=1)
     made = page.block([content])
     assert (
@@ -256,12 +256,12 @@ def test_one_seed_and_an_unfinished_experiment_have_no_verdict_they_cannot_have(
     made = page.block([{**part, **summarise(measured)}])
     assert "at most half" not in made and "Alignment against distillation" not in made
     assert "Not measured yet" in page.block([])
-    # a figure that a seed lacks has no mean
+    # a measurement that one seed lacks has no mean
     del part["arms"]["sft"]["seeds"]["1"]["greedy"]["drift_perception"]
     assert "not measured" in page.block([{**part, **summarise(part)}])
 
 
-def test_the_page_is_in_step_with_the_results():
+def test_the_page_matches_the_committed_results():
     text = page.PAGE.read_text()
     made = page.block(page.load_all(page.RESULTS))
     assert made in text, "run `python -m bench.reproduce --collect`, or put back the results of the page"
@@ -304,7 +304,7 @@ REAL_POPEN = subprocess.Popen
 
 @pytest.fixture
 def without_training(monkeypatch):
-    """Arms that only write what a run leaves."""
+    """Replaces the training of each arm by a program that only writes a run's files."""
     started = []
 
     def popen(arguments, **named):
@@ -329,39 +329,39 @@ def run(found, names, told, at_once=2, seeds=(0,)):
     )
 
 
-def test_finished_arms_are_not_run_again_and_others_settings_are_refused(tmp_path, without_training):
+def test_finished_arms_are_not_run_again_and_changed_settings_are_refused(tmp_path, without_training):
     told = []
     assert run(experiment(tmp_path), ["long_rlvr"], told, seeds=(0, 1))
     assert len(told) == 10 and told[-1].startswith("10/10  seed 1")
     names = ["sft", "rlvr-grpo", "align", "prism-grpo", "long_rlvr-grpo"]
     assert sorted(without_training) == sorted(2 * names)
-    # an interrupted arm, and one that is new: both are run, nothing else
+    # only the interrupted arm and the new one run
     (tmp_path / "seed-1" / "rlvr-grpo" / FINISHED).unlink()
     without_training.clear()
     again = []
     assert run(experiment(tmp_path), ["long_rlvr", "distill"], again, seeds=(0, 1))
     assert sorted(without_training) == ["distill", "distill", "rlvr-grpo"]
     assert sum("finished before" in line for line in again) == 9
-    # of another algorithm only RLVR is run, and from the same alignment
+    # another algorithm runs only its RLVR, from the same alignment
     without_training.clear()
     assert run(experiment(tmp_path, "dapo"), ["prism"], [])
     assert without_training == ["prism-dapo"]
     with pytest.raises(JobError, match=r"seed-0/sft: expected .* \(optimiser.sft.steps 3, now 7\); --replace"):
         run(experiment(tmp_path, **{"optimiser.sft.steps": 7}), ["sft"], [])
-    # what matters to alignment alone is nothing to SFT
+    # a setting of alignment does not affect SFT
     changed = experiment(tmp_path, **{"optimiser.align.steps": 5})
     changed.check(Job(0, changed.arms["sft"]))
     with pytest.raises(JobError, match=r"seed-0/align: .*optimiser.align.steps 3, now 5"):
         run(changed, ["prism"], [])
     left_out = []
     assert list(collect(changed, (0, 1), left_out.append)["arms"]) == ["sft", "rlvr", "distill"]
-    # what follows from it as well
+    # the arms that start from alignment are left out too
     assert len(left_out) == 6 and all("/align: expected" in line for line in left_out)
     changed.replace = True
     without_training.clear()
     assert run(changed, ["prism"], [])
     assert sorted(without_training) == ["align", "prism-grpo"]
-    # weights that an arm began with are others now
+    # the weights that an arm started from have changed
     (tmp_path / "seed-0" / "sft" / "policy" / "model.safetensors").write_text("others")
     with pytest.raises(JobError, match=r"seed-0/rlvr-grpo: expected .*policy"):
         run(experiment(tmp_path), ["rlvr"], [])
@@ -379,7 +379,7 @@ def test_a_failed_arm_stops_only_those_that_need_it(tmp_path, without_training):
     assert "align_12" in failed and "made to fail" in failed
     assert any("after" in line and "needs an arm that failed" in line for line in told)
     assert found.finished(Job(0, found.arms["distill_12"]))
-    # tried again by the same command
+    # the same command tries a failed arm again
     without_training.clear()
     assert not scheduler.run_all(found, jobs, at_once=2, tell=told.append, figures=lambda job: "")
     assert without_training == ["align_12"]
@@ -421,13 +421,13 @@ except KeyboardInterrupt:
 """
 
 
-def test_an_experiment_that_is_told_to_end_waits_for_its_arms_and_keeps_others_out(tmp_path):
+def test_a_terminated_experiment_waits_for_its_arms_and_keeps_its_lock(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(TINY), str(tmp_path), SLOW], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     folder = tmp_path / "seed-0" / "sft"
     wait_for(folder / "began", process)
-    # another command has to wait for as long as an arm runs
+    # another command must wait while an arm runs
     lock = os.open(tmp_path / ".lock", os.O_RDWR)
     with pytest.raises(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -445,7 +445,7 @@ def wait_for(path, process):
         time.sleep(0.05)
 
 
-def test_arms_one_after_the_other_are_one_run_with_all_stages(tmp_path):
+def test_arms_in_sequence_equal_one_run_of_all_stages(tmp_path):
     found = experiment(tmp_path / "arms")
     found.write_base(0)
     parts = ("sft", "align", "prism")
@@ -468,7 +468,7 @@ def test_arms_one_after_the_other_are_one_run_with_all_stages(tmp_path):
         [steady(r) for r in read_metrics(path / "metrics.jsonl")] for path in (tmp_path / "whole", *paths)
     )
     assert [record for part in records for record in part] == whole
-    # the policies differ on the way; the discriminators begin alike, though no valid response trains them here
+    # each arm changed the policy; the discriminators start equal, though no valid response trains them here
     for one, other in pairwise(load_file(path / "policy" / "model.safetensors") for path in paths):
         assert any(not torch.equal(one[key], other[key]) for key in one)
     joined = Runtime(load_config(TINY, {**QUICK, **changes, "run.folder": str(tmp_path / "one")})).discriminator
@@ -479,5 +479,5 @@ def test_arms_one_after_the_other_are_one_run_with_all_stages(tmp_path):
 
 
 def steady(record):
-    """A step's record without what differs from run to run."""
+    """Returns a step's record without the metrics that differ between equal runs."""
     return {key: value for key, value in record.items() if key not in ("seconds", "peak_bytes")}

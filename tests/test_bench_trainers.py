@@ -1,4 +1,4 @@
-"""The benchmarks of trainers before and after our patch: turns, values, what is written of them, and the pages."""
+"""The benchmarks of trainers with and without our patch: turns, values, results and pages."""
 
 import math
 
@@ -10,7 +10,7 @@ from bench.end_to_end.head_patch import BOTH, LOGP, Sizes
 
 
 class Recorded:
-    """A side that says which step of all it took."""
+    """A side that records the order of the steps."""
 
     def __init__(self, name, order):
         self.name, self.order = name, order
@@ -27,7 +27,7 @@ def test_sides_take_turns():
     assert [said["seconds"] for said in taken["b"]] == [2, 3, 6]
     memory = {name: {"case": {"peak_bytes": 5, "peak_extra_bytes": 2}} for name in "ab"}
     _, b = turns.rows(taken, memory, "case")
-    # the first step does not count
+    # the first step is a warm-up and does not count
     assert b == {
         **{"case": "case", "contender": "b", "median_s": 4.5, "samples_s": [3, 6]},
         **{"peak_bytes": 5, "peak_extra_bytes": 2},
@@ -35,7 +35,7 @@ def test_sides_take_turns():
 
 
 @pytest.mark.parametrize("wrong", [1.0002, -1.0, math.nan])
-def test_sides_that_differ_are_refused(wrong):
+def test_different_values_of_the_two_sides_are_an_error(wrong):
     def said(factor):
         return [{"values": {"log-probabilities": [-3.0, -4.0], "the gradient": [3.0 * factor, 4.0 * factor]}}]
 
@@ -46,7 +46,7 @@ def test_sides_that_differ_are_refused(wrong):
 
 @pytest.mark.slow
 def test_a_small_run_becomes_a_table(tmp_path, monkeypatch):
-    """The whole of it, in processes; the figures themselves are a busy machine's."""
+    """Runs the whole benchmark in separate processes; checks no times, because the machine may be busy."""
     sizes = Sizes("transformers", vocabulary=30_000, width=64, layers=1, tokens=384)
     content = head_patch.measure(sizes, rounds=1)
     theirs, ours = head_patch.sides(sizes)
@@ -59,7 +59,7 @@ def test_a_small_run_becomes_a_table(tmp_path, monkeypatch):
         assert row["median_s"] == row["samples_s"][0] > 0
         assert row["peak_bytes"] > row["peak_extra_bytes"] > 0
         if row["contender"] == theirs:
-            # log_softmax and the gradient of one of both
+            # log_softmax, and the gradient of it or of the logits
             assert row["peak_extra_bytes"] > 1.8 * logits
     assert [bar["met"] for bar in content["bars"]] == [True, True]
     assert f"{ours}  " in turns.table(content, "a step")
@@ -78,7 +78,7 @@ def test_a_small_run_becomes_a_table(tmp_path, monkeypatch):
     assert migrating.STAND_IN not in made
 
 
-def test_the_pages_are_in_step_with_the_results():
+def test_the_pages_match_the_committed_results():
     for page, text in tables.pages():
         assert page.read_text() == text, f"{page.name}: run `python -m bench.tables`, or put back the page's results"
 

@@ -1,4 +1,4 @@
-"""The programs of docs/examples run, and do what they say."""
+"""The programs of docs/examples run and do what their docstrings promise."""
 
 import runpy
 from pathlib import Path
@@ -41,11 +41,11 @@ def test_my_reward_prefers_fewer_steps_in_right_answers():
     assert brevity(RolloutView("1", 1, 1.0), problem) is None
 
 
-def test_rlvr_takes_my_reward_by_its_path(tmp_path):
+def test_rlvr_loads_my_reward_by_its_import_path(tmp_path):
     settings = {**SMALL, "run.folder": tmp_path, "optimiser.rlvr.steps": 1}
     del settings["run.stages"]
     settings["algorithm.rlvr.rewards"] = "docs.examples.my_reward:brevity"
     assert cli.main(["rlvr", *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]) == 0
     (metrics,) = read_metrics(tmp_path / "metrics.jsonl")
-    # a random policy gives no right answer; the reward was called, and did not fail
+    # a random policy answers nothing correctly, so the reward returns None; it was called and did not fail
     assert metrics["reward_brevity"] is None and metrics["failed_rewards"] == {}

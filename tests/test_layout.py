@@ -1,4 +1,4 @@
-"""The layout that a newcomer relies on: one name for one thing, and imports that flow downwards."""
+"""The layout of the source: unique names, and imports that flow downwards."""
 
 import ast
 from collections import Counter
@@ -12,7 +12,7 @@ SOURCES = [p for name in ("prism", "prism_kernels", "csrc", "bench", "tests", "d
 
 
 def imports(path):
-    """The modules that a file imports, whole names of what it imports from them included."""
+    """Yields the modules that a file imports, and the full names that it imports from modules."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -21,7 +21,7 @@ def imports(path):
 
 
 def importers(folder, package):
-    """The files of a folder that import from a package."""
+    """Returns the files of a folder that import from a package."""
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files, folder
     return [str(f.relative_to(ROOT)) for f in files if any(name.startswith(f"{package}.") for name in imports(f))]
@@ -44,14 +44,14 @@ def test_only_commands_import_stages(folder):
     assert importers(f"prism/{folder}", "prism.stages") == []
 
 
-def test_stages_share_the_update_alone():
+def test_a_stage_imports_no_other_stage_but_the_shared_update():
     for path in (ROOT / "prism" / "stages").glob("*.py"):
         siblings = {name.split(".")[2] for name in imports(path) if name.startswith("prism.stages.")}
         assert siblings <= {"update"}, path.name
         assert not any(name.startswith(("prism.evaluation", "prism.report")) for name in imports(path)), path.name
 
 
-def test_the_kernels_stand_alone():
+def test_the_kernels_do_not_import_the_trainer():
     assert importers("prism_kernels", "prism") == []
 
 

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TOUR = (ROOT / "docs" / "tour.md").read_text()
-# a station: "1. [`file`](../file): `name`, `name`. Text"
+# a station is a line like "1. [`file`](../file): `name`, `name`. Text"
 STATION = re.compile(r"^\d+\. \[`([^`]+)`\]\(\.\./(\S+?)\):\s+((?:`[\w.]+`(?:,\s+)?)+)\.\s", re.MULTILINE)
 STATIONS = [(path, re.findall(r"`([\w.]+)`", names)) for _, path, names in STATION.findall(TOUR)]
 

@@ -1,4 +1,4 @@
-"""What the native build produces: only C shims of torch 2.11, nothing of Python, a pure install where it cannot be."""
+"""The native build uses only the C shims of torch 2.11 and no Python API; without a compiler the install is pure."""
 
 import os
 import re
@@ -27,8 +27,8 @@ def run(*command, check=True, **environment):
     return done
 
 
-# C functions that torch 2.11 exports: those in use, and some that a new kernel may need. A name belongs here only
-# if that release's torch/csrc/stable/c/shim.h or inductor/aoti_torch/c/shim.h declares it
+# C functions that torch 2.11 exports: those in use, and some that a new kernel may need. Add a name only if
+# torch/csrc/stable/c/shim.h or inductor/aoti_torch/c/shim.h of that release declares it
 SHIMS_OF_TORCH_2_11 = """
 aoti_torch_abi_version aoti_torch_library_init_impl aoti_torch_delete_library_object torch_library_impl
 torch_call_dispatcher torch_parallel_for torch_get_num_threads torch_get_thread_idx
@@ -51,7 +51,7 @@ aoti_torch_dtype_float8_e5m2fnuz torch_dtype_float8_e8m0fnu torch_dtype_float4_e
 
 
 def undefined_symbols(name):
-    """The names that a library takes from others, without their versions."""
+    """Returns the undefined symbols of a library, without their versions."""
     library = str(Path(prism_kernels.__file__).parent / f"{name}.so")
     if shutil.which("nm"):
         lines = run("nm", "-D", "--undefined-only", library).stdout.splitlines()
@@ -71,13 +71,13 @@ def test_library_needs_only_the_shims_of_torch_2_11(name):
     assert "aoti_torch_library_init_impl" in of_torch
     assert sorted(of_torch - set(SHIMS_OF_TORCH_2_11.split())) == []
     assert not [s for s in symbols if s.startswith(("Py", "_Py"))]
-    # mangled names of torch's C++, at:: among them
+    # mangled names of torch's C++ API: at::, c10:: and torch::
     assert not [s for s in symbols if re.match(r"_Z.*(2at|3c10|5torch)", s)]
 
 
 @pytest.mark.parametrize("name", BUILT)
 def test_host_code_calls_no_device_function(name):
-    """nvcc compiles such a call, without a warning, into a call of `exit`, which nothing else in a library calls."""
+    """nvcc silently compiles such a call into a call of `exit`, which nothing else in the library calls."""
     assert "exit" not in undefined_symbols(name)
 
 
@@ -89,14 +89,14 @@ def test_library_loads_and_registers(name):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"prism_kernels::{op}", key)
 
 
-def test_the_cuda_library_is_built_where_nvcc_is():
+def test_the_cuda_library_is_built_where_nvcc_is_installed():
     wanted = shutil.which("nvcc") is not None and os.environ.get("PRISM_KERNELS_CUDA") != "0"
     assert wanted == ("_C_cuda" in BUILT)
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what an installation needs, so that nothing is written into this one."""
+    """A copy of the files that an installation needs, so that it writes nothing into the source tree."""
     copy = tmp_path / "tree"
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -155,7 +155,7 @@ def test_an_isolated_build_without_torch_is_pure(tree):
     assert not list((tree / "site" / "prism_kernels").glob("*.so"))
 
 
-def test_architectures_are_read_as_torch_writes_them():
+def test_architectures_are_read_in_torchs_notation():
     code = (
         "import setuptools; setuptools.setup = lambda **k: None\n"
         "import runpy; m = runpy.run_path('setup.py'); print(m['architecture_flags']())"

@@ -1,4 +1,4 @@
-"""The CUDA sources compile for sm_80, sm_90a and sm_100, without spills and with the accesses they were written for."""
+"""The CUDA sources compile for sm_80, sm_90a and sm_100, without spills and with wide memory accesses."""
 
 import functools
 import importlib.util
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def _tool(name: str) -> str | None:
-    """Path of a program of the CUDA toolkit; Triton's package carries some of them too."""
+    """Returns the path of a CUDA toolkit program, from the PATH or from Triton's package."""
     folders = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
@@ -33,7 +33,7 @@ def _tool(name: str) -> str | None:
 
 
 class Compiled:
-    """What nvcc says about the kernels of a source file: {(architecture, kernel): ...}."""
+    """The stack, spills and registers that nvcc reports for the kernels of a source file, by (architecture, kernel)."""
 
     def __init__(self, fatbin: Path, log: str):
         self.fatbin = fatbin
@@ -89,16 +89,16 @@ def test_kernels_neither_spill_nor_use_the_stack(compiled, source, architecture)
 def test_two_blocks_of_anchored_rows_fit_a_multiprocessor(compiled, architecture):
     registers = compiled["anchored_rows"].registers
     used = {kernel: n for (arch, kernel), n in registers.items() if arch == architecture and "Id" not in kernel}
-    # 65,536 registers, 512 threads to a block
+    # a multiprocessor has 65,536 registers; a block has 512 threads
     assert used and max(used.values()) <= 64
 
 
-# all of their blocks run at once, several to a multiprocessor: of 256 threads
+# these kernels synchronise the whole grid, so all blocks of 256 threads must be resident at once
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "source, kernel, blocks",
     [
-        # mangled template arguments: the type computed with, whether plain
+        # mangled template arguments: the type of the computation, and whether the loss is plain
         ("policy_loss", "policy_loss_fwd_kernelIfLb1E", 3),
         ("policy_loss", "policy_loss_fwd_kernelIfLb0E", 2),
         ("policy_loss", "policy_loss_fwd_kernelIdLb", 1),
@@ -109,7 +109,7 @@ def test_two_blocks_of_anchored_rows_fit_a_multiprocessor(compiled, architecture
 def test_blocks_that_wait_for_each_other_fit_a_multiprocessor(compiled, architecture, source, kernel, blocks):
     registers = compiled[source].registers
     used = [n for (arch, name), n in registers.items() if arch == architecture and kernel in name]
-    # registers are given to a warp in portions of 8 to a thread
+    # registers are allocated in units of 8 per thread
     assert used and (max(used) + 7) // 8 * 8 * 256 * blocks <= 65536
 
 
@@ -134,11 +134,11 @@ def disassembled(compiled) -> Callable[[str], dict[str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def machine_code(disassembled) -> dict[str, list[str]]:
-    """The instructions of each kernel of anchored_rows for sm_90a."""
+    """Returns the instructions of each kernel of anchored_rows for sm_90a."""
     return disassembled("anchored_rows")
 
 
-# mangled template arguments: source, destination
+# mangled template arguments: types of source and destination
 @pytest.mark.parametrize(
     "kernel, loads, stores",
     [
@@ -159,26 +159,26 @@ def test_rows_are_read_and_written_in_wide_accesses(machine_code, kernel, loads,
 
 def test_exponentials_take_one_instruction_each(machine_code):
     code = next(code for name, code in machine_code.items() if "fwd_kernelIf13__nv_bfloat16Lb0E" in name)
-    # four packs of four columns, and a column on its own before and after them
+    # one for each of four packs of four columns, and one in the loop over single columns
     assert sum("MUFU.EX2" in instruction for instruction in code) == 17
 
 
-# a first pass may read three columns, and the last reads two or six
+# the first pass reads up to three columns, the last pass two or six
 @pytest.mark.parametrize("plain, columns", [(True, 3 + 2), (False, 3 + 6)])
 def test_tokens_are_read_and_written_in_wide_accesses(disassembled, plain, columns):
     kernels = disassembled("policy_loss")
     code = next(code for name, code in kernels.items() if f"policy_loss_fwd_kernelIfLb{int(plain)}E" in name)
-    # each column as fp32, and as fp64 in two halves; as bf16 and fp16; and the mask in both passes
+    # 128-bit: each column as fp32, and as fp64 in two halves; 64-bit: as bf16 and fp16; 32-bit: the mask in both passes
     assert sum("LDG.E.128.CONSTANT" in i for i in code) == 3 * columns
     assert sum("LDG.E.64.CONSTANT" in i for i in code) == 2 * columns
     assert sum("LDG.E.CONSTANT" in i for i in code) == 2
-    # dL/dlogp, and dL/dentropy
+    # stores of dL/dlogp, and of dL/dentropy unless the loss is plain
     assert sum("STG.E.EF.128" in i for i in code) == (1 if plain else 2)
 
 
 @pytest.mark.parametrize("source", ["policy_loss", "group_advantage"])
-def test_sums_take_no_atomic_of_floats(disassembled, source):
-    """Their order would vary. The barrier of the grid counts with integers, and so does the list of large groups."""
+def test_sums_use_no_float_atomics(disassembled, source):
+    """Float atomics add in a varying order. The grid barrier and the list of large groups use integer atomics."""
     for code in disassembled(source).values():
         atomics = [i for i in code if re.search(r"\b(ATOM|ATOMG|ATOMS|RED|REDG)\b", i)]
         assert atomics and not [i for i in atomics if re.search(r"\.F(16|32|64)", i)]

@@ -1,4 +1,4 @@
-"""The wheel: its tag and contents, and that it works where there is no compiler and nothing of the source tree."""
+"""The wheel has the right tag and contents, and works without a compiler and without the source tree."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def run(*command, cwd=ROOT, **environment):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    # a copy, so that nothing is written into the source tree and nothing built there gets into the wheel
+    # build from a copy, so that nothing is written into the source tree and no earlier build gets into the wheel
     tree = folder / "tree"
     tree.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
@@ -37,7 +37,7 @@ def wheel(tmp_path_factory):
     for name in ("csrc", "prism", "prism_kernels"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(folder / "dist")]
-    # the test is about the wheel, not about CUDA, which takes much longer to compile
+    # without CUDA: it takes much longer to compile, and this test does not check it
     run(*pip, str(tree), PRISM_KERNELS_CUDA="0", PRISM_KERNELS_REQUIRE="1")
     (built,) = (folder / "dist").glob("*.whl")
     return built
@@ -53,7 +53,7 @@ def test_tag_and_contents(wheel):
     assert f"Tag: py3-none-{platform}" in tag
     assert {"prism/py.typed", "prism_kernels/py.typed", "prism_kernels/_C.so"} <= set(names)
     assert "prism_kernels/ops/anchored_rows/eager.py" in names
-    # one name, without a Python version in it, and no sources
+    # one library, whose name has no Python version, and no sources
     assert [name for name in names if name.endswith(".so")] == ["prism_kernels/_C.so"]
     assert {name.split("/")[0].split("-")[0] for name in names} == {"prism", "prism_kernels"}
     assert not [name for name in names if name.endswith((".cpp", ".cu", ".cuh", ".h"))]
@@ -66,5 +66,5 @@ def test_works_without_a_compiler_and_without_the_sources(wheel, tmp_path):
     release = torch.__version__.split("+")[0]
     run(python, "-m", "pip", "install", "--quiet", f"torch=={release}", "numpy", cwd=tmp_path)
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel), cwd=tmp_path)
-    # PATH holds the venv's programs alone, so no compiler can be found
+    # PATH has only the venv's programs, so no compiler is found
     assert "values agree" in run(python, "-P", str(PROGRAM), cwd=tmp_path, PATH=str(home / "bin"), PYTHONPATH="")

@@ -33,6 +33,6 @@ def test_workflow_tests_every_supported_python(jobs):
     oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
     tested = jobs["test"]["strategy"]["matrix"]["python"]
     assert tested[0] == oldest and "3.14" in tested
-    # the wheel is built under the oldest Python, and tried under all others
+    # the wheel is built with the oldest Python and tested with all others
     (built,) = [s["with"]["python-version"] for s in jobs["wheel"]["steps"] if "setup-python" in s.get("uses", "")]
     assert [built, *jobs["wheel-elsewhere"]["strategy"]["matrix"]["python"]] == tested

@@ -1,7 +1,7 @@
-"""Checks an installed wheel from outside of its source tree: native code without a compiler, and right values.
+"""Checks an installed wheel outside the source tree: it has native code, needs no compiler and computes right values.
 
-`python -P tests/build/wheel_program.py` in a fresh environment with torch, numpy and the wheel; CI does it for every
-Python, with one wheel.
+Run `python -P tests/build/wheel_program.py` in a fresh environment with torch, numpy and the wheel. CI runs it with
+every Python and one wheel.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""`patch_lm_head`: transformers' models return log-probabilities, as the logits give them, in less memory."""
+"""`patch_lm_head` makes transformers' models return the log-probabilities of their logits in less memory."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def text_model(vocabulary=90, kind=(Qwen3Config, Qwen3ForCausalLM), **options):
 def text_inputs():
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 90, (2, 11), generator=generator)
-    # padding to the right of the second
+    # the second row is padded on the right
     mask = (torch.arange(11) < torch.tensor([11, 8])[:, None]).long()
     labels = ids.masked_fill((mask == 0) | (torch.arange(11) < 3), -100)
     return {"input_ids": ids, "attention_mask": mask}, labels
@@ -55,7 +55,7 @@ def vision_model():
 
 
 def dense(logits, labels, temperature=1.0):
-    """Log-probabilities and entropies from all logits, at the positions before the labels."""
+    """Returns log-probabilities and entropies of the labels, from all logits."""
     pi = (logits[:, :-1] / temperature).log_softmax(-1)
     target, mask = labels[:, 1:].clamp(min=0), labels[:, 1:] != -100
     logp = pi.gather(-1, target[..., None])[..., 0]
@@ -64,7 +64,7 @@ def dense(logits, labels, temperature=1.0):
 
 @pytest.mark.parametrize("cache_bytes", [0, None])
 @pytest.mark.parametrize("kind", ["text", "vision"])
-def test_equals_the_logits(kind, cache_bytes):
+def test_log_probs_and_gradients_equal_those_of_the_logits(kind, cache_bytes):
     if kind == "text":
         model, (inputs, labels) = text_model(), text_inputs()
     else:
@@ -87,7 +87,7 @@ def test_equals_the_logits(kind, cache_bytes):
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
 
 
-def test_not_asked_it_is_as_it_was():
+def test_a_call_without_token_logprobs_is_unchanged():
     model, (inputs, labels) = text_model(), text_inputs()
     expected = model(**inputs, labels=labels)
     generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
@@ -95,13 +95,13 @@ def test_not_asked_it_is_as_it_was():
         out = model(**inputs, labels=labels)
         assert torch.equal(out.logits, expected.logits) and torch.equal(out.loss, expected.loss)
         assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), generated)
-        # the mean over the labels is transformers' loss
+        # the mean of the negative log-probabilities is transformers' loss
         found = model(**inputs, labels=labels, token_logprobs=True)
         torch.testing.assert_close(-found.log_probs.sum() / found.mask.sum(), expected.loss)
         assert found.entropy is None
 
 
-def test_aligned_labels_and_a_temperature_for_each():
+def test_shifted_labels_and_a_temperature_for_each_token():
     model, (inputs, labels) = text_model(), text_inputs()
     patch_lm_head(model)
     temperature = torch.rand(2, 11) + 0.5
@@ -126,7 +126,7 @@ def test_balance_loss():
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_sharded_by_fsdp(apart, tmp_path):
-    """FSDP2's parameters are DTensors; the head is sharded with the model, or apart from it."""
+    """FSDP2's parameters are DTensors; the head is sharded with the model or separately."""
     model, (inputs, labels) = text_model(), text_inputs()
     patch_lm_head(model)
 
@@ -219,7 +219,7 @@ print(peak.bytes)
 
 
 def test_memory():
-    """Forward and backward take at most half of what the logits take, each in a process of its own."""
+    """Forward and backward need at most half of the memory of the logits; each side runs in its own process."""
 
     def measure(side):
         environment = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}

@@ -1,4 +1,4 @@
-"""transformers' Qwen3-MoE and Qwen3-VL-MoE on our experts, with their router and with ours, against eager."""
+"""transformers' Qwen3-MoE and Qwen3-VL-MoE with our experts, with their router and ours, against eager."""
 
 import threading
 
@@ -60,7 +60,7 @@ def build(which, seed=0, **changes):
         model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=VISION))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # a router that decides, and experts that matter
+            # larger weights than at initialisation, so that the router prefers experts and their outputs matter
             if name.endswith("gate.weight"):
                 parameter.normal_()
             elif ".experts." in name:
@@ -119,7 +119,7 @@ def test_our_experts_with_our_router(which):
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_our_router_is_theirs(renormalize):
+def test_our_router_equals_theirs(renormalize):
     config = Qwen3MoeConfig(**TEXT, norm_topk_prob=renormalize)
     gate = Qwen3MoeSparseMoeBlock(config).gate
     torch.nn.init.normal_(gate.weight)
@@ -170,7 +170,7 @@ def kept_bytes(module, x, index, weight):
             kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    # kept alive: a storage that is freed could lend its address to the next
+    # `out` keeps the storages alive: a freed one could give its address to the next
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = module(x, index, weight)
     assert out.requires_grad
@@ -178,8 +178,8 @@ def kept_bytes(module, x, index, weight):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_keeps_at_most_half_of_what_grouped_mm_keeps(dtype):
-    """At the proportions of the discriminator: I = 3 D, 2 of 4 experts."""
+def test_our_experts_save_at_most_half_of_the_memory_that_grouped_mm_saves(dtype):
+    """With the discriminator's proportions: I = 3 D, 2 of 4 experts."""
     config = Qwen3MoeConfig(**{**TEXT, "hidden_size": 64, "moe_intermediate_size": 192})
     experts = Qwen3MoeSparseMoeBlock(config).experts.to(dtype)
     for parameter in experts.parameters():
@@ -220,7 +220,7 @@ def router_gradients(model):
 
 
 def test_auxiliary_gradients_survive_checkpointing_without_reentry():
-    """Under reentrant checkpointing the layer first runs without gradients, so that its auxiliary losses have none."""
+    """Under reentrant checkpointing the layer first runs without gradients, so its auxiliary losses have none."""
     ids = tokens()
     found = {}
     for name, options in {
@@ -231,7 +231,7 @@ def test_auxiliary_gradients_survive_checkpointing_without_reentry():
         with token_kinds(kinds_of(ids)), collect_routing(model) as routings:
             model(input_ids=ids)
             sum(r.aux_loss + 0.1 * r.z_loss for r in routings).backward()
-        assert len(routings) == LAYERS, "what is computed again is not collected again"
+        assert len(routings) == LAYERS, "the recomputation must not be collected again"
         found[name] = router_gradients(model)
     assert len(found["kept"]) == 2 * LAYERS
     for name, grad in found["kept"].items():
@@ -244,7 +244,7 @@ def test_auxiliary_gradients_survive_checkpointing_without_reentry():
 
 
 def test_two_packs_and_one_backward_in_another_thread():
-    """Each pack's layers are computed again with its own kinds, where the forward's context is not."""
+    """Each pack is recomputed with its own kinds, in a thread without the forward's context."""
     first, second = tokens(seed=1), tokens(seed=2)
     found = []
     for options in ({}, {"use_reentrant": False, "context_fn": checkpoint_contexts}):
@@ -263,14 +263,14 @@ def test_two_packs_and_one_backward_in_another_thread():
         assert torch.equal(found[1][name], grad), name
 
 
-def test_a_recomputation_without_its_tokens_fails_instead_of_going_astray():
+def test_a_recomputation_without_its_kinds_is_an_error():
     model, ids = with_kinds(use_reentrant=False), tokens()
     logits, _ = aux(model, ids, kinds_of(ids))
     with pytest.raises(RuntimeError, match="MoeBlock: expected the tokens' kinds"):
         logits.sum().backward()
 
 
-def test_kinds_get_experts_of_their_own():
+def test_the_kind_bias_sends_kinds_to_different_experts():
     model, ids = with_kinds(), tokens()
     kind = kinds_of(ids) % 2
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Attributes replaced and put back; what is computed of logits beside the log-probabilities."""
+"""Patches replace attributes and restore them; statistics of logits besides the log-probabilities."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -14,7 +14,7 @@ from prism_kernels.integrations.patching import Patch, Registration, Replacement
 
 @pytest.fixture
 def package(monkeypatch):
-    """A package with a module whose function two others took by name."""
+    """A package with a module whose function two other modules import by name."""
     modules = {name: ModuleType(name) for name in ("trainer", "trainer.ops", "trainer.loop", "another")}
     modules["trainer.ops"].loss = lambda x: x
     for name in ("trainer.loop", "another"):
@@ -24,7 +24,7 @@ def package(monkeypatch):
     return SimpleNamespace(**{name.rpartition(".")[2]: module for name, module in modules.items()})
 
 
-def test_everywhere_in_the_package_and_nowhere_else(package):
+def test_a_function_is_replaced_in_every_module_of_its_package_only(package):
     before = package.ops.loss
 
     def ours(x):
@@ -91,7 +91,7 @@ def test_versions(found, good, monkeypatch):
             patching.require_version("op", "trl", ("1.16",))
 
 
-def test_a_package_that_is_missing():
+def test_a_missing_package_is_an_error():
     with pytest.raises(RuntimeError, match=r"expected no_such_trainer 1 or 2 to be installed, got none"):
         patching.require_version("op", "no_such_trainer", ("1", "2"))
 
@@ -132,7 +132,7 @@ def test_mean_logit(parts, softcap, monkeypatch):
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
 @pytest.mark.parametrize("parts", [(), ("bias", "lora")])
 def test_is_highest(parts, temperature, monkeypatch):
-    """The best, the second best and any other target, confident or not; the logits of few rows are made again."""
+    """Targets are the best, the second best or any token, confident or not; few rows recompute their logits."""
     monkeypatch.setattr(logit_statistics, "_ROWS", 16)
     again = []
     published = logit_statistics._blocks
@@ -154,7 +154,7 @@ def test_is_highest(parts, temperature, monkeypatch):
     assert 0 < sum(again) < 3 * len(hidden)
 
 
-def test_of_equal_logits_the_first_is_highest():
+def test_the_first_of_equal_logits_is_the_highest():
     hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [1.0], [1.0]])
     target = torch.tensor([1, 2])
     out = linear_logprob(hidden, weight, target)

@@ -1,4 +1,4 @@
-"""A packed forward of an unmodified tiny Qwen3-VL-MoE against separate forwards: image, M-RoPE, DeepStack."""
+"""A packed forward of an unmodified tiny Qwen3-VL-MoE equals separate forwards: images, M-RoPE, DeepStack."""
 
 import re
 
@@ -15,7 +15,7 @@ HIDDEN = 64
 
 
 class InDouble:
-    """torch, with its single precision doubled."""
+    """The torch module, with float64 in place of float32."""
 
     float = float32 = torch.float64
 
@@ -60,11 +60,11 @@ def make_model(dtype):
         image_token_id=IMAGE,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
-        # grouped products have no float64
+        # grouped matrix products do not support float64
         experts_implementation="eager",
     )
     model = Qwen3VLMoeForConditionalGeneration(config).to(dtype)
-    # the default initialisation is so small that everything but the residual stream is lost
+    # with the small default initialisation the layers would hardly change the residual stream
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.8 / parameter.shape[-1] ** 0.5)
@@ -91,14 +91,14 @@ def make_groups():
 
 
 def pixels(groups, dtype):
-    """The flat patches of each group's images."""
+    """Returns the flat patches of each group's images."""
     rng = torch.Generator().manual_seed(2)
     counts = [sum(h * w for _, h, w in group.image_grids) for group in groups]
     return [torch.randn(n, 3 * 2 * 4 * 4, generator=rng).to(dtype) for n in counts]
 
 
 def separate(model, groups, patches):
-    """Each branch behind its own copy of prompt and images, positions by the model itself."""
+    """Returns the last hidden state of each branch, computed after its own copy of prompt and images."""
     hidden = []
     for group, values in zip(groups, patches):
         for branch in group.branches:
@@ -129,7 +129,7 @@ def packed(model, groups, patches, **options):
     return model.model(**arguments).last_hidden_state[0, pack.last_index]
 
 
-def test_positions_are_those_of_transformers():
+def test_positions_equal_those_of_transformers():
     model, groups = make_model(torch.float32), make_groups()
     pack = build_pack(groups, image_token_id=IMAGE)
     for s, (g, branch) in enumerate((g, branch) for g, group in enumerate(groups) for branch in group.branches):
@@ -145,7 +145,7 @@ def test_positions_are_those_of_transformers():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
 def test_packed_equals_separate_forwards(dtype, tolerance, monkeypatch):
     if dtype == torch.float64:
-        # the model computes its norms, rotations and routing in fp32, whatever its own dtype
+        # the model always computes norms, rotations and routing in fp32
         monkeypatch.setattr(modeling_qwen3_vl_moe, "torch", InDouble())
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     model, groups = make_model(dtype), make_groups()
@@ -170,7 +170,7 @@ def test_packed_equals_separate_forwards(dtype, tolerance, monkeypatch):
         if grad is not None and other.norm() > 0:
             used += 1
             assert float((grad - other).norm() / other.norm()) < tolerance, name
-    # embeddings, three layers, router and experts, vision tower with its DeepStack merger
+    # parameters of embeddings, three layers, routers, experts, and the vision tower with its DeepStack merger
     assert used > 50
 
 
@@ -181,7 +181,7 @@ def test_other_branches_and_groups_change_nothing():
     together = packed(model, groups, patches)
     alone = packed(model, groups[1:], patches[1:])
     torch.testing.assert_close(together[4:], alone, rtol=1e-4, atol=1e-5)
-    # the packed branches do differ from what they are without isolation: one causal row
+    # with plain causal attention over the row the branches would differ
     model.set_attn_implementation("sdpa")
     leaking = packed(model, groups, patches)
     assert float((leaking[1:] - together[1:]).detach().norm() / together.detach().norm()) > 0.05
@@ -195,14 +195,14 @@ def test_other_branches_and_groups_change_nothing():
         ({"attention_mask": torch.ones(1, 1, 66, 66, dtype=torch.bool)}, "expected attention_mask=None: a pack has"),
     ],
 )
-def test_says_what_to_pass(options, message):
+def test_a_wrong_call_says_what_to_pass(options, message):
     model, groups = make_model(torch.float32), make_groups()
     use_prefix_attention(model)
     with pytest.raises(ValueError, match=re.escape(f"{NAME}: {message}")):
         packed(model, groups, pixels(groups, torch.float32), **options)
 
 
-def test_refuses_a_vision_tower_and_a_batch():
+def test_a_vision_tower_and_a_batch_are_refused():
     model, groups = make_model(torch.float32), make_groups()
     model.set_attn_implementation(NAME)
     with pytest.raises(ValueError, match="prism_prefix: expected a causal language model; set it with"):

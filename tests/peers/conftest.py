@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Matrices this small gain nothing from a second thread, and wait for it on a busy machine."""
+    """Runs torch on one thread: on such small matrices a second one only costs time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,6 +1,6 @@
-"""What the comparisons with the peers share: batches, what this package gives on them, and the stored oracles.
+"""Shared by the comparisons with the peers: batches, this package's results on them, and the stored oracles.
 
-T tokens of S sequences, packed here; (S, L) padded matrices there. N samples in groups. V vocabulary, D hidden.
+We pack T tokens of S sequences; the peers pad them to (S, L). N samples in groups; V vocabulary, D hidden size.
 """
 
 import itertools
@@ -34,7 +34,7 @@ def grid(*shape: int, generator: torch.Generator, scale: float = 1.0) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """Columns (T,), their sequences, the sequences' advantages (S,), and which tokens are valid (T,)."""
+    """Columns (T,), the bounds of their sequences, an advantage per sequence (S,), and the valid tokens (T,)."""
 
     columns: dict[str, Tensor]
     advantage: Tensor
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     mask: Tensor
 
     def pad(self, x: Tensor) -> Tensor:
-        """Returns x (T,) as a matrix (S, L), with zeros behind the sequences."""
+        """Returns x (T,) as a matrix (S, L), with zeros after each sequence."""
         rows = [x[a:b] for a, b in itertools.pairwise(self.cu_seqlens.tolist())]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
@@ -52,13 +52,13 @@ class Batch(NamedTuple):
         return torch.cat([row[:length] for row, length in zip(matrix, lengths)])
 
     def spoilt(self, name: str) -> Tensor:
-        """Returns a column with NaN and infinities at the tokens that are not valid."""
+        """Returns a column with NaN and infinities at the invalid tokens."""
         bad = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=torch.float64).repeat(self.mask.numel())
         return torch.where(self.mask, self.columns[name], bad[: self.mask.numel()])
 
 
 def batches() -> dict[str, Batch]:
-    """Returns a batch without masked tokens, one with some in each sequence, one with a sequence of nothing else."""
+    """Returns three batches: no masked token, some in each sequence, and one sequence fully masked."""
     made = {}
     for seed, name in enumerate(("plain", "masked", "silent")):
         generator = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def batches() -> dict[str, Batch]:
         mask = torch.ones(tokens, dtype=torch.bool)
         if name != "plain":
             mask = torch.rand(tokens, generator=generator) < 0.7
-            # a valid token in each sequence, and the masked ones between valid ones too
+            # the first token of each sequence is valid, so that masked tokens also lie between valid ones
             mask[cu_seqlens[:-1].long()] = True
         if name == "silent":
             mask[cu_seqlens[1] : cu_seqlens[2]] = False
@@ -81,18 +81,18 @@ def batches() -> dict[str, Batch]:
 
 
 class LossCase(NamedTuple):
-    """A call of policy_loss: its options, the optional columns it is given, and how."""
+    """A call of policy_loss: its batch, options and optional columns."""
 
     batch: str
     options: dict[str, Any]
     columns: tuple[str, ...] = ()
-    # the advantage once for each token instead of once for each sequence
+    # pass an advantage per token instead of one per sequence
     per_token: bool = False
     on_policy: bool = False
 
 
 class Result(NamedTuple):
-    """A loss, its gradients by logp and entropy (T,), and metrics: means per token by our names, joined by +."""
+    """A loss, its gradients by logp and entropy (T,), and means per token, named by ours; "a+b" is the sum of two."""
 
     loss: Tensor
     grad: Tensor
@@ -101,7 +101,7 @@ class Result(NamedTuple):
 
 
 def ours(case: LossCase, batch: Batch, backend: str) -> Result:
-    """Returns what policy_loss gives, with bad numbers at every token that is not valid."""
+    """Returns the result of policy_loss, with bad numbers at every invalid token."""
     logp = batch.spoilt("logp").requires_grad_()
     entropy = batch.spoilt("entropy").requires_grad_()
     extra = {name: batch.spoilt(name) for name in case.columns if name != "entropy"}
@@ -119,7 +119,7 @@ def ours(case: LossCase, batch: Batch, backend: str) -> Result:
 
 
 def assert_same(mine: Result, theirs: Result) -> None:
-    """Asserts that losses and gradients agree, and every metric of theirs."""
+    """Asserts that losses, gradients and all metrics of the peer agree."""
     for name in ("loss", "grad", "grad_entropy"):
         a, b = getattr(mine, name), getattr(theirs, name)
         torch.testing.assert_close(a, b, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")
@@ -129,7 +129,7 @@ def assert_same(mine: Result, theirs: Result) -> None:
 
 
 class AdvantageCase(NamedTuple):
-    """A call of group_advantage, and how close a peer's own precision allows it to be."""
+    """A call of group_advantage, and a tolerance for the peer's precision."""
 
     reward: list[float]
     group: list[int]
@@ -139,7 +139,7 @@ class AdvantageCase(NamedTuple):
 
 
 def our_advantage(case: AdvantageCase, backend: str) -> Tensor:
-    """Returns what group_advantage gives; samples that are not valid hold NaN."""
+    """Returns the result of group_advantage; the rewards of invalid samples are NaN."""
     reward = torch.tensor(case.reward, dtype=torch.float64)
     valid = None if case.valid is None else torch.tensor(case.valid)
     if valid is not None:
@@ -149,19 +149,19 @@ def our_advantage(case: AdvantageCase, backend: str) -> Tensor:
 
 
 class HeadCase(NamedTuple):
-    """A call of linear_logprob (weight given) or token_logprob (x are the logits), and a peer's precision."""
+    """A call of linear_logprob, or of token_logprob if weight is None and x are logits; a tolerance for the peer."""
 
     x: list[list[float]]
     weight: list[list[float]] | None
     bias: list[float] | None
     target: list[int]
-    # what multiplies logp and entropy in the sum whose gradients are compared
+    # the factors of logp and entropy in the sum whose gradients are compared
     upstream: list[list[float]]
     options: dict[str, Any]
     tolerance: float = TOLERANCE
 
     def leaves(self) -> list[Tensor]:
-        """Returns x, and weight and bias where there are any, wanting gradients."""
+        """Returns x, and weight and bias if given, as tensors that require gradients."""
         given = (x for x in (self.x, self.weight, self.bias) if x is not None)
         return [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in given]
 
@@ -198,7 +198,7 @@ def head_result(
 
 
 def our_head(case: HeadCase, backend: str) -> dict[str, Tensor]:
-    """Returns what linear_logprob or token_logprob gives."""
+    """Returns the result of linear_logprob or token_logprob."""
     leaves = case.leaves()
     options = {"entropy": True, "backend": backend, **case.options}
     target = torch.tensor(case.target)
@@ -214,7 +214,7 @@ def our_head(case: HeadCase, backend: str) -> dict[str, Tensor]:
 
 
 def _short(x: Any) -> Any:
-    """Returns tensors as lists, floats to 12 digits, deeply."""
+    """Returns nested data with tensors as lists and floats rounded to 12 digits."""
     if isinstance(x, Tensor):
         return _short(x.tolist())
     if isinstance(x, float):
@@ -227,13 +227,13 @@ def _short(x: Any) -> Any:
 
 
 def stored(case: Any, result: Result | dict[str, Tensor] | Tensor) -> dict[str, Any]:
-    """Returns a case with what the peer gave, as JSON holds it."""
+    """Returns a case with the peer's result, in JSON's types."""
     value = result._asdict() if isinstance(result, Result) else result
     return _short({"case": case._asdict(), "peer": value})
 
 
 def write(peer: str, oracle: dict[str, Any]) -> Path:
-    """Writes an oracle, one case a line."""
+    """Writes an oracle, one case per line."""
     path = ORACLES / f"{peer}.json"
     sections = []
     for name, section in oracle.items():
@@ -249,7 +249,7 @@ def read(peer: str) -> dict[str, Any]:
 
 
 def stored_batches() -> dict[str, Any]:
-    """Returns the batches as JSON holds them."""
+    """Returns the batches in JSON's types."""
     return {name: _short(batch._asdict()) for name, batch in batches().items()}
 
 
@@ -270,8 +270,8 @@ def read_result(peer: dict[str, Any]) -> Result:
 
 
 def assert_stored(entry: dict[str, Any], again: dict[str, Any]) -> None:
-    """Asserts that a stored entry is what the peer gives now: the case to the letter, the numbers to 2e-6."""
-    assert entry["case"] == json.loads(json.dumps(again["case"])), "the stored case is another: record it again"
+    """Asserts that a stored entry equals the peer's present result: the case exactly, the numbers to 2e-6."""
+    assert entry["case"] == json.loads(json.dumps(again["case"])), "the stored case differs: record it again"
     _assert_near(entry["peer"], json.loads(json.dumps(again["peer"])))
 
 
@@ -285,5 +285,5 @@ def _assert_near(a: Any, b: Any) -> None:
         for x, y in zip(a, b):
             _assert_near(x, y)
     else:
-        # peers that compute in float32 vary with the machine in its last digits
+        # the last digits of a peer that computes in float32 differ between machines
         assert abs(a - b) <= 1e-9 + 2e-6 * abs(b), f"stored {a}, now {b}: record the oracles again"

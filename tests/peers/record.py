@@ -1,4 +1,4 @@
-"""Stores what an installed peer gives: `python tests/peers/record.py verl` (or trl), in that peer's environment."""
+"""Stores the results of an installed peer: `python tests/peers/record.py verl` (or trl), in its environment."""
 
 import importlib
 import sys

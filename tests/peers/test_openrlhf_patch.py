@@ -1,7 +1,7 @@
-"""OpenRLHF 0.11's log-probabilities, entropies, Actor and loss with and without ours.
+"""OpenRLHF 0.11's log-probabilities, entropies, Actor and loss, with and without our patch.
 
-OpenRLHF needs DeepSpeed and flash-attn even to be imported. Where it is not installed its three modules are stood in
-for by `bench.end_to_end.openrlhf_stand_in`: the same names, parameters and mathematics in our words.
+OpenRLHF cannot be imported without DeepSpeed and flash-attn. If it is not installed,
+`bench.end_to_end.openrlhf_stand_in` replaces its three modules, with the same names, parameters and mathematics.
 """
 
 import importlib
@@ -27,7 +27,7 @@ def package(monkeypatch):
 
 
 def stand_in(monkeypatch):
-    """Returns the modules of OpenRLHF itself, or of what stands for it."""
+    """Returns the modules of OpenRLHF, or of its stand-in."""
     monkeypatch.setattr(patching, "version", lambda _: openrlhf_stand_in.VERSION)
     for name, module in openrlhf_stand_in.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -59,11 +59,11 @@ def batch():
 @pytest.mark.parametrize("asked", ["action", "all"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_actor(package, temperature, asked, cache_bytes):
-    """Log-probabilities, entropies at temperature 1, and the gradients of both."""
+    """Log-probabilities, and at temperature 1 also entropies, with their gradients."""
     ids, attention, action_mask = batch()
     actor = make_actor(package, language_model(), temperature)
     asked = {"action_mask": action_mask} if asked == "action" else {"return_logprobs": True}
-    # the published function divides the logits in place, which the gradient of entropies there does not survive
+    # the published function divides the logits in place, which makes the gradient of its entropies fail
     both = temperature == 1.0
 
     def run():
@@ -87,7 +87,7 @@ def test_actor(package, temperature, asked, cache_bytes):
 
 
 def test_no_logits_are_made(package, monkeypatch):
-    """The head's own forward does not run, and one fused call gives log-probabilities and entropies."""
+    """The head's forward does not run; one fused call computes log-probabilities and entropies."""
     ids, attention, _ = batch()
     actor = make_actor(package, language_model())
     monkeypatch.setattr(actor.model.lm_head, "forward", None)
@@ -99,7 +99,7 @@ def test_no_logits_are_made(package, monkeypatch):
     assert len(calls) == 1
 
 
-def test_who_asks_for_logits_gets_logits(package):
+def test_a_call_for_logits_returns_logits(package):
     ids, attention, _ = batch()
     actor = make_actor(package, language_model())
     expected = actor(ids, attention_mask=attention, return_output=True).logits
@@ -165,7 +165,7 @@ def test_loss(package, name, counts):
         mine = run()
     for place, (a, b) in enumerate(zip(mine, theirs)):
         if name == "icepop" and place == 2:
-            # a token of weight 0 is not counted as clipped
+            # we do not count a token of weight 0 as clipped
             assert a < b
         elif b is None:
             assert a is None
@@ -202,7 +202,7 @@ print(peak.bytes)
 
 
 def test_memory():
-    """An Actor's step takes at most half of what it takes unfused, each in a process of its own."""
+    """An Actor's step needs at most half of the unfused memory; each side runs in its own process."""
 
     def measure(side):
         root = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""This package against TRL 1.16's own functions, in float64, and where the two differ by design."""
+"""This package equals TRL 1.16's functions in float64, except for differences by design, which are tested too."""
 
 from dataclasses import replace
 from importlib.metadata import version
@@ -21,7 +21,7 @@ def test_version():
     assert version("trl") == trl_cases.VERSION == STORED["versions"]["trl"]
 
 
-def test_stored_cases_are_these():
+def test_stored_batches_are_current():
     assert STORED["batches"] == peer_cases.stored_batches()
     for section, cases in (("losses", LOSSES), ("advantages", ADVANTAGES), ("heads", HEADS)):
         assert STORED[section].keys() == cases.keys()
@@ -38,7 +38,7 @@ def test_losses(name):
 
 
 def test_the_cases_reach_every_branch():
-    """Some token is clipped low, high and by the dual clip, and every correction both holds and drops something."""
+    """Some token is clipped low, high and by the dual clip; every correction clips some weights and not others."""
     means = [ours(case, BATCHES[case.batch], "torch").metrics for case, _ in LOSSES.values()]
     for name in ("clipped_low", "clipped_high"):
         assert sum(0 < m[name] < 1 for m in means) > 20
@@ -70,12 +70,12 @@ def test_heads(name):
     peer_cases.assert_stored(STORED["heads"][name], peer_cases.stored(case, theirs))
 
 
-# ---- where they differ by design
+# ---- differences by design
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "luspo"])
-def test_fully_masked_sequences_count_there(kind):
-    """TRL divides by the batch size, 5; here by the 4 sequences with a valid token, unless `denominator` says 5."""
+def test_trl_counts_fully_masked_sequences(kind):
+    """TRL divides by the batch size, 5; we divide by the 4 sequences with a valid token, unless `denominator` is 5."""
     case, call = LOSSES[f"{kind}-token-silent"]
     options = {k: v for k, v in case.options.items() if k != "denominator"}
     mine = ours(case._replace(options=options), BATCHES["silent"], "torch")
@@ -84,11 +84,11 @@ def test_fully_masked_sequences_count_there(kind):
     torch.testing.assert_close(mine.grad * 4 / 5, theirs.grad)
 
 
-def test_log_ratios_are_not_bounded_there():
-    """A log-ratio of 25: TRL's ratio is e^25, here e^20 without gradient beyond the bound."""
+def test_trl_does_not_bound_log_ratios():
+    """At a log-ratio of 25 TRL's ratio is e^25; ours is e^20, with no gradient beyond the bound."""
     batch = BATCHES["plain"]
     far = batch._replace(columns={**batch.columns, "old_logp": batch.columns["logp"] - 25})
-    # negative advantages, whose ratio is not clipped from above
+    # the ratio of a negative advantage is not clipped from above
     far = far._replace(advantage=-batch.advantage.abs())
     theirs = loss(far, Call())
     mine = ours(LossCase("plain", {"clip": (0.2, 0.28)}), far, "torch")
@@ -98,7 +98,7 @@ def test_log_ratios_are_not_bounded_there():
 
 
 def test_delta_below_the_clip():
-    """TRL's delta holds positive advantages too, and negative ones not below 1 + epsilon_high; a dual clip does."""
+    """A delta below 1 + epsilon_high: TRL bounds positive advantages by it, a dual clip bounds negative ones."""
     batch = BATCHES["plain"]
     case = LossCase("plain", {"clip": (0.2, 0.28), "dual_clip": 1.1})
     for sign in (1, -1):
@@ -111,7 +111,7 @@ def test_delta_below_the_clip():
         assert float(ours(case, one, "torch").loss) == pytest.approx(-1.28 if sign == 1 else 1.1)
 
 
-def test_clip_fractions_of_a_sequence_ratio_are_over_sequences():
+def test_trls_clip_fractions_of_a_sequence_ratio_are_over_sequences():
     batch = BATCHES["masked"]
     case, call = LOSSES["grpo-sequence-masked"]
     lag = batch.pad((batch.columns["logp"] - batch.columns["old_logp"]) * batch.mask)
@@ -126,7 +126,7 @@ def test_clip_fractions_of_a_sequence_ratio_are_over_sequences():
 
 
 def sequence_metrics(batch, call):
-    """The metrics that TRL logs beside a loss."""
+    """Returns the metrics that TRL logs with a loss."""
     kept = {}
     original = trl_cases.trainer
 
@@ -143,7 +143,7 @@ def sequence_metrics(batch, call):
     return kept["train"]
 
 
-def test_cispo_counts_positive_advantages_alone():
+def test_trls_cispo_counts_only_positive_advantages_as_clipped():
     case, call = LOSSES["cispo-token-masked"]
     batch = BATCHES["masked"]
     theirs = sequence_metrics(batch, call)["cispo_clip_ratio"][0]
@@ -157,8 +157,8 @@ def test_cispo_counts_positive_advantages_alone():
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
-def test_entropy_bonus_is_a_mean_over_tokens_there(kind):
-    """Whatever the loss; here the bonus is aggregated as the loss is, so that it takes a call of its own."""
+def test_trls_entropy_bonus_is_always_a_mean_over_tokens(kind):
+    """Our bonus is aggregated like the loss, so TRL's takes a separate call here."""
     batch = BATCHES["masked"]
     case, call = LOSSES[f"{kind}-token-masked"]
     theirs = loss(batch, replace(call, trainer={**call.trainer, "entropy_coef": 0.1}))
@@ -172,7 +172,7 @@ def test_entropy_bonus_is_a_mean_over_tokens_there(kind):
 
 
 def test_truncation_from_below():
-    """A least ratio with a *_truncate mode lifts small weights to it; here only the upper bound truncates."""
+    """In TRL's *_truncate modes a lower bound raises small weights; ours has only the upper bound."""
     batch = BATCHES["masked"]
     case, call = LOSSES["dapo-token-token-truncate"]
     lifted = loss(batch, replace(call, correction=("token_truncate", 0.9, 1.3)))
@@ -180,7 +180,7 @@ def test_truncation_from_below():
 
 
 def test_bad_numbers_under_the_mask():
-    """TRL multiplies by the mask: NaN there is NaN in the loss. Here it is selected away."""
+    """TRL multiplies by the mask, so a masked NaN reaches the loss. Ours selects valid tokens."""
     batch = BATCHES["masked"]
     spoilt = batch._replace(columns={**batch.columns, "logp": batch.spoilt("logp")})
     assert loss(spoilt, Call()).loss.isnan()
@@ -189,7 +189,7 @@ def test_bad_numbers_under_the_mask():
 
 @pytest.mark.parametrize("scale", ["batch"])
 def test_batch_scaled_rewards(scale):
-    """TRL divides by the std of the batch's rewards as they are, `batch_std` by that of the centred ones."""
+    """TRL divides by the std of the batch's raw rewards, `batch_std` by the std of the centred ones."""
     case = AdvantageCase(REWARD, GROUP, {})
     theirs = advantage(case, "grpo", {"scale_rewards": scale})
     reward, group = torch.tensor(REWARD, dtype=torch.float64), torch.tensor(GROUP)
@@ -201,7 +201,7 @@ def test_batch_scaled_rewards(scale):
 
 
 def test_a_sum_of_normalised_rewards():
-    """`normalize_then_sum` is group_advantage of each reward, their sum, and `batch_std` of it."""
+    """`normalize_then_sum` equals the sum of each reward's group_advantage, scaled by `batch_std`."""
     rewards = torch.tensor([REWARD, REWARD[::-1]], dtype=torch.float64).t()
     batch = trl_cases.Batch(
         {"rollout_logp": torch.zeros(8, dtype=torch.float64)}, rewards[:, 0], torch.arange(9), torch.ones(8) > 0
@@ -217,7 +217,7 @@ def test_a_sum_of_normalised_rewards():
 
 
 def test_rloo_loss_on_policy():
-    """RLOOTrainer clips the product of a sequence's ratios, which is not offered; at ratio 1 the gradients agree."""
+    """RLOOTrainer clips the product of a sequence's ratios, which we do not offer; at ratio 1 the gradients agree."""
     batch = BATCHES["plain"]
     logp = batch.columns["logp"].clone().requires_grad_()
     padded = batch.pad(logp)

@@ -1,4 +1,4 @@
-"""GRPOTrainer's loss by `policy_loss`: TRL 1.16's own numbers, metrics and training; refusals, undo."""
+"""GRPOTrainer's loss by `policy_loss` gives TRL 1.16's numbers, metrics and training; refusals, undo."""
 
 import functools
 import itertools
@@ -20,9 +20,9 @@ from prism_kernels.integrations import trl as ours
 TOLERANCE = 1e-5
 PUBLISHED = GRPOTrainer._compute_loss
 KINDS = tuple(trl_loss.AGGREGATES)
-# of each level of the ratio: clip, and a ceiling that some ratios are above
+# for each level of the ratio: the clip, and a ceiling (delta) that some ratios exceed
 CLIPS = {"token": (0.2, 0.28, 1.4), "sequence": (0.02, 0.03, 1.06)}
-# times that differ from run to run
+# logged times, which differ between runs
 CLOCKS = ("step_time", "runtime", "per_second")
 
 
@@ -33,7 +33,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
-    """A tiny Qwen3."""
+    """The folder of a tiny Qwen3."""
     path = tmp_path_factory.mktemp("text")
     text_model(len(tokenizer)).save_pretrained(path)
     return str(path)
@@ -41,12 +41,12 @@ def folder(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def make(folder, tokenizer, tmp_path):
-    """A GRPOTrainer of two micro-batches to a step, and two steps to a generation."""
+    """Returns a function that makes a GRPOTrainer with two micro-batches per step and two steps per generation."""
     return functools.partial(online, folder, False, tokenizer, tmp_path, gradient_accumulation_steps=2)
 
 
 def micro_batch(trainer):
-    """What the trainer scored, with completions of several lengths and one masked whole, after another policy."""
+    """Returns scored completions of several lengths, one of them fully masked, sampled by another policy."""
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 3
     rows = [row for row in questions(False).select(range(2)) for _ in range(4)]
@@ -59,7 +59,7 @@ def micro_batch(trainer):
     current = inputs["old_per_token_logps"]
     for name, size in (("old_per_token_logps", 0.4), ("ref_per_token_logps", 1.0)):
         inputs[name] = current + size * torch.randn(current.shape, generator=generator)
-    # whose mean is not 0, so that the terms of a loss do not cancel
+    # a mean other than 0, so that the terms of a loss do not cancel
     inputs["advantages"] = inputs["advantages"] - 0.5
     assert inputs["advantages"].abs().min() > 0.01 and inputs["advantages"].unique().numel() > 4
     return inputs
@@ -67,14 +67,14 @@ def micro_batch(trainer):
 
 @pytest.fixture(scope="module")
 def made(folder, tokenizer, tmp_path_factory):
-    """A trainer that is not patched, and a micro-batch."""
+    """An unpatched trainer, and a micro-batch."""
     trainer = online(folder, False, tokenizer, tmp_path_factory.mktemp("made"), gradient_accumulation_steps=2)
     return SimpleNamespace(trainer=trainer, inputs=micro_batch(trainer))
 
 
 @pytest.fixture
 def step(made, monkeypatch):
-    """The same, to be changed: it is put back afterwards."""
+    """The trainer and micro-batch of `made`; changes to them are undone after the test."""
 
     def change(**options):
         for name, value in options.items():
@@ -98,7 +98,7 @@ def configure(step, kind, level, *, delta=False, **options):
 
 
 def outcome(loss, step):
-    """The loss, its gradients, and the logged metrics."""
+    """Returns the loss, its gradient, and the logged metrics."""
     trainer = step.trainer
     trainer.model.zero_grad()
     metrics = trainer._metrics["train" if trainer.model.training else "eval"]
@@ -113,7 +113,7 @@ def outcome(loss, step):
 
 
 def difference(mine, theirs):
-    """The largest relative difference of loss, gradient, its norm, and metrics, and its name."""
+    """Returns the largest relative difference of loss, gradient, gradient norm and metrics, with its name."""
     assert mine.metrics.keys() == theirs.metrics.keys()
     size = theirs.grad.norm()
     found = [
@@ -146,15 +146,15 @@ def test_loss_gradient_and_metrics(kind, level, step):
         clipped = [value for name, value in theirs.metrics.items() if "clip" in name and "min" not in name]
         assert clipped and all(0 < value < 1 for value in clipped[:1])
         assert ("kl" in theirs.metrics) == (beta != 0)
-    # each option acts, but for the ceiling of cispo, which has its own
+    # each option changes the loss, except delta with cispo, which has its own ceiling
     losses = {key: theirs.loss for key, theirs in found.items()}
     assert len(set(losses.values())) == (3 if kind == "cispo" else 6)
     assert (losses[False, 0.0, False] == losses[True, 0.0, False]) == (kind == "cispo")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_policy_and_evaluation(kind, step):
-    """Without old log-probabilities; and in evaluation, which is not cut into micro-batches."""
+def test_an_on_policy_step_and_an_evaluation(kind, step):
+    """An on-policy step has no old log-probabilities; an evaluation is not cut into micro-batches."""
     configure(step, kind, "token", beta=0.3)
     off_policy = outcome(PUBLISHED, step)
     step.trainer.model.eval()
@@ -168,7 +168,7 @@ def test_on_policy_and_evaluation(kind, step):
 @pytest.mark.parametrize("kind", ["grpo", "dapo"])
 @pytest.mark.parametrize("bonus", [0.0, 0.5])
 def test_token_weights(kind, bonus, step):
-    """vLLM's weights, masks of old samples, of certain tokens and of tools: each alone, then all."""
+    """vLLM's weights, and the masks of stale samples, low-entropy tokens and tool tokens: each alone, then all."""
     shape = step.inputs["completion_mask"].shape
     generator = torch.Generator().manual_seed(1)
     weight = torch.rand(shape, generator=generator).mul(2).clamp(max=1.5)
@@ -193,7 +193,7 @@ def test_token_weights(kind, bonus, step):
         step.change(_entropy_bonus_enabled=bonus != 0)
         step.inputs = {**before, **inputs}
         losses.add(assert_same(step).loss)
-    assert len(losses) == len(given), "each acts"
+    assert len(losses) == len(given), "each must change the loss"
 
 
 def test_sequence_weights(step):
@@ -217,7 +217,7 @@ def test_balance_of_experts(tokenizer, tmp_path):
 
 
 class TwoRanks:
-    """The accelerator of two processes, of which the other has measured half as much."""
+    """An accelerator of two processes; the other one has half of each value."""
 
     num_processes = 2
 
@@ -248,7 +248,7 @@ def test_two_ranks(kind, step):
 
 
 def test_no_valid_token(step):
-    """As where every completion is too long: no gradient, and no share of clipped tokens."""
+    """As when every completion is too long: the loss and the gradient are 0."""
     step.inputs["completion_mask"] = torch.zeros_like(step.inputs["completion_mask"])
     configure(step, "grpo", "token")
     theirs, mine = outcome(PUBLISHED, step), outcome(trl_loss.compute_loss, step)
@@ -257,7 +257,7 @@ def test_no_valid_token(step):
     assert mine.metrics == pytest.approx(theirs.metrics, nan_ok=True)
 
 
-# ---- a wrong loss is seen
+# ---- a wrong loss is noticed
 
 
 def flipped(loss, **_):
@@ -270,7 +270,7 @@ def longer(loss, **_):
 
 @pytest.mark.parametrize("wrong", [flipped, longer])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_wrong_loss_is_seen(wrong, kind, step, monkeypatch):
+def test_a_wrong_loss_is_noticed(wrong, kind, step, monkeypatch):
     spoil(monkeypatch, wrong)
     configure(step, kind, "token")
     theirs, mine = outcome(PUBLISHED, step), outcome(trl_loss.compute_loss, step)
@@ -300,7 +300,7 @@ RUNS = {
 
 
 def trained(make):
-    """Trains; returns all that is logged but times, and the weights. Two completions of three end early."""
+    """Trains with two of three completions cut short; returns the log without times, and the weights."""
     trainer = make()
     sample, end = trainer._generate_single_turn, trainer.processing_class.eos_token_id
 
@@ -330,7 +330,7 @@ def test_training(kind, make, monkeypatch):
 
 
 def test_training_with_images(tmp_path):
-    """What the model takes beside tokens reaches it."""
+    """The model receives its inputs other than tokens."""
     path = str(tmp_path / "policy")
     model, tokenizer = tiny_policy(SIZE)
     model.lm_head.weight.data.mul_(30)
@@ -369,7 +369,7 @@ def attributes():
 
 @pytest.fixture
 def untouched():
-    """What is refused leaves every attribute as it was."""
+    """Asserts that a refused call leaves every attribute unchanged."""
     before = attributes()
     yield before
     after = attributes()
@@ -377,14 +377,14 @@ def untouched():
 
 
 @pytest.mark.parametrize("options, message", REFUSED)
-def test_refused_when_a_trainer_is_made(options, message, make, untouched):
+def test_unsupported_options_are_refused_when_a_trainer_is_made(options, message, make, untouched):
     with ours.patch(losses=True), pytest.raises(NotImplementedError, match=message) as caught:
         make(**options)
     assert "or TRL's own loss with losses=False" in str(caught.value)
 
 
-def test_nothing_is_made_of_what_is_refused(tmp_path, untouched):
-    """A model that was given keeps its own forward."""
+def test_a_refused_trainer_leaves_its_model_unchanged(tmp_path, untouched):
+    """The model keeps its own forward."""
     model, config = text_model(), GRPOConfig(str(tmp_path), loss_type="sapo", use_cpu=True, bf16=False)
     with ours.patch(losses=True), pytest.raises(NotImplementedError, match="got 'sapo'"):
         GRPOTrainer(model, len, config)
@@ -392,8 +392,8 @@ def test_nothing_is_made_of_what_is_refused(tmp_path, untouched):
 
 
 @pytest.mark.parametrize("options, message", REFUSED)
-def test_refused_at_the_next_step(options, message, step, untouched):
-    """A trainer that was made before the patch: before its model runs, and before anything is logged."""
+def test_unsupported_options_are_refused_at_the_next_step(options, message, step, untouched):
+    """A trainer made before the patch is refused before its model runs and before anything is logged."""
     step.change(**options)
     step.trainer._metrics["train"].clear()
     with ours.patch(losses=True), pytest.raises(NotImplementedError, match=message):
@@ -401,7 +401,7 @@ def test_refused_at_the_next_step(options, message, step, untouched):
     assert not step.trainer._metrics["train"]
 
 
-def test_advantages_of_tokens_with_the_ratio_of_a_sequence(step, untouched):
+def test_token_advantages_with_a_sequence_ratio_are_refused(step, untouched):
     configure(step, "grpo", "sequence")
     step.inputs["advantages"] = step.inputs["advantages"][:, None] * torch.ones(1, 5)
     with pytest.raises(NotImplementedError, match=r"advantages of shape \(B,\) with .*, got \(8, 5\)"):
@@ -409,13 +409,13 @@ def test_advantages_of_tokens_with_the_ratio_of_a_sequence(step, untouched):
 
 
 class OwnLoss(GRPOTrainer):
-    """As TRL's experimental trainers are made: the loss is another one, whatever the options say."""
+    """A subclass with another loss, like TRL's experimental trainers; it ignores loss_type."""
 
     def _compute_loss(self, model, inputs):
         return super()._compute_loss(model, inputs)
 
 
-def test_a_subclass_with_a_loss_of_its_own(make, untouched):
+def test_a_subclass_with_its_own_loss_is_accepted(make, untouched):
     with ours.patch(losses=True):
         made = make(kind=(OwnLoss, GRPOConfig), loss_type="sapo")
     assert made.loss_type == "sapo"
@@ -431,11 +431,11 @@ def test_undo_restores_every_attribute(untouched):
     patched.undo()
     with ours.patch():
         changed = {owner for (owner, _), value in attributes().items() if value is not untouched.get((owner, _))}
-        assert "GRPOTrainer" not in changed, "the losses are TRL's unless asked for"
+        assert "GRPOTrainer" not in changed, "without losses=True the losses stay TRL's"
 
 
 @pytest.mark.parametrize("name", ["_compute_loss", "_get_per_token_logps_and_entropies", "get_off_policy_mask"])
-def test_another_trainer_in_the_package(name, monkeypatch):
+def test_a_changed_signature_is_refused(name, monkeypatch):
     monkeypatch.setattr(GRPOTrainer, name, lambda self, batch: None)
     before = attributes()
     with pytest.raises(RuntimeError, match=r"expected .*, got \(self, batch\)"):

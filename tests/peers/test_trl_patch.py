@@ -1,4 +1,4 @@
-"""TRL 1.16's own trainers with and without our head: the same numbers, LoRA on the head, undo, refusals.
+"""TRL 1.16's trainers with and without our head: equal numbers, LoRA on the head, undo, refusals.
 
 The models are tiny and random; runs with the same seed sample the same completions.
 """
@@ -53,7 +53,7 @@ COLOURS = {"circles": (255, 0, 0), "squares": (0, 255, 0), "stars": (0, 0, 255),
 
 
 class Processor(Qwen3VLProcessor):
-    """Qwen3-VL's processor for images alone: its part for videos needs torchvision."""
+    """Qwen3-VL's processor without videos, whose part needs torchvision."""
 
     def __init__(self, image_processor, tokenizer):
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
@@ -63,10 +63,10 @@ class Processor(Qwen3VLProcessor):
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    """A folder with a tiny Qwen3-VL, from which TRL also loads the reference model; and its tokenizer."""
+    """The folder of a tiny Qwen3-VL, from which TRL also loads the reference model, and its tokenizer."""
     folder = tmp_path_factory.mktemp("policy")
     model, tokenizer = tiny_policy(SIZE)
-    # logits that differ by some nats, as a trained model's do
+    # larger logits, like a trained model's
     model.lm_head.weight.data.mul_(30)
     model.save_pretrained(folder)
     return SimpleNamespace(folder=str(folder), tokenizer=tokenizer)
@@ -74,7 +74,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text_policy(tmp_path_factory, policy):
-    """A folder with a tiny Qwen3 of text alone."""
+    """The folder of a tiny text-only Qwen3, and its tokenizer."""
     folder = tmp_path_factory.mktemp("text")
     text_model(len(policy.tokenizer)).save_pretrained(folder)
     return SimpleNamespace(folder=str(folder), tokenizer=policy.tokenizer)
@@ -101,7 +101,7 @@ def questions(images):
 
 
 def online(folder, images, processor, tmp_path, *, kind=(GRPOTrainer, GRPOConfig), peft=None, steps=3, **options):
-    """A GRPO or RLOO trainer with a reference model, two optimisation steps to a generation."""
+    """Returns a GRPO or RLOO trainer with a reference model and two optimisation steps per generation."""
     trainer, config = kind
     args = config(
         output_dir=str(tmp_path),
@@ -134,7 +134,7 @@ def common():
 
 
 def run(make):
-    """Trains; returns the steps' logs and the weights."""
+    """Trains, and returns the steps' logs and the weights."""
     trainer = make()
     trainer.train()
     steps = [{k: h[k] for k in METRICS if k in h} for h in trainer.state.log_history if "loss" in h]
@@ -143,13 +143,13 @@ def run(make):
 
 
 def largest_difference(mine, theirs):
-    """The largest relative difference of a logged number or of a weight matrix, and its name."""
+    """Returns the largest relative difference of a logged number or a weight matrix, with its name."""
     assert [step.keys() for step in mine.steps] == [step.keys() for step in theirs.steps]
     assert mine.weights.keys() == theirs.weights.keys()
     found = []
     for name in {name for step in theirs.steps for name in step}:
         a, b = (torch.tensor([s[name] for s in one.steps if name in s]).double() for one in (mine, theirs))
-        # of the largest of the run: an on-policy loss is 0 but for rounding
+        # relative to the largest of the run, because an on-policy loss is 0 except for rounding
         found.append((float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)), name))
     for name, b in theirs.weights.items():
         found.append((float((mine.weights[name] - b).norm() / b.norm().clamp(min=1e-6)), name))
@@ -157,7 +157,7 @@ def largest_difference(mine, theirs):
 
 
 def scaled(monkeypatch, factor):
-    """Makes our op's gradients wrong by a factor; its values stay."""
+    """Multiplies our op's gradients by a factor, and keeps its values."""
     published = head.linear_logprob
 
     @functools.wraps(published)
@@ -169,23 +169,23 @@ def scaled(monkeypatch, factor):
     monkeypatch.setattr(head, "linear_logprob", wrong)
 
 
-# ---- the same training
+# ---- equal training
 
 
 def test_grpo_with_images(policy, tmp_path, monkeypatch):
-    """Ten steps at 1e-3: losses, gradient norms, weights; and the comparison sees a gradient that is wrong."""
+    """Ten steps give equal losses, gradient norms and weights; a wrong gradient is noticed."""
     processor = Processor(tiny_image_processor(SIZE), policy.tokenizer)
     make = functools.partial(online, policy.folder, True, processor, tmp_path, entropy_coef=0.01, steps=10)
     theirs = run(make)
     assert len(theirs.steps) == 10
     start = tiny_policy(SIZE, tokenizer=policy.tokenizer)[0].get_parameter("model.visual.patch_embed.proj.weight")
-    # the images are seen: the vision tower trains
+    # the images reach the model: the vision tower trains
     assert not torch.equal(theirs.weights["model.visual.patch_embed.proj.weight"], start)
     assert max(abs(step["policy_loss"]) for step in theirs.steps) > 1e-3
     with ours.patch():
         mine = run(make)
         assert largest_difference(mine, theirs)[0] < TOLERANCE, largest_difference(mine, theirs)
-        assert largest_difference(mine, theirs)[0] > 0, "that was TRL's own head"
+        assert largest_difference(mine, theirs)[0] > 0, "equal bits mean that TRL's own head ran"
     with ours.patch():
         scaled(monkeypatch, -1.0)
         assert largest_difference(run(make), theirs)[0] > 1000 * TOLERANCE
@@ -255,7 +255,7 @@ def test_lora_on_the_head(trainer, text_policy, tmp_path):
     weights = dict(trained.model.named_parameters())
     assert len(before) == 2
     assert not any(torch.equal(weights[name], x) for name, x in before.items())
-    # the adapter as peft itself computes it, over all logits
+    # the reference: peft's own forward of the adapter, over all logits
     model, tau = trained.model, 0.7 if trainer == "grpo" else 1.0
     ids = torch.arange(24).view(2, 12) + 7
     fused = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
@@ -283,7 +283,7 @@ def test_lora_on_the_head(trainer, text_policy, tmp_path):
         ({"lora_bias": True}, "with a bias; set lora_bias=False"),
     ],
 )
-def test_adapters_that_are_refused(options, message, text_policy, tmp_path):
+def test_unsupported_adapters_are_refused(options, message, text_policy, tmp_path):
     with ours.patch(), pytest.raises(NotImplementedError, match=message):
         online(text_policy.folder, False, text_policy.tokenizer, tmp_path, peft=lora(**options))
 
@@ -310,8 +310,8 @@ def test_cast_with_lora_is_refused(text_policy, tmp_path):
         online(text_policy.folder, False, text_policy.tokenizer, tmp_path, peft=lora(), cast_lm_head_to_fp32=True)
 
 
-def test_a_head_trained_whole_beside_lora(text_policy, tmp_path):
-    """peft's modules_to_save: TRL takes it, and so do we."""
+def test_a_fully_trained_head_with_lora_elsewhere(text_policy, tmp_path):
+    """TRL supports peft's modules_to_save, and so do we."""
     peft = lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
     make = functools.partial(online, text_policy.folder, False, text_policy.tokenizer, tmp_path, peft=peft)
     theirs = run(make)
@@ -319,7 +319,7 @@ def test_a_head_trained_whole_beside_lora(text_policy, tmp_path):
         assert largest_difference(run(make), theirs)[0] < TOLERANCE
 
 
-# ---- the head itself, against TRL's
+# ---- the head itself, compared with TRL's
 
 
 CONFIGS = {
@@ -332,7 +332,7 @@ CONFIGS = {
 
 
 def fields(add, config, inputs, **options):
-    """What a fused head gives, and the gradients of its log-probabilities and entropies."""
+    """Returns the output of a fused head, and the gradients of its log-probabilities and entropies."""
     model = text_model()
     for name, value in config.items():
         setattr(model.config, name, value)
@@ -349,7 +349,7 @@ def fields(add, config, inputs, **options):
 def test_every_field(config, labels):
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, 64, (3, 40), generator=generator)
-    # a part of them what the model likes best, for is_top1
+    # some labels are the model's most likely token, to test is_top1
     best = text_model()(input_ids=ids).logits.argmax(-1)
     best = best if labels == "shifted" else best.roll(1, 1)
     chance = torch.rand(ids.shape, generator=generator)
@@ -372,12 +372,12 @@ def test_every_field(config, labels):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
-def test_only_what_is_asked_for():
+def test_the_head_returns_only_requested_fields():
     model, ids = text_model(), torch.arange(8)[None]
     ours.fuse_lm_head(model)
     out = model(input_ids=ids, labels=ids, fused_lm_head=True)
     assert set(out.keys()) == {"loss", "log_probs", "label_mask"}
-    # without the keyword it is the model's own forward
+    # without the keyword the model's own forward runs
     plain = model(input_ids=ids, labels=ids)
     assert plain.logits.shape == (1, 8, 64)
     torch.testing.assert_close(plain.loss, out.loss)
@@ -436,13 +436,13 @@ def test_undo_restores_every_attribute():
 
 @pytest.fixture
 def untouched():
-    """What is refused leaves every attribute as it was."""
+    """Asserts that a refused call leaves every attribute unchanged."""
     before = attributes()
     yield before
     assert all(attributes()[key] is value for key, value in before.items())
 
 
-def test_patched_already(untouched):
+def test_a_second_patch_is_refused(untouched):
     with ours.patch():
         during = attributes()
         with pytest.raises(RuntimeError, match="as published, got one that is patched already"):
@@ -450,7 +450,7 @@ def test_patched_already(untouched):
         assert all(value is during[key] for key, value in attributes().items())
 
 
-def test_unknown_version(untouched, monkeypatch):
+def test_an_unknown_version_is_refused(untouched, monkeypatch):
     versions = {"trl": "1.17.0", "transformers": "5.19.0"}
     monkeypatch.setattr(patching, "version", versions.__getitem__)
     with pytest.raises(RuntimeError, match=r"expected trl 1\.16, .* got 1\.17\.0"):
@@ -464,7 +464,7 @@ def test_unknown_version(untouched, monkeypatch):
         ("kto_trainer", r"trl\.trainer\.kto_trainer to use"),
     ],
 )
-def test_another_head_in_the_package(module, message, monkeypatch):
+def test_a_changed_head_in_the_package_is_refused(module, message, monkeypatch):
     monkeypatch.setattr(f"trl.trainer.{module}.add_fused_lm_head", lambda model, tau: None)
     before = attributes()
     with pytest.raises(RuntimeError, match=message):

@@ -1,7 +1,6 @@
-"""One step of TRL 1.16's GRPOTrainer and of ours on the same rollouts of an older policy: loss and gradient.
+"""One step of TRL 1.16's GRPOTrainer and of our loss on the same off-policy rollouts: equal loss and gradient.
 
-TRL's inputs are what its trainer makes of the prompts, images, completions and rewards, padded; ours are packs that
-store each prompt once.
+TRL's trainer pads the prompts, images, completions and rewards; our packs store each prompt once.
 """
 
 from types import SimpleNamespace
@@ -21,10 +20,10 @@ from prism_kernels import PolicyMetrics, group_advantage, policy_loss
 
 SHAPE = Shape(prompts=3, group=4, tokens=24)
 TOLERANCE = 1e-4
-# TRL adds it to the standard deviation of a group
+# TRL adds this to a group's standard deviation
 EPS = 1e-4
 
-# of each of TRL's loss types: its level of the ratio, its clip, and our options
+# for each of TRL's loss types: the level of its ratio, its clip, and our options
 LOSSES = {
     "dapo": ("token", (0.2, 0.28), {"aggregate": "token_mean"}),
     "bnpo": ("token", (0.1, 0.2), {"aggregate": "token_mean"}),
@@ -36,7 +35,7 @@ LOSSES = {
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory):
-    """Rollouts of a policy that is not the one that learns, as each side takes them."""
+    """Rollouts of an older policy, in the form that each side needs."""
     old, tokenizer = start()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -47,13 +46,13 @@ def step(tmp_path_factory):
     prompts = [problem.encoded(encoder) for problem in own]
     sampling = Sampling(group=SHAPE.group, max_new_tokens=SHAPE.tokens)
     rollouts = Engine(old, tokenizer).generate(prompts, sampling, seed=5, stop_token_ids=())
-    # cut to three lengths: TRL is to pad
+    # three lengths, so that TRL must pad
     responses = [rollout.token_ids[: SHAPE.tokens - 7 * (s % 3)] for s, rollout in enumerate(rollouts)]
     owner = [rollout.prompt for rollout in rollouts]
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     verdicts = score_batch(texts, [own[p].answer for p in owner])
     reward = torch.tensor([verdict.score + more for verdict, more in zip(verdicts, variety(texts))])
-    # small enough that a prompt's responses lie in several packs
+    # small enough to spread a prompt's responses over several packs
     budget = max(len(prompt.input_ids) for prompt in prompts) + 2 * SHAPE.tokens
     packs = pack_responses(prompts, responses, owner, encoder, budget)
     policy, before = Policy(start()[0]), Policy(old)
@@ -81,7 +80,7 @@ def step(tmp_path_factory):
 
 
 def padded(logp, packs, mask):
-    """Returns the packs' log-probabilities as TRL holds them, (S, longest)."""
+    """Returns the packs' log-probabilities as a padded matrix (S, longest), like TRL's."""
     found = torch.zeros(mask.shape)
     for values, part in zip(logp, packs):
         for row, value in zip(part.responses, values.split(list(part.pack.layout.branch))):
@@ -91,7 +90,7 @@ def padded(logp, packs, mask):
 
 
 def theirs(step, name):
-    """Returns TRL's loss, the gradients, and the share of the tokens that are clipped."""
+    """Returns TRL's loss, gradients, and fraction of clipped tokens."""
     level, clip, _ = LOSSES[name]
     trainer = step.trainer
     trainer.loss_type, trainer.importance_sampling_level = name.split()[0], level
@@ -105,7 +104,7 @@ def theirs(step, name):
 
 
 def ours(step, name, *, wider=0.0, advantage=None):
-    """Returns the same of ours."""
+    """Returns our loss, gradients, and fraction of clipped tokens."""
     _, (low, high), options = LOSSES[name]
     advantage = group_advantage(step.reward, step.group, eps=EPS) if advantage is None else advantage
     denominator = float(step.tokens if options["aggregate"] == "token_mean" else len(step.group))
@@ -138,7 +137,7 @@ def norm(grads: dict[str, Tensor]) -> float:
 
 
 def differences(mine, other):
-    """Returns the relative differences of loss, gradient norm, and the gradient itself."""
+    """Returns the relative differences of loss, gradient norm and gradient."""
     (loss, grads, _), (wanted, expected, _) = mine, other
     assert grads.keys() == expected.keys()
     size = norm(expected)
@@ -150,7 +149,7 @@ def test_rewards_and_advantages_are_the_same(step):
     got = group_advantage(step.reward, step.group, eps=EPS)
     torch.testing.assert_close(got, step.inputs["advantages"], rtol=1e-5, atol=1e-5)
     assert (got.view(SHAPE.prompts, -1).std(1) > 0.9).all()
-    assert not step.inputs["completion_mask"].all() and not step.inputs["prompt_mask"].all(), "TRL is to pad"
+    assert not step.inputs["completion_mask"].all() and not step.inputs["prompt_mask"].all(), "TRL must pad"
     assert len(step.packs) > SHAPE.prompts and step.inputs["pixel_values"] is not None
 
 
@@ -160,16 +159,16 @@ def test_loss_and_gradient(name, step):
     found = differences(mine, published)
     assert max(found.values()) < TOLERANCE, found
     assert abs(published[0]) > 5e-3 and norm(published[1]) > 1e-2
-    # the vision tower learns too
+    # the vision tower has a gradient too
     assert any("visual" in key and grad.norm() > 0 for key, grad in mine[1].items())
-    # clipping acts, on some of the tokens
+    # some tokens are clipped, and some are not
     assert 0.02 < published[2] < 0.7
     if "sequences" not in name:
         assert mine[2] == pytest.approx(published[2], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_wrong_step_is_seen(name, step):
+def test_a_wrong_step_is_noticed(name, step):
     published = theirs(step, name)
     right = group_advantage(step.reward, step.group, eps=EPS)
     wider = LOSSES[name][1][0]

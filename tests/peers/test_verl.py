@@ -1,4 +1,4 @@
-"""This package against verl 0.9.1's own functions, in float64, and where the two differ by design."""
+"""This package equals verl 0.9.1's functions in float64, except for differences by design, which are tested too."""
 
 from importlib.metadata import version
 
@@ -30,7 +30,7 @@ def test_version():
     assert version("verl") == verl_cases.VERSION == STORED["versions"]["verl"]
 
 
-def test_stored_cases_are_these():
+def test_stored_batches_are_current():
     assert STORED["batches"] == peer_cases.stored_batches()
     for section, cases in (("losses", LOSSES), ("advantages", ADVANTAGES), ("heads", HEADS)):
         assert STORED[section].keys() == cases.keys()
@@ -47,7 +47,7 @@ def test_losses(name):
 
 
 def test_the_cases_reach_every_branch():
-    """Some token is clipped low, high and by the dual clip, and every correction both holds and drops something."""
+    """Some token is clipped low, high and by the dual clip; every correction clips some weights and not others."""
     means = [ours(case, BATCHES[case.batch], "torch").metrics for case, _ in LOSSES.values()]
     for name in ("clipped_low", "clipped_high"):
         assert sum(0 < m[name] < 1 for m in means) > 20
@@ -79,8 +79,8 @@ def test_heads(name):
     peer_cases.assert_stored(STORED["heads"][name], peer_cases.stored(case, theirs))
 
 
-def test_every_name_is_accounted_for():
-    """docs/kernels.md names verl's losses and estimators: those compared here, and those that are not offered."""
+def test_every_loss_and_estimator_of_verl_is_compared_or_listed():
+    """docs/kernels.md names verl's losses and estimators: those compared here, and those that we do not offer."""
     losses = {"vanilla", "gspo", "cispo", "gpg", "bypass_mode"}
     assert {call.mode for _, call in LOSSES.values()} == losses
     other = {"sapo", "geo_mean", "clip_cov", "kl_cov", "dro", "dppo_tv", "dppo_kl"}
@@ -90,11 +90,11 @@ def test_every_name_is_accounted_for():
     assert set(ADV_ESTIMATOR_REGISTRY) == estimators | other
 
 
-# ---- where they differ by design
+# ---- differences by design
 
 
-def test_rejection_takes_tokens_out_of_the_count():
-    """rollout_rs makes the mask smaller, and weighs nothing; a *_mask correction here weighs, and keeps the count."""
+def test_verls_rejection_equals_a_smaller_mask():
+    """rollout_rs removes tokens from the mask and the count; our *_mask corrections set weights and keep the count."""
     batch = BATCHES["masked"]
     old, rollout = (batch.pad(batch.columns[k]) for k in ("old_logp", "rollout_logp"))
     for mode in ("token_k1", "seq_sum_k1", "seq_mean_k1", "token_k3"):
@@ -109,8 +109,8 @@ def test_rejection_takes_tokens_out_of_the_count():
         assert_same(ours(case, smaller, "torch"), theirs)
 
 
-def test_weights_normalised_to_mean_one_are_a_factor():
-    """rollout_is_batch_normalize divides all weights by their mean: a constant of the batch, not offered here."""
+def test_verls_normalised_weights_differ_by_a_factor():
+    """rollout_is_batch_normalize divides all weights by their mean, a constant of the batch; we do not offer it."""
     batch = BATCHES["masked"]
     mask = batch.pad(batch.mask.long())
     old, rollout = (batch.pad(batch.columns[k]) for k in ("old_logp", "rollout_logp"))
@@ -122,8 +122,8 @@ def test_weights_normalised_to_mean_one_are_a_factor():
     torch.testing.assert_close(found.batch["rollout_is_weights"], plain / mean)
 
 
-def test_gspo_with_one_advantage_a_sequence():
-    """With a weight for each token verl's gradient is the token's own; ours, of the mean, has the same sum."""
+def test_gspo_with_one_advantage_per_sequence():
+    """With token weights verl weighs each token's gradient; we weigh a sequence by the mean, with the same sum."""
     case, call = LOSSES["gspo-token-tis"]
     batch = BATCHES["masked"]
     theirs = loss(batch, call)
@@ -135,10 +135,10 @@ def test_gspo_with_one_advantage_a_sequence():
 
 
 def test_bounds_of_log_ratios():
-    """Tokens: both hold at 20. Sequences: verl at +10 from above. k3: verl also holds the value to +-10."""
+    """Both bound token log-ratios at 20. verl bounds sequence log-ratios at +10, and the value of k3 at +-10."""
     batch = BATCHES["plain"]
     shifted = batch._replace(columns={**batch.columns, "old_logp": batch.columns["logp"] - 12})
-    # no clip at all, so that the ratio shows
+    # no clip, so that only the bound acts
     case = LossCase("plain", {"ratio": "sequence", "clip": (1.0, 1e9)}, per_token=True)
     theirs = loss(shifted, Call("gspo", {"clip_ratio_low": 1.0, "clip_ratio_high": 1e9}))
     mine = ours(case, shifted, "torch")
@@ -159,7 +159,7 @@ def test_bounds_of_log_ratios():
     assert float(torch.autograd.grad(mine, logp)[0]) == pytest.approx(1 - np.exp(3))
 
 
-def test_dual_clip_is_always_on():
+def test_verls_dual_clip_is_always_on():
     batch = BATCHES["plain"]
     far = batch._replace(columns={**batch.columns, "old_logp": batch.columns["logp"] - 1.5})
     theirs = loss(far, Call())
@@ -170,7 +170,7 @@ def test_dual_clip_is_always_on():
 
 @pytest.mark.parametrize("mode", ["seq-mean-token-mean", "seq-mean-token-sum"])
 def test_bad_numbers_under_the_mask(mode):
-    """verl's per-sequence sums multiply by the mask: NaN there is NaN in the loss. Here it is selected away."""
+    """verl's sequence sums multiply by the mask, so a masked NaN reaches the loss. Ours select valid tokens."""
     batch = BATCHES["masked"]
     spoilt = batch.pad(batch.spoilt("logp"))
     assert agg_loss(spoilt, batch.pad(batch.mask.long()), mode).isnan()
@@ -178,8 +178,8 @@ def test_bad_numbers_under_the_mask(mode):
     assert ours(case, batch, "torch").loss.isfinite()
 
 
-def test_nothing_valid():
-    """verl divides by 0; here loss and gradient are 0."""
+def test_a_batch_without_a_valid_token():
+    """verl divides by 0; our loss and gradient are 0."""
     batch = BATCHES["masked"]
     nothing = batch._replace(mask=torch.zeros_like(batch.mask))
     zero = torch.zeros(batch.pad(batch.mask).shape, dtype=torch.float64)
@@ -190,7 +190,7 @@ def test_nothing_valid():
 
 
 def test_a_group_of_one():
-    """verl's grpo and rloo keep its raw reward, and so does grpo_vectorized; here it is 0, no advantage."""
+    """verl's grpo, grpo_vectorized and rloo keep its raw reward; our advantage is 0."""
     reward, group = [*REWARD, 0.5], [*GROUP, 3]
     for estimator, options, kept in (
         ("grpo", {}, 0.5 / (1 + 1e-6)),
@@ -209,7 +209,7 @@ def test_a_group_of_one():
     "estimator, baseline", [("reinforce_plus_plus_baseline", "mean"), ("reinforce_plus_plus", "none")]
 )
 def test_reinforce_plus_plus_whitens_over_tokens(estimator, baseline):
-    """Samples of one length n: the same up to the count in the variance, Nn - 1 for N - 1; others weigh by length."""
+    """verl weighs samples by length; at equal lengths n only the variance's count differs, Nn - 1 instead of N - 1."""
     reward = torch.tensor(REWARD, dtype=torch.float64)
     index = np.array(GROUP)
     for lengths in ([4] * 8, [1, 4, 2, 4, 3, 4, 1, 2]):

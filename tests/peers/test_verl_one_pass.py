@@ -1,4 +1,4 @@
-"""verl's two functions of the same logits with ours in their place: one pass, whatever happens between the calls."""
+"""Our replacements of verl's two functions of logits share one pass, whatever happens between the two calls."""
 
 import weakref
 from contextlib import nullcontext
@@ -30,7 +30,7 @@ def passes(monkeypatch):
 
 
 def peaked(dtype=torch.float32, shape=(6, 40)):
-    """Logits with two confident rows and one of two equal highest; labels are the highest in the first and third."""
+    """Returns logits with two confident rows and a row with two equal maxima, and labels for them."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
     x.view(-1, 40)[[0, 1, 2, 2], [3, 3, 5, 9]] = torch.tensor([25, 25, 20, 20], dtype=torch.float64)
@@ -40,7 +40,7 @@ def peaked(dtype=torch.float32, shape=(6, 40)):
 
 
 def asked(labels, order="log-probabilities"):
-    """Returns the two functions of logits in the order of verl's engines; FSDP's compiles the entropies, first."""
+    """Returns the two functions in a verl engine's order; FSDP's calls entropies first, and compiles them."""
     entropy = functional.entropy_from_logits
     if order == "chunked":
         entropy = partial(functional.entropy_from_logits_with_chunking, chunk_size=4)
@@ -86,7 +86,7 @@ in_each_order = pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("order, shape", [*((order, (6, 40)) for order in ORDERS), ("entropies", (2, 3, 40))])
 def test_both_from_one_pass(order, shape, dtype, passes):
-    """And the gradient of both, or of one of them: an entropy may be there to be logged alone."""
+    """The gradient is of both or of one of them, because entropies may only be logged."""
     x, labels = peaked(dtype, shape)
     logp, entropy = both(x * 1, labels)
     losses = (logp, entropy), (logp, None), (None, entropy)
@@ -101,7 +101,7 @@ def test_both_from_one_pass(order, shape, dtype, passes):
 
 @in_each_order
 def test_one_pass_keeps_confident_tokens(order):
-    """Where a logit less the log-sum-exp would be 0."""
+    """A confident token's logit minus the log-sum-exp would round to 0."""
     x, labels = peaked(torch.bfloat16)
     with ours.patch():
         mine = both(x * 1, labels, order)
@@ -133,7 +133,7 @@ def test_rows_without_a_label_or_with_an_infinite_logit(order):
 
 @in_each_order
 @pytest.mark.parametrize("other", [lambda x: x.mul_(0.5), torch.clone, lambda x: x[:]], ids=["changed", "copy", "view"])
-def test_other_logits_get_a_pass_of_their_own(other, order, passes):
+def test_changed_or_copied_logits_get_a_new_pass(other, order, passes):
     x, labels = peaked()
     logits = x.detach().clone()
     with ours.patch():
@@ -148,8 +148,8 @@ def test_other_logits_get_a_pass_of_their_own(other, order, passes):
 
 @in_each_order
 @pytest.mark.parametrize("silent", [torch.no_grad, torch.inference_mode])
-def test_gradients_of_one_result_alone(silent, order, passes):
-    """A pass without a graph is not taken for one with it; one with a graph serves where none is wanted."""
+def test_one_result_without_a_graph(silent, order, passes):
+    """A pass without a graph is not reused where a graph is needed; a pass with one serves a call without."""
     x, labels = peaked()
     theirs = dict(zip(("logp", "entropy"), defined(x, labels)))
     with ours.patch():
@@ -169,7 +169,7 @@ def test_gradients_of_one_result_alone(silent, order, passes):
         passes["forward"] = 0
         with silent():
             assert_close(both(logits, labels, order), pair(theirs))
-            # a tensor of inference mode cannot tell whether it was changed
+            # an inference tensor has no version counter, so its pass is not reused
             assert_close(both(x * 1, labels, order), pair(theirs))
     assert passes["forward"] == (2 if silent is torch.no_grad else 3) + 1
 
@@ -183,17 +183,17 @@ def test_backward_more_than_once(order):
         logp, entropy = both(x, labels, order)
         apart = [gradient(x, *results, retain_graph=True) for results in ((logp, None), (None, entropy))]
         assert_close([sum(apart), gradient(x, logp, entropy)], [wanted, wanted])
-        # their graph is one, and is gone with the first
+        # the results share one graph, which the first backward freed
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             gradient(x, None, entropy)
-        # who asks again does not get what is left of it
+        # a new call does not get the freed graph
         assert_close([gradient(x, *both(x, labels, order))], [wanted])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("order", ["entropies", "log-probabilities"])
 def test_entropies_in_a_checkpoint(order, reentrant):
-    """verl's is reentrant: without a graph at first, and in the backward pass once more, of another tensor."""
+    """verl's checkpoint is reentrant: it runs without a graph, then again in the backward pass on another tensor."""
     x, labels = peaked()
     wanted = gradient(x, *defined(x, labels))
     with ours.patch():
@@ -203,7 +203,7 @@ def test_entropies_in_a_checkpoint(order, reentrant):
         for _ in range(2):
             logits = x * 1
             batches.append(pair({name: f(logits) for name, f in functions.items()}))
-            # nor may this leave anything to the checkpoint's second time
+            # the recomputation must not reuse the pass of this call
             functions["logp"](logits)
         for results in batches:
             assert_close([gradient_of_backward(x, *results)], [wanted])
@@ -232,7 +232,7 @@ def test_nothing_outlives_the_logits(last, order):
         if last == "backward":
             assert kept[0]() is None and kept[1].expired()
         else:
-            # in the graph
+            # the graph keeps the storage
             assert not kept[1].expired()
         del results
         assert kept[0]() is None and kept[1].expired()

@@ -1,4 +1,4 @@
-"""verl 0.9.1's own functions with and without ours in their place, PRISM's names in its registries, undo, refusals."""
+"""verl 0.9.1 with and without our patch: equal numbers, PRISM's names in its registries, undo, refusals."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def registered():
         yield
 
 
-# ---- the same numbers
+# ---- equal numbers
 
 
 def assert_equal(mine, theirs):
@@ -48,13 +48,13 @@ def assert_equal(mine, theirs):
 
 
 @pytest.mark.parametrize("name", SIMILAR)
-def test_losses_in_its_own_loss(name, registered):
-    """verl's ppo_loss, with its KL and entropy terms, counts and rollout weights, over our policy losses."""
+def test_our_losses_in_verls_ppo_loss(name, registered):
+    """verl's ppo_loss adds its KL and entropy terms, counts and rollout weights to our policy losses."""
     case, call = LOSSES[name]
     theirs = loss(BATCHES[case.batch], call)
     mine = loss(BATCHES[case.batch], replace(call, mode=MODES[call.mode]))
     if call.correction and "_" in str(call.correction[1]):
-        # a token of weight 0 has no objective, and is not counted as clipped
+        # a token of weight 0 has no objective, so we do not count it as clipped
         for name in ("clipped_low+clipped_high", "clipped_dual"):
             assert mine.metrics.pop(name) <= theirs.metrics.pop(name) + 1e-7
     assert_equal(mine, theirs)
@@ -63,7 +63,7 @@ def test_losses_in_its_own_loss(name, registered):
         assert_equal(dapo._replace(metrics=mine.metrics), mine)
 
 
-def test_the_comparison_sees_a_wrong_sign(registered, monkeypatch):
+def test_a_wrong_sign_is_noticed(registered, monkeypatch):
     case, call = LOSSES["vanilla-plain"]
     published = padded.policy_loss
     monkeypatch.setattr(padded, "policy_loss", lambda logp, *a, **o: published(2 * logp.detach() - logp, *a, **o))
@@ -80,7 +80,7 @@ def test_advantages(name, registered):
 
 
 def rewards_of(perception, reasoning):
-    """The perception score on the second token and the reasoning score on the last of three, four, five tokens."""
+    """Returns rewards with perception on the second token and reasoning on the last of 3 to 5 tokens, and a mask."""
     mask = (torch.arange(6) < torch.tensor([3, 4, 5, 3, 4, 5, 3, 4])[:, None]).long()
     rewards = torch.zeros(8, 6, dtype=torch.float64)
     rewards[:, 1] = perception
@@ -89,13 +89,13 @@ def rewards_of(perception, reasoning):
 
 
 def compute_advantage(rewards, mask, estimator, config):
-    """Calls an estimator with what verl's trainer hands down to one by another name than its own, and no more."""
+    """Calls an estimator with the arguments that verl's trainer passes to a registered one."""
     index = np.array([f"prompt {g}" for g in GROUP], dtype=object)
     given = {"token_level_rewards": rewards, "response_mask": mask, "config": config, "index": index}
     return core_algos.get_adv_estimator_fn(estimator)(**given)
 
 
-def test_advantages_as_its_trainer_calls_them(registered):
+def test_advantages_as_verls_trainer_calls_them(registered):
     reward = torch.tensor(REWARD, dtype=torch.float64)
     rewards, mask = rewards_of(reward, reward.flip(0))
     for scaled in (True, False):
@@ -109,7 +109,7 @@ def test_advantages_as_its_trainer_calls_them(registered):
 
 
 def test_channels_and_options():
-    """A format flag, as a reward of -1 on the first token, and another share of perception."""
+    """A format flag read from a reward of -1 on the first token, and another alpha."""
     reward = torch.tensor(REWARD, dtype=torch.float64)
     rewards, mask = rewards_of(reward, reward.flip(0))
     format_ok = torch.arange(8) % 3 > 0
@@ -133,7 +133,7 @@ def test_functions_of_logits(name, shape):
         if name == "entropy":
             return functional.entropy_from_logits(x)
         if name == "entropy_chunked":
-            # verl's own takes rows alone
+            # verl's function accepts only a matrix
             rows = functional.entropy_from_logits_with_chunking(x.flatten(0, -2), chunk_size=4)
             return rows.view(labels.shape)
         return functional.calculate_sum_pi_squared_from_logits(x)
@@ -156,8 +156,8 @@ def test_functions_of_logits(name, shape):
     assert torch.equal(logits, kept)
 
 
-def test_gradient_over_the_logits():
-    """Where verl asks for it, as its engines do when nothing else needs the logits."""
+def test_the_gradient_is_written_over_the_logits():
+    """With inplace_backward=True, which verl's engines pass when nothing else needs the logits."""
     x = torch.randn(5, 11, requires_grad=True)
     labels = torch.arange(5)
     expected = torch.autograd.grad(functional.logprobs_from_logits(x, labels).sum(), x)[0]
@@ -173,7 +173,7 @@ def test_gradient_over_the_logits():
 @pytest.mark.parametrize("cache_bytes", [0, None])
 @pytest.mark.parametrize("shape", [(7,), (2, 5)])
 def test_fused_heads(shape, cache_bytes):
-    """FusedLinearForPPO is verl's own; its linear_cross_entropy runs on a GPU alone, and gives the same, flat."""
+    """Ours equal verl's FusedLinearForPPO; its linear_cross_entropy needs a GPU, and returns the same flattened."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(*shape, 8, generator=generator, requires_grad=True)
     weight = torch.randn(31, 8, generator=generator, requires_grad=True)
@@ -199,8 +199,8 @@ def test_fused_heads(shape, cache_bytes):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_of_verl():
-    """verl's own forward of a model with fused kernels: the path that needs a GPU there."""
+def test_verls_forward_of_a_model_with_fused_kernels():
+    """Unpatched, verl's Triton path needs a GPU."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = Qwen3ForCausalLM(Qwen3Config(vocab_size=50, num_key_value_heads=1, head_dim=8, **sizes))
@@ -225,8 +225,8 @@ core.compute_policy_loss_gspo = core.POLICY_LOSS_REGISTRY["gspo"] = ours.gspo_lo
 """
 
 
-def test_its_own_tests(tmp_path):
-    """verl's wheel brings its tests: they pass with our functions in the place of its own."""
+def test_verls_own_tests_pass(tmp_path):
+    """verl's wheel contains its tests; they pass with our functions in place of verl's."""
     (tmp_path / "in_place.py").write_text(IN_PLACE)
     folder = Path(verl.__file__).parents[1] / "tests" / "trainer" / "ppo"
     files = [str(folder / f"test_{name}.py") for name in TESTS]
@@ -243,8 +243,8 @@ def test_its_own_tests(tmp_path):
     assert " passed" in done.stdout
 
 
-def test_named_in_the_environment(tmp_path):
-    """How every process of verl gets it: a module that verl imports wherever it is imported."""
+def test_an_external_module_patches_every_process(tmp_path):
+    """verl imports the modules of VERL_USE_EXTERNAL_MODULES in each of its processes."""
     text = "from prism_kernels.integrations import verl\nverl.patch()\nverl.register()\n"
     (tmp_path / "my_prism.py").write_text(text)
     code = (
@@ -273,7 +273,7 @@ def same(before, after):
 
 @pytest.fixture
 def importer(monkeypatch):
-    """Makes a module of verl that takes logprobs_from_logits by name, as its engines do."""
+    """Returns a function that makes a verl module which imports logprobs_from_logits by name, as its engines do."""
 
     def make(name):
         module = ModuleType(name)
@@ -313,11 +313,11 @@ def test_registration_and_undo():
             ours.register()
     finally:
         del core_algos.POLICY_LOSS_REGISTRY["prism_gspo"]
-    # nothing of it was left
+    # the failed registration left nothing
     assert before == (core_algos.ADV_ESTIMATOR_REGISTRY, core_algos.POLICY_LOSS_REGISTRY)
 
 
-def test_patched_already():
+def test_a_second_patch_is_refused():
     before = attributes()
     with ours.patch(), pytest.raises(RuntimeError, match="one that is patched already"):
         ours.patch()
@@ -325,7 +325,7 @@ def test_patched_already():
 
 
 @pytest.mark.parametrize("call", [ours.patch, ours.register])
-def test_unknown_version(call, monkeypatch):
+def test_an_unknown_version_is_refused(call, monkeypatch):
     monkeypatch.setattr(patching, "version", lambda _: "0.9.10")
     before = attributes()
     with pytest.raises(RuntimeError, match=r"expected verl 0\.9\.1, which it was tried with, got 0\.9\.10"):
@@ -334,7 +334,7 @@ def test_unknown_version(call, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["logprobs_from_logits", "entropy_from_logits"])
-def test_changed_signature(name, monkeypatch):
+def test_a_changed_signature_is_refused(name, monkeypatch):
     monkeypatch.setattr(functional, name, lambda logits, labels, reduction: None)
     before = attributes()
     with pytest.raises(RuntimeError, match=r"got \(logits, labels, reduction\)"):
@@ -342,7 +342,7 @@ def test_changed_signature(name, monkeypatch):
     assert same(before, attributes())
 
 
-def test_options_that_the_path_does_not_take(registered, monkeypatch):
+def test_unsupported_options_are_refused(registered, monkeypatch):
     x, weight, labels = torch.randn(3, 4), torch.randn(5, 4), torch.arange(3)
     with ours.patch():
         from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
@@ -361,7 +361,7 @@ def test_options_that_the_path_does_not_take(registered, monkeypatch):
 
 
 @pytest.mark.parametrize("aggregate, missing", [("token-mean", "batch_num_tokens"), ("seq-mean-token-sum", "global_b")])
-def test_a_count_that_is_missing(aggregate, missing, registered):
+def test_a_missing_count_is_an_error(aggregate, missing, registered):
     case, call = LOSSES["vanilla-plain"]
     wrong = replace(call, mode="prism_grpo", actor={"loss_agg_mode": aggregate}, counts={"dp_size": 2})
     with pytest.raises(ValueError, match=f"expected {missing}.* with dp_size > 1"):

@@ -1,6 +1,6 @@
-"""TRL's own functions, called from its installed package, and the calls of ours that they correspond to.
+"""TRL's own functions, called from its installed package, and the corresponding calls of ours.
 
-The trainers' methods run unbound, on an object that has what they read; nothing of them is written out here.
+The trainers' methods run unbound, on an object with the attributes that they read; none of their code is copied here.
 """
 
 import itertools
@@ -31,7 +31,7 @@ HORIZON = 40
 
 @dataclass(frozen=True)
 class Call:
-    """How TRL is configured: attributes of the trainer, and what of its options is in `args`."""
+    """A configuration of TRL: attributes of the trainer, and options that it reads from `args`."""
 
     loss_type: str = "dapo"
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Call:
 
 
 def trainer(call: Call, result: Callable[[], tuple[Tensor, Tensor, None]]) -> SimpleNamespace:
-    """Returns what the trainers' methods read; `result` takes the place of the model's log-probabilities."""
+    """Returns an object with the attributes that the trainers' methods read; `result` replaces the model's output."""
     args = {
         "delta": None,
         "use_bias_correction_kl": False,
@@ -106,7 +106,7 @@ def trainer(call: Call, result: Callable[[], tuple[Tensor, Tensor, None]]) -> Si
 
 
 def scored(self: SimpleNamespace, batch: Batch, rewards: Tensor, method: Callable | None = None) -> dict[str, Tensor]:
-    """Returns what TRL makes of completions, their tool masks, their sampler's log-probabilities and rewards (N, K)."""
+    """Returns TRL's inputs of a loss, from completions, tool masks, sampled log-probabilities and rewards (N, K)."""
     bounds = list(itertools.pairwise(batch.cu_seqlens.tolist()))
     tokens = [[1] * (b - a) for a, b in bounds]
     tool_mask = [batch.mask[a:b].long().tolist() for a, b in bounds]
@@ -126,11 +126,11 @@ def scored(self: SimpleNamespace, batch: Batch, rewards: Tensor, method: Callabl
 
 
 def loss(batch: Batch, call: Call) -> Result:
-    """Returns what `GRPOTrainer._compute_loss` gives on the data of `_generate_and_score_completions`."""
+    """Returns the result of `GRPOTrainer._compute_loss` on the data of `_generate_and_score_completions`."""
     logp = batch.columns["logp"].clone().requires_grad_()
     entropy = batch.columns["entropy"].clone().requires_grad_()
     old = batch.pad(batch.columns["old_logp"])
-    # what the model gives: without gradient when completions are scored, with it for the loss
+    # the model's log-probabilities: without gradient when completions are scored, with it for the loss
     current = [old]
     self = trainer(call, lambda: (current[0], batch.pad(entropy), None))
     self.num_generations = len(batch.advantage)
@@ -139,16 +139,16 @@ def loss(batch: Batch, call: Call) -> Result:
     self.beta = beta
     inputs["advantages"] = batch.advantage
     inputs["ref_per_token_logps"] = batch.pad(batch.columns["ref_logp"])
-    # the parts of TRL that score also decide whether the policy's old log-probabilities are taken
+    # TRL's scoring also decides whether the old log-probabilities are used
     if not call.on_policy:
         inputs["old_per_token_logps"] = old
     if call.steps > 1:
-        # the data of one step out of several
+        # the data of one of several steps
         inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * call.steps
         self.current_gradient_accumulation_steps = 1
     metrics = {}
     if call.correction and call.correction[0].startswith("token"):
-        # with a sequence's ratio this is over sequences
+        # with a sequence ratio TRL's mean is over sequences
         metrics["correction_used"] = self._metrics["train"]["sampling/importance_sampling_ratio/mean"][0]
     self._metrics["train"].clear()
     current[0] = batch.pad(logp)
@@ -157,7 +157,7 @@ def loss(batch: Batch, call: Call) -> Result:
     found = self._metrics["train"]
     level = self.importance_sampling_level
     for name, key in METRICS.items():
-        # over sequences instead of tokens where the ratio is the sequence's
+        # with a sequence ratio TRL's clip metrics are over sequences, ours over tokens
         if key in found and not (level == "sequence" and "clip" in key):
             metrics[name] = found[key][0]
     return Result(value.detach(), *grads, metrics)
@@ -203,11 +203,11 @@ def _losses() -> dict[str, tuple[LossCase, Call]]:
             Call(kind, {"beta": 0.3}),
         )
     cases["dapo-steps"] = (
-        # a micro-batch of a generation batch of three steps, each with as many tokens
+        # a micro-batch of one of three steps, all with the same number of tokens
         LossCase("masked", types["dapo"], entropy),
         Call("dapo", steps=3),
     )
-    # the bonus is a mean over tokens whatever the loss: the same where the loss is one too
+    # TRL's bonus is always a mean over tokens, as ours is for these two losses
     for kind in ("dapo", "bnpo"):
         cases[f"{kind}-entropy"] = (
             LossCase("masked", {**types[kind], "entropy_coef": 0.1}, entropy),
@@ -236,7 +236,7 @@ GROUP = [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def advantage(case: AdvantageCase, method: str, config: dict[str, Any]) -> Tensor:
-    """Returns the advantages that a trainer computes when it scores completions; not valid: no reward at all."""
+    """Returns the advantages of a trainer's scored completions; an invalid sample has a NaN reward."""
     rewards = torch.tensor(case.reward, dtype=torch.float64)[:, None]
     if case.valid is not None:
         rewards[~torch.tensor(case.valid)] = torch.nan
@@ -285,7 +285,7 @@ def from_logits(case: HeadCase) -> dict[str, Tensor]:
 
 
 def from_hidden(case: HeadCase) -> dict[str, Tensor]:
-    """Returns what the fused head gives, in vocabulary chunks, in float32 within."""
+    """Returns the result of TRL's fused head, which works in vocabulary chunks and float32."""
     leaves = case.leaves()
     bias = leaves[2] if case.bias is not None else None
     logp, entropy, log_square, _, _ = ChunkedLogProbFunction.apply(

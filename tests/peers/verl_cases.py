@@ -1,4 +1,4 @@
-"""verl's own functions, called from its installed package, and the calls of ours that they correspond to."""
+"""verl's own functions, called from its installed package, and the corresponding calls of ours."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,11 +41,11 @@ ESTIMATORS = {"k1": "kl", "k2": "mse", "k3": "low_var_kl", "k1+": "kl+", "k3+": 
 
 @dataclass(frozen=True)
 class Call:
-    """How verl is configured: ActorConfig's and PolicyLossConfig's fields, and what comes with the data."""
+    """A configuration of verl: fields of ActorConfig and PolicyLossConfig, and the options that come with the data."""
 
     mode: str = "vanilla"
     actor: dict[str, Any] = field(default_factory=dict)
-    # rollout_is and its threshold: a number truncates, "low_high" drops what is outside
+    # rollout_is and its threshold: a number truncates weights, "low_high" drops those outside
     correction: tuple[str, float | str] | None = None
     bypass: RolloutCorrectionConfig | None = None
     entropy: bool = False
@@ -72,7 +72,7 @@ def data_of(batch: Batch, columns: dict[str, Tensor], counts: dict[str, int]) ->
 
 
 def with_prompts(batch: Batch, x: Tensor) -> Tensor:
-    """Returns what the model gives for x (T,): each token's entry at the position before it."""
+    """Returns x (T,) as the model outputs it: each token's entry is at the position before the token."""
     pieces = x.split(batch.cu_seqlens.diff().tolist())
     return torch.cat([torch.cat((piece, x.new_zeros(1))) for piece in pieces])
 
@@ -80,7 +80,7 @@ def with_prompts(batch: Batch, x: Tensor) -> Tensor:
 def actor_config(call: Call) -> ActorConfig:
     more = {} if call.bypass is None else {"rollout_correction": call.bypass}
     policy = PolicyLossConfig(loss_mode=call.mode, **more)
-    # verl's own 3 is beyond these batches' ratios
+    # verl's default clip_ratio_c of 3 exceeds all ratios of these batches
     defaults = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 1.5}
     return ActorConfig(
         strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, policy_loss=policy, **{**defaults, **call.actor}
@@ -88,7 +88,7 @@ def actor_config(call: Call) -> ActorConfig:
 
 
 def rollout_weights(batch: Batch, level: str, threshold: float | str) -> tuple[Tensor, dict[str, float]]:
-    """Returns verl's rollout correction weights, (S, L), and of its metrics those that count tokens as ours do."""
+    """Returns verl's rollout correction weights (S, L), and the metrics that count tokens as ours do."""
     behind = batch.pad(batch.columns["old_logp"] - batch.columns["rollout_logp"])
     weights, metrics = compute_rollout_correction_weights(behind, batch.pad(batch.mask.long()), level, threshold)
     found = {"correction_used": metrics["rollout_is_mean"]}
@@ -100,7 +100,7 @@ def rollout_weights(batch: Batch, level: str, threshold: float | str) -> tuple[T
 
 
 def loss(batch: Batch, call: Call) -> Result:
-    """Returns what verl's `ppo_loss` gives, the KL and entropy terms included."""
+    """Returns the result of verl's `ppo_loss`, with its KL and entropy terms."""
     logp = batch.columns["logp"].clone().requires_grad_()
     entropy = batch.columns["entropy"].clone().requires_grad_()
     old = batch.columns["rollout_logp" if call.bypass else "old_logp"]
@@ -124,10 +124,10 @@ def loss(batch: Batch, call: Call) -> Result:
     if call.entropy and "loss_agg_mode" not in call.actor:
         found["entropy"] = metrics["actor/entropy_loss"].aggregate()
     if call.mode in ("gspo", "cispo"):
-        # there is no dual clip, and verl reports 0
+        # these losses have no dual clip, and verl reports 0
         assert found["clipped_dual"] == 0
     if call.bypass:
-        # theirs is to the rollout policy
+        # verl's metric compares with the rollout policy
         found.pop("approx_kl")
     return Result(value.detach(), *grads, found)
 
@@ -144,7 +144,7 @@ def _losses() -> dict[str, tuple[LossCase, Call]]:
     for mode, options in modes.items():
         for aggregate, name in AGGREGATES.items():
             for batch in ("masked", "silent"):
-                # without loss_scale_factor: the length of the matrix
+                # without loss_scale_factor verl uses the length of the matrix
                 horizon = {"horizon": 11.0} if aggregate.endswith("norm") else {}
                 cases[f"{mode}-{name}-{batch}"] = (
                     LossCase(batch, {**options, "aggregate": aggregate, **horizon}),
@@ -166,7 +166,7 @@ def _losses() -> dict[str, tuple[LossCase, Call]]:
         Call(actor={"loss_agg_mode": "token-sum"}),
     )
     cases["global-tokens"] = (
-        # half of the tokens of two ranks, whose gradients are averaged
+        # the gradients of two ranks are averaged, so each divides by half of all tokens
         LossCase("silent", {**vanilla, "denominator": 50.0}),
         Call(counts={"dp_size": 2, "batch_num_tokens": 100}),
     )
@@ -217,13 +217,13 @@ def _losses() -> dict[str, tuple[LossCase, Call]]:
                     Call(mode, correction=(level, threshold)),
                 )
     for level in ("token", "sequence"):
-        # verl's ratio is straight-through: with a weight for each token, its gradient is that of an advantage for each
+        # verl's ratio is straight-through: a weight per token has the gradient of an advantage per token
         options = {**modes["gspo"], "correction": f"{level}_tis", "correction_bounds": (0.0, 1.3)}
         cases[f"gspo-{level}-tis"] = (
             LossCase("masked", options, rollout, per_token=True),
             Call("gspo", correction=(level, 1.3)),
         )
-        # the weight of the policy as it is now against the rollout's
+        # the weight is the ratio of the current policy to the rollout policy
         options = {"objective": "reinforce", "correction": f"{level}_tis", "correction_bounds": (0.0, 1.3)}
         cases[f"bypass-reinforce-{level}-tis"] = (
             LossCase("masked", options, rollout, on_policy=True),
@@ -239,18 +239,18 @@ def _losses() -> dict[str, tuple[LossCase, Call]]:
 
 LOSSES = _losses()
 
-# eight samples in three groups, not in order
+# eight samples in three unordered groups
 REWARD = [1.0, 0.25, 0.5, 0.0, 1.0, 0.75, 0.5, 0.125]
 GROUP = [2, 0, 2, 1, 0, 2, 1, 0]
 
 
 def advantage(case: AdvantageCase, estimator: str, config: dict[str, Any]) -> Tensor:
-    """Returns what verl's estimator gives at the first token of each sample; all their tokens have the same."""
+    """Returns the advantage of each sample by verl's estimator, which gives all its tokens the same."""
     reward = torch.tensor(case.reward, dtype=torch.float64)
     lengths = torch.arange(len(case.reward)) % 3 + 2
     mask = (torch.arange(4) < lengths[:, None]).long()
     scores = torch.zeros(mask.shape, dtype=torch.float64)
-    # the reward lies on the last token
+    # the reward is on the last token
     scores[torch.arange(len(case.reward)), lengths - 1] = reward
     index = np.array([f"prompt {g}" for g in case.group], dtype=object)
     found, _ = get_adv_estimator_fn(estimator)(scores, response_mask=mask, index=index, config=AlgoConfig(), **config)
@@ -274,7 +274,7 @@ def _advantages() -> dict[str, tuple[AdvantageCase, str, dict[str, Any]]]:
         ),
         "rloo": (AdvantageCase(REWARD, GROUP, loo), "rloo", {}),
         "rloo-vectorized": (AdvantageCase(REWARD, GROUP, loo), "rloo_vectorized", {}),
-        # a group of one is 0 there too
+        # this estimator also gives 0 to a group of one
         "rloo-vectorized-one": (AdvantageCase([*REWARD, 0.5], [*GROUP, 3], loo), "rloo_vectorized", {}),
     }
 
@@ -297,7 +297,7 @@ def from_logits(case: HeadCase) -> dict[str, Tensor]:
 
 
 def from_hidden(case: HeadCase) -> dict[str, Tensor]:
-    """Returns verl's fused head: torch, in chunks, in float32 within."""
+    """Returns the result of verl's fused head in torch, which works in chunks and float32."""
     leaves = case.leaves()
     head = FusedLinearForPPO(chunk_size=4)
     logp, entropy = head(leaves[0], leaves[1], torch.tensor(case.target), case.options.get("temperature", 1.0))

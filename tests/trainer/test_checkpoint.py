@@ -1,4 +1,4 @@
-"""Checkpoints: bit-exact, whole after a kill at any moment, damage recognised."""
+"""Checkpoints are bit-exact and survive a kill at any moment; damaged ones are recognised."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 class Tied(nn.Module):
-    """A model with what real ones have: tied weights, a buffer, dropout, two dtypes."""
+    """A model with the features of real ones: tied weights, a buffer, dropout, two dtypes."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ class Tied(nn.Module):
 
 
 class Training:
-    """A small training: two models with an AdamW each, a schedule, and noise from all three generators."""
+    """A small training: two models, each with AdamW and a schedule, and noise from all three random generators."""
 
     def __init__(self, seed=0):
         torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
@@ -91,7 +91,7 @@ def test_a_resumed_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     assert resumed.models["policy"].head.weight is resumed.models["policy"].embed.weight
     assert resumed.run(5) == losses[4:]
     torch.testing.assert_close(resumed.state(), whole.state(), rtol=0, atol=0)
-    # rates as well, which fall at the end
+    # the learning rate is restored too: it falls towards the end
     rate = resumed.optimisers["judge"].param_groups[0]["lr"]
     assert 0 <= rate < 1e-3 and rate == whole.optimisers["judge"].param_groups[0]["lr"]
 
@@ -111,7 +111,7 @@ def test_the_newest_are_kept_and_a_step_may_be_saved_again(tmp_path):
     torch.testing.assert_close(other.state(), training.state(), rtol=0, atol=0)
 
 
-def test_no_checkpoint_is_none(tmp_path):
+def test_loading_without_a_checkpoint_returns_none(tmp_path):
     assert load(tmp_path / "new", {}, {}) is None
 
 
@@ -138,19 +138,19 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_used(tmp_path,
     assert torch.equal(other.state()[0]["policy.embed.weight"], expected)
     (message,) = said
     assert "step-00000002 is damaged: " in message and "the checkpoint before it is used" in message
-    # it is out of the way of those to come, and not lost
+    # it is renamed, so that it is neither read again nor lost
     assert [p.name for p in checkpoints(tmp_path)] == [good.name]
     assert (tmp_path / "damaged-step-00000002").is_dir()
 
 
-def test_where_all_are_damaged_nothing_begins_anew_in_silence(tmp_path):
+def test_damage_to_every_checkpoint_is_an_error(tmp_path):
     training = Training()
     (training.save(tmp_path) / "policy.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="expected an intact checkpoint, but all 1 are damaged"):
         training.load(tmp_path, tell=lambda text: None)
 
 
-def test_a_checkpoint_of_another_training_is_named(tmp_path):
+def test_loading_a_checkpoint_of_another_training_names_the_difference(tmp_path):
     training = Training()
     training.save(tmp_path)
     with pytest.raises(CheckpointError, match="expected models policy, got judge, policy"):
@@ -182,14 +182,14 @@ def test_bad_arguments(tmp_path):
         save(tmp_path, 1, {}, {}, {}, keep=0)
     with pytest.raises(TypeError, match="not JSON serializable"):
         save(tmp_path, 1, {}, {}, {"x": object()})
-    # what failed is not taken for a checkpoint, and does not disturb the next
+    # a failed save leaves no checkpoint and does not disturb the next one
     assert load(tmp_path, {}, {}) is None
     save(tmp_path, 1, {}, {}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def filled(step):
-    """Objects all of whose numbers are the step."""
+    """Returns a model and an optimiser whose weights and moments all equal the step."""
     model = nn.Linear(200, 50)
     optimiser = torch.optim.AdamW(model.parameters())
     for p in model.parameters():
@@ -203,7 +203,7 @@ def filled(step):
 
 
 def writes_until_killed(folder):
-    """Goes on from the newest checkpoint and says each step whose checkpoint is written."""
+    """Resumes from the newest checkpoint, and prints each step after its checkpoint is written."""
     found = load(folder, *filled(0))
     step = found.step if found else 0
     while True:
@@ -213,7 +213,7 @@ def writes_until_killed(folder):
 
 
 def forks_writers(folder):
-    """Starts one after the other, for each line that it reads, and says its process and its end."""
+    """Forks a writer for each line of standard input, one after the other; prints its process id and exit status."""
     # a fork copies no threads
     torch.set_num_threads(1)
     filled(0)
@@ -238,7 +238,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     cut = 0
     for _ in range(25):
         driver.stdin.write("another\n")
-        # from when it works, so that each round gets on
+        # wait until it has saved a step, so that each round makes progress
         said = [driver.stdout.readline(), driver.stdout.readline()]
         (process,) = (int(line.split()[1]) for line in said if line.startswith("process"))
         time.sleep(rng.random() * 0.03)
@@ -251,12 +251,12 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         assert all(damage(path) is None for path in checkpoints(tmp_path))
         models, training = filled(0)
         found = load(tmp_path, models, training, tell=pytest.fail)
-        # what was told to be written is not lost, and all of it is of one step
+        # a checkpoint that was reported is not lost, and all its numbers are of one step
         assert found.step == found.extra["step"] and last <= found.step <= last + 1
         for p in models["model"].parameters():
             assert (p == found.step).all() and (training["optimiser"].state[p]["exp_avg"] == found.step).all()
     driver.stdin.close()
     assert driver.wait(20) == 0
     driver.stdout.close()
-    # otherwise the kills missed the writing
+    # enough kills came in the middle of a save
     assert cut >= 8

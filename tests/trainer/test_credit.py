@@ -1,4 +1,4 @@
-"""Token credit: each token has its channel's advantage, wherever tokens cut the tags."""
+"""Token credit gives each token the advantage of its channel, even where a token crosses a tag."""
 
 import pytest
 import torch
@@ -37,8 +37,8 @@ def scores(tokenizer):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_sections_have_their_channels_advantage(merged):
-    # in the second vocabulary the answers are within tokens that begin in the tag
+def test_tokens_get_the_advantage_of_their_section(merged):
+    # in the merged vocabulary an answer shares its token with the end of its tag
     tokenizer = train_tokenizer([*TEXTS] * 50 if merged else ["red blue star one"] * 50)
     batch = answered(tokenizer)
     pieces = [[tokenizer.decode([token]) for token in rollout.token_ids] for rollout in batch.rollouts]
@@ -51,7 +51,7 @@ def test_sections_have_their_channels_advantage(merged):
         before = [len("".join(pieces[row][:i]).encode()) for i in range(len(found))]
         text = TEXTS[row]
         for value, place in zip(found.tolist(), before):
-            # white space at a section's ends belongs to it: its tokens lie between the tags
+            # whitespace at the ends of a section belongs to it, because it lies between the tags
             caption = text.index("<caption>") + 9 <= place < text.index("</caption>")
             think = text.index("<think>") + 7 <= place < text.index("</think>")
             answer = text.index("<answer>") + 8 <= place < text.index("</answer>")

@@ -1,4 +1,4 @@
-"""What `make demo` shows, on a shorter run of its settings: every stage improves what it is for."""
+"""On a shorter run of `make demo` every stage improves the metrics that it trains."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,11 @@ from prism.runtime.log import read_metrics
 from prism.runtime.runtime import Runtime
 
 ROOT = Path(__file__).parents[2]
-# the demo's settings, but for fewer steps and responses
+# fewer steps and responses than the demo's settings
 SHORTER = {
     "optimiser.sft.steps": 160,
     "optimiser.warmup.steps": 40,
-    # greedy alone: the responses at temperature 1 take as long again
+    # greedy evaluation only: responses at temperature 1 would double its time
     "evaluation.sampled": False,
     "log.rollouts_every": 0,
     "log.console": "quiet",
@@ -26,22 +26,22 @@ STAGES = ("sft", "warmup", "align", "rlvr")
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    """The folder of a run of the demo's stages."""
+    """The folder of a shorter run of the demo."""
     folder = tmp_path_factory.mktemp("demo")
     one = Runtime(load_config(ROOT / "configs" / "tiny.toml", {**SHORTER, "run.folder": str(folder)}))
     run_stages(one)
     return folder
 
 
-def test_every_stage_improves_what_it_is_for(short):
+def test_every_stage_improves_the_metrics_that_it_trains(short):
     evaluations = json.loads((short / "evaluations.json").read_text())
     found = improvements(evaluations)
     assert [one.stage for one in found] == ["sft"] * 2 + ["warmup"] * 2 + ["align"] * 3 + ["rlvr"]
     assert [one for one in found if not one.holds and one.stage != "rlvr"] == []
-    # two standard errors are for the whole run: this one is shorter, and rounding differs from machine to machine
+    # one standard error instead of the demo's two: this run is shorter, and rounding differs between machines
     rise = found[-1].figures
     assert rise["after"] - rise["before"] > rise["standard_error"]
-    # on enough held-out problems to tell
+    # the test split is large enough for that comparison
     assert evaluations["rlvr"]["test"]["samples"] >= 1000
 
 
@@ -50,7 +50,7 @@ def test_alignment_halves_the_errors_of_perception(short):
     assert evaluations["align"]["perception_error"] < evaluations["sft"]["perception_error"] / 2
 
 
-def test_its_metrics_tell_the_same(short):
+def test_the_metrics_of_each_stage_improve(short):
     steps = {}
     for row in read_metrics(short / "metrics.jsonl"):
         steps.setdefault(row["stage"], []).append(row)

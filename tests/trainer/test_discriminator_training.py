@@ -47,7 +47,7 @@ def optimiser_of(model, lr=2e-3):
 
 
 def still(model):
-    """An optimiser that changes nothing, so that gradients can be compared."""
+    """Returns an optimiser that changes no weight, so that gradients can be compared."""
     return GuardedOptimiser(torch.optim.SGD(model.parameters(), lr=0.0), clip_norm=1e9)
 
 
@@ -55,7 +55,7 @@ def parameters_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def test_a_step_gives_the_scores_from_before_it_and_moves_the_weights():
+def test_a_step_returns_the_scores_before_it_and_updates_the_weights():
     model, samples = make_model(), [sample(0, 3), sample(1, 1), sample(2, 2)]
     with torch.no_grad():
         before = score_groups(model, samples, ENCODER)
@@ -73,7 +73,7 @@ def test_a_step_gives_the_scores_from_before_it_and_moves_the_weights():
 
 def test_the_number_of_packs_does_not_change_the_step():
     samples = [sample(0, 3), sample(1, 1), sample(2, 2), sample(3, 2, teacher=False)]
-    # the load-balance loss is a pack's own
+    # the load-balance loss depends on the packs
     settings = DiscriminatorSettings(aux_coef=0.0)
     results = []
     for budget in (16384, 1):
@@ -97,8 +97,8 @@ def test_the_number_of_packs_does_not_change_the_step():
     assert parts.pairs["reasoning"].totals.tolist() == pytest.approx(whole.pairs["reasoning"].totals.tolist(), rel=1e-4)
 
 
-def test_no_valid_pair_takes_no_step_and_says_so():
-    # the published loss (method's defect G) here pushes the teacher's score up with nothing to compare it to
+def test_without_a_valid_pair_the_step_is_skipped_with_a_reason():
+    # the published loss (defect G) pushes the teacher's score up here, without a student to compare it with
     invalid = [replace(sample(0), responses=["no tags", "<caption>a</caption>"]), sample(1, teacher=False)]
     model = make_model()
     weights = parameters_of(model)
@@ -124,7 +124,7 @@ def test_a_group_without_any_valid_text_is_not_computed():
 
 
 @pytest.mark.parametrize("where", ["score", "gradient"])
-def test_what_is_not_finite_takes_no_step(where):
+def test_a_non_finite_score_or_gradient_skips_the_step(where):
     model = make_model()
     if where == "score":
         with torch.no_grad():
@@ -133,7 +133,7 @@ def test_what_is_not_finite_takes_no_step(where):
         model.value_head.weight.register_hook(lambda g: g * torch.inf)
     weights = parameters_of(model)
     result = discriminator_step(model, prepare_groups([sample(0)], ENCODER), optimiser_of(model))
-    # a score of NaN is no valid score
+    # a NaN score is invalid, so the reason may also be that there is no valid pair
     assert result.skipped in ("the gradient's norm is not finite: inf", "the gradient's norm is not finite: nan") or (
         where == "score" and result.skipped is not None
     )
@@ -154,7 +154,7 @@ def test_the_balance_losses_reach_the_router_of_every_layer():
     for with_aux, without in zip(*gradients):
         assert not torch.allclose(with_aux, without)
     assert result.expert_counts.shape == (SIZE.layers, 5, SIZE.experts)
-    # each token chose as many experts as it should; the last layer computes the scored tokens alone
+    # each token has its number of experts; the last layer computes only the scored tokens
     pack = prepared.packs[0].pack
     tokens = torch.tensor([len(pack.input_ids), len(pack.last_index)])
     torch.testing.assert_close(result.expert_counts.sum((1, 2)), (tokens * SIZE.experts_per_token).float())
@@ -170,14 +170,14 @@ def train(model, steps=30, view=None, seed=0):
     return result
 
 
-def test_training_tells_held_out_pairs_apart_and_the_controls_show_by_what():
+def test_training_separates_held_out_pairs_and_the_controls_find_no_shortcut():
     model = make_model()
     train(model)
     held_out = [sample(9000 + i, 2, colour=("red", "blue")[i % 2]) for i in range(8)]
     found = shortcut_controls(model, held_out, ENCODER)
     assert found["as it is"]["perception"].accuracy >= 0.8
     assert found["as it is"]["reasoning"].accuracy >= 0.8
-    # the caption is right only for the image that is there: on the other image the wrong colour wins
+    # a caption is right for its own image only: on the other image the wrong colour wins
     assert found["swapped images"]["perception"].accuracy <= 0.2
     for name in ("last token alone", "first token alone"):
         assert found[name]["perception"].accuracy == 0.5 and found[name]["reasoning"].accuracy == 0.5
@@ -203,7 +203,7 @@ def test_text_only_and_dense_discriminators_train_with_the_same_step():
     assert "swapped images" not in shortcut_controls(model, samples, ENCODER)
 
 
-def test_swapped_images_leave_out_what_has_no_partner():
+def test_swapping_images_leaves_out_samples_without_a_partner():
     samples = [sample(0), sample(1, colour="blue"), replace(sample(2), images=[])]
     swapped = swap_images(samples)
     assert [s.images[0].getpixel((0, 0)) for s in swapped] == [COLOURS["blue"], COLOURS["red"]]
@@ -211,7 +211,7 @@ def test_swapped_images_leave_out_what_has_no_partner():
     assert swap_images(samples[:1]) == []
 
 
-def test_within_group_auc_counts_pairs_of_a_group_and_ties_as_halves():
+def test_within_group_auc_counts_pairs_of_one_group_and_a_tie_as_half():
     rng = np.random.default_rng(0)
     score = torch.tensor(rng.integers(0, 4, 60), dtype=torch.float32)
     right, group = torch.tensor(rng.random(60) < 0.5), torch.tensor(rng.integers(0, 7, 60))
@@ -234,7 +234,7 @@ def test_scores_that_differ_by_rounding_are_ties():
     assert within_group_auc(score, right, torch.tensor([0, 0, 1, 1])) == (0.75, 2)
 
 
-def test_report_leaves_out_what_has_no_score():
+def test_the_report_leaves_out_samples_without_a_score():
     nan = torch.nan
     scores = GroupScores(
         perception=torch.tensor([1.0, nan, 3.0, 0.0]),
@@ -263,8 +263,8 @@ def test_bad_settings_and_samples_are_named():
         shortcut_controls(make_model(), [sample(0, teacher=False)], ENCODER)
 
 
-def test_hard_clipped_scores_lose_their_gradient_and_ours_do_not():
-    # the published scores, clipped at 10 (method's defect F), have no way back
+def test_hard_clipped_scores_lose_their_gradient_and_softly_clipped_ones_do_not():
+    # published scores are clipped at 10 (defect F): a clipped score has no gradient and never returns
     from prism_kernels import pair_loss
 
     student = torch.tensor([25.0], requires_grad=True)

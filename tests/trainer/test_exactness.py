@@ -1,6 +1,6 @@
-"""The gradients of every step are those of the whole batch, however it is cut into packs.
+"""Every step has the gradients of the whole batch, however the batch is cut into packs.
 
-In fp64 to 1e-12, in fp32 to 1e-5, of the gradient's norm.
+Bounds relative to the gradient's norm: 1e-12 in fp64, 1e-5 in fp32.
 """
 
 import copy
@@ -30,7 +30,7 @@ from prism.stages.align import align
 from prism.stages.update import imitate, policy_update
 
 ENCODER = PromptEncoder(TOKENIZER, tiny_image_processor(SIZE))
-# gradients are left as they are
+# a step changes no weight and clips no gradient
 STILL = {"lr": 0.0, "weight_decay": 0.0, "clip_norm": 1e9, "steps": 4}
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
 LONGEST = 16
@@ -45,7 +45,7 @@ def dtype(request, monkeypatch):
 @pytest.fixture(scope="module")
 def untrained():
     model, _ = tiny_policy(SIZE, tokenizer=TOKENIZER)
-    # larger than at initialisation, so that every part of the model matters
+    # larger weights than at initialisation, so that every part of the model matters
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name:
@@ -62,7 +62,7 @@ def problems():
 
 @pytest.fixture(scope="module")
 def answered(untrained):
-    """Rollouts of a policy, with texts that are scored, mostly."""
+    """Rollouts of a policy; four of five texts have the scored format."""
     found = problems()
     prompts = [problem.encoded(ENCODER) for problem in found]
     rollouts = Engine(untrained, TOKENIZER).generate(prompts, Sampling(group=4, max_new_tokens=LONGEST), seed=3)
@@ -84,13 +84,13 @@ def gradients(model):
 
 
 def budgets(prompts, responses, owner):
-    """Tokens of a pack that holds one response, a few, and all of them."""
+    """Returns pack sizes in tokens that hold one response, two or more, and all of them."""
     sizes = [len(prompts[p].input_ids) + len(r) for p, r in zip(owner, responses)]
     return [max(sizes), 2 * max(sizes), 10**6]
 
 
 def agree(found, dtype):
-    """All gradients equal the last one's, whose batch is whole."""
+    """Asserts that all gradients equal the last ones, which are of the whole batch in one pack."""
     *others, wanted = found
     norm = float(torch.cat([g.flatten() for g in wanted.values()]).norm())
     assert norm > 0.01 and len(wanted) > 40
@@ -98,11 +98,11 @@ def agree(found, dtype):
         assert got.keys() == wanted.keys()
         error = max(float((got[name] - wanted[name]).norm()) for name in wanted)
         assert error <= BOUNDS[dtype] * norm, error / norm
-        # and it is no wonder: the sums were taken in another order
+        # an error of 0 would mean that the packs were the same
         assert error > 0
 
 
-def test_a_supervised_step_is_that_of_the_whole_batch(untrained, dtype):
+def test_packs_do_not_change_a_supervised_step(untrained, dtype):
     found = []
     batch = problems() * 2
     responses = [TOKENIZER(problem.teacher)["input_ids"] + [0] for problem in batch]
@@ -122,7 +122,7 @@ ALGORITHMS = {
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_step_of_rlvr_is_that_of_the_whole_batch(untrained, answered, dtype, name):
+def test_packs_do_not_change_a_step_of_rlvr(untrained, answered, dtype, name):
     advantage = torch.randn(len(answered.rollouts), generator=torch.Generator().manual_seed(1), dtype=dtype)
     algorithm = RlvrAlgorithm(**ALGORITHMS[name])
     reference = policy_of(untrained, dtype)
@@ -140,7 +140,7 @@ def test_a_step_of_rlvr_is_that_of_the_whole_batch(untrained, answered, dtype, n
         found.append(gradients(policy))
         logs.append(log)
     agree(found, dtype)
-    # what is logged is of all tokens, whatever the packs
+    # metrics cover all tokens, whatever the packs
     for log in logs[:2]:
         assert log == pytest.approx(logs[2], rel=BOUNDS[dtype] * 10, abs=BOUNDS[dtype] * 10)
     assert logs[0]["tokens"] == int(answered.lengths.sum())
@@ -173,12 +173,12 @@ def test_the_fused_loss_takes_the_same_step(untrained, answered, dtype, name):
     assert logs[1] == pytest.approx(wanted, rel=BOUNDS[dtype] * 10, abs=BOUNDS[dtype] * 10)
 
 
-def test_both_players_steps_in_alignment_are_those_of_the_whole_batch(untrained, answered, dtype):
-    """Each discriminator's pack holds a group whole, so that there one group is the least."""
+def test_packs_do_not_change_the_steps_of_policy_and_discriminator_in_alignment(untrained, answered, dtype):
+    """A discriminator's pack holds whole groups, so its smallest pack is one group."""
     settings = load_config(
         None,
         {
-            # the load-balance loss is a pack's own, see below
+            # the load-balance loss depends on the packs, see the last test
             "discriminator.aux_coef": 0.0,
             "discriminator.z_coef": 0.1,
             "data.prompt_tokens": 256,
@@ -230,7 +230,7 @@ def _prepared(answered, budget, groups=slice(None)):
     return prepare_groups(samples, ENCODER, ScoreLimits(budget=budget)).packs
 
 
-def test_the_load_balance_loss_is_each_packs_own_weighted_by_its_tokens(answered, dtype):
+def test_the_load_balance_loss_is_the_mean_over_packs_weighted_by_tokens(answered, dtype):
     def step(samples, budget, coefficient):
         model = scorer_of(dtype)
         prepared = prepare_groups(samples, ENCODER, ScoreLimits(budget=budget))
@@ -239,7 +239,7 @@ def test_the_load_balance_loss_is_each_packs_own_weighted_by_its_tokens(answered
         return gradients(model), sum(len(part.pack.input_ids) for part in prepared.packs)
 
     def balance(samples, budget):
-        """The load-balance loss' own gradient, and the tokens that it is of."""
+        """Returns the gradient of the load-balance loss alone, and the number of tokens."""
         (with_it, tokens), (without, _) = (step(samples, budget, coefficient) for coefficient in (1.0, 0.0))
         return {name: with_it[name] - without[name] for name in without}, tokens
 
@@ -253,6 +253,6 @@ def test_the_load_balance_loss_is_each_packs_own_weighted_by_its_tokens(answered
     assert size > 0.01
     bound = BOUNDS[dtype] * 100
     assert all(float((cut[name] - summed[name]).norm()) <= bound * size for name in cut)
-    # and not that of all packs together
+    # it differs from the loss over one pack of everything
     whole, _ = balance(samples, 10**6)
     assert any(float((cut[name] - whole[name]).norm()) > 0.01 * size for name in cut)

@@ -22,7 +22,7 @@ class Terminal(io.StringIO):
 def test_every_step_is_a_line_of_json(tmp_path):
     with RunLog(tmp_path / "run" / "metrics.jsonl", console="quiet") as log, log.stage("sft", 2):
         log.step(1, {"loss": torch.tensor(0.5), "load": np.array([1, 2]), "pairs": {"perception": 0.25}, "kind": "é"})
-        # what was written is there though nothing was closed
+        # a step is on the disk before the log is closed
         assert len(read_metrics(log.path)) == 1
         log.step(2, {"loss": 1, "skipped": True, "none": None})
     assert read_metrics(log.path) == [
@@ -31,7 +31,7 @@ def test_every_step_is_a_line_of_json(tmp_path):
     ]
 
 
-def test_values_that_are_not_finite_are_null_and_counted(tmp_path):
+def test_non_finite_values_become_null_and_are_counted(tmp_path):
     with RunLog(tmp_path / "metrics.jsonl", console="quiet") as log, log.stage("align", 2):
         log.step(
             1, {"loss": math.nan, "norm": torch.tensor(math.inf), "pairs": {"gap": -math.inf}, "x": [1.0, math.nan]}
@@ -44,7 +44,7 @@ def test_values_that_are_not_finite_are_null_and_counted(tmp_path):
     assert log.non_finite == {"loss": 2, "norm": 1, "pairs.gap": 1, "x": 1}
 
 
-def test_going_on_cuts_what_is_done_again(tmp_path):
+def test_resuming_cuts_the_steps_that_will_be_repeated(tmp_path):
     path = tmp_path / "metrics.jsonl"
 
     def steps(log, first, last):
@@ -60,7 +60,7 @@ def test_going_on_cuts_what_is_done_again(tmp_path):
         steps(log, 1, 3)
         state = json.loads(json.dumps(log.state_dict()))
         steps(log, 4, 5)
-    # as a kill would leave it
+    # a kill leaves half a line
     with path.open("ab") as file:
         file.write(b'{"stage": "rlvr", "st')
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5]
@@ -74,7 +74,7 @@ def test_going_on_cuts_what_is_done_again(tmp_path):
         assert read_metrics(path) == []
 
 
-def test_a_file_that_was_cut_by_somebody_else_is_an_error(tmp_path):
+def test_a_file_shorter_than_its_checkpoint_says_is_an_error(tmp_path):
     with RunLog(tmp_path / "metrics.jsonl", console="quiet") as log:
         log.step(1, {})
         state = log.state_dict()
@@ -86,7 +86,7 @@ def test_a_file_that_was_cut_by_somebody_else_is_an_error(tmp_path):
         log.load_state_dict(state)
 
 
-def test_one_line_a_step_where_there_is_no_terminal(tmp_path):
+def test_without_a_terminal_each_step_is_one_line(tmp_path):
     out = io.StringIO()
     with RunLog(tmp_path / "metrics.jsonl", stream=out) as log, log.stage("align", 60, done=8):
         log.step(9, {"loss": 0.123456, "norm": math.nan, "kind": "text", "tokens": 1200, "pairs": {"gap": 1.0}})
@@ -117,7 +117,7 @@ def test_a_bar_on_a_terminal_lines_on_request_and_silence(tmp_path):
     assert seen["quiet"] == ""
 
 
-def test_the_bar_is_taken_down_after_an_error(tmp_path):
+def test_the_progress_bar_is_closed_after_an_error(tmp_path):
     out = Terminal()
     log = RunLog(tmp_path / "metrics.jsonl", stream=out)
     with pytest.raises(RuntimeError, match="broken"), log.stage("sft", 3):

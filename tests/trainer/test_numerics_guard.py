@@ -1,4 +1,4 @@
-"""A loss, a gradient or a score that is not finite: no step, in any stage; it is counted, and its batch is saved."""
+"""In every stage a step with a non-finite loss, gradient or score is skipped and counted, and its batch is saved."""
 
 import copy
 
@@ -42,12 +42,12 @@ def same(model, before):
 
 
 def spoil(parameter, calls):
-    """Makes a parameter's gradient infinite at some of the backward passes."""
+    """Makes a parameter's gradient infinite in the backward passes where `calls` is true."""
     left = iter(calls)
     return parameter.register_hook(lambda g: g * (torch.inf if next(left, False) else 1.0))
 
 
-def test_steps_of_the_discriminator_are_counted_one_by_one(tmp_path):
+def test_skipped_steps_of_the_discriminator_are_counted_and_saved(tmp_path):
     model = make_model()
     optimiser = StageOptimiser(model, ADAM, 20, failures=tmp_path)
     prepared = prepare_groups(make_samples(), ENCODER)
@@ -64,7 +64,7 @@ def test_steps_of_the_discriminator_are_counted_one_by_one(tmp_path):
     assert saved["skipped"] == reason
     assert torch.equal(saved["packs"][0]["input_ids"], prepared.packs[0].pack.input_ids)
     assert torch.equal(saved["packs"][0]["pixel_values"], prepared.packs[0].pixel_values)
-    # no pair: no step, yet nothing that is not finite
+    # no valid pair: the step is skipped, but it is not a numerical failure
     none = prepare_groups([make_samples()[2]], ENCODER)
     result = discriminator_step(model, none, optimiser)
     assert (result.skipped, optimiser.failed_in_a_row) == ("no valid pair", 2)
@@ -87,7 +87,7 @@ def test_ten_in_a_row_stop_the_discriminator():
 
 @pytest.fixture
 def game():
-    """A policy with its answers, whose texts are scored."""
+    """A policy and rollouts of it, whose texts have the scored format."""
     model, _ = tiny_policy(SIZE, tokenizer=TOKENIZER)
     teacher = response("- a red star", "One.", "1")
     problems = [
@@ -103,7 +103,7 @@ def game():
 @pytest.mark.parametrize(
     "broken", ["discriminator's gradient", "discriminator's score", "policy's gradient", "nothing"]
 )
-def test_alignment_takes_no_step_on_what_is_not_finite(game, tmp_path, broken):
+def test_alignment_skips_non_finite_steps(game, tmp_path, broken):
     policy, answered = game
     model = make_model()
     optimisers = {
@@ -115,19 +115,19 @@ def test_alignment_takes_no_step_on_what_is_not_finite(game, tmp_path, broken):
     elif broken == "policy's gradient":
         spoil(policy.model.lm_head.weight, [True])
     elif broken == "discriminator's score":
-        # of one sample alone, by a word that no other has
+        # a word of one sample only, so that only its score is NaN
         word = TOKENIZER("item", add_special_tokens=False)["input_ids"][-1]
         with torch.no_grad():
             model.backbone.language_model.embed_tokens.weight[word] = torch.nan
     before = weights(policy), {k: v.nan_to_num() for k, v in weights(model).items()}
-    # there is no reference policy here
+    # no KL term, because this run has no reference policy
     settings = config(**{"discriminator.steps": 2, "algorithm.align.kl_coef": 0.0})
     run = FixedRun(settings, answered, policy=policy, discriminator=model, encoder=ENCODER, **optimisers)
     align(run)
     counts = run.metrics[0]["skipped"], run.metrics[0]["d_skipped"]
     expected = {
         "discriminator's gradient": (0, 1),
-        # rewards that are not finite teach nothing, and not that their samples are as good as others
+        # a non-finite reward skips the policy's step too, instead of counting as an average one
         "discriminator's score": (1, 2),
         "policy's gradient": (1, 0),
         "nothing": (0, 0),
@@ -174,7 +174,7 @@ def test_scores_are_those_from_before_the_first_of_several_updates(game):
     assert logged[0] == logged[1] and logged[0]["d_grad_norm"] > 0
 
 
-def test_a_run_saves_the_batch_of_a_step_that_it_does_not_take(tmp_path):
+def test_a_run_saves_the_batch_of_a_skipped_step(tmp_path):
     one = Runtime(settings(tmp_path, **{"run.stages": ["sft"]}))
     spoil(one.policy.model.model.language_model.norm.weight, [False, True, False])
     run_stages(one)

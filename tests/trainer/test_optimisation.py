@@ -1,4 +1,4 @@
-"""The optimiser of a stage: updates that bf16 would lose, states, and the guard against what is not finite."""
+"""The optimiser of a stage: updates that bf16 would lose, states, and the guard against non-finite numbers."""
 
 import copy
 
@@ -10,7 +10,7 @@ from prism.config import StageAdam, WarmupAdam
 from prism.runtime import checkpoint
 from prism.runtime.optimiser import GuardedOptimiser, MasterAdamW, NotFiniteError, StageOptimiser
 
-# 1e-6 of weights of about 1: bf16 numbers lie 1/128 apart there
+# an update is about 1e-6, and bf16 numbers between 1 and 2 lie 1/128 apart
 SETTINGS = StageAdam(lr=1e-6, steps=1000, weight_decay=0.0, clip_norm=1e9)
 
 
@@ -31,7 +31,7 @@ class Mixed(nn.Module):
 def train(model, optimiser, steps, first=0):
     for step in range(first, first + steps):
         with optimiser.step() as update:
-            # steps in one direction, and now and then back
+            # every fifth step goes the other way
             update.backward(model(-1.0 if step % 5 == 4 else 1.0))
         assert update.skipped is None
         optimiser.next_rate()
@@ -48,11 +48,11 @@ def test_a_thousand_small_updates_of_bf16_weights_are_not_lost():
     for _ in range(1000):
         plain.body.grad = torch.ones_like(plain.body)
         lost.step()
-    assert torch.equal(plain.body, before), "otherwise nothing is shown"
+    assert torch.equal(plain.body, before), "plain bf16 must lose these updates, or this test shows nothing"
     (copied,) = optimiser.state_dict()["optimiser"]["copies"]
     moved = (before.float() - copied).double()
     assert 3e-4 < float(moved.mean()) < 1e-3
-    # the gradients are the same in bf16, so that the copies go as fp32 weights do, to the bit
+    # bf16 holds these gradients exactly, so the fp32 copies equal fp32 weights bit for bit
     assert torch.equal(copied, wide.body) and torch.equal(halves.head, wide.head)
     assert torch.equal(halves.body, copied.bfloat16())
     # a larger rate shows in the weights themselves
@@ -68,7 +68,7 @@ def fail(optimiser, batch=None):
 
 
 class Headed(Mixed):
-    """The same with a value head, as a discriminator has."""
+    """Mixed with a value head, as a discriminator has one."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +78,7 @@ class Headed(Mixed):
         return super().forward(sign) + self.value_head(self.head)[0]
 
 
-def test_a_value_head_learns_at_a_rate_of_its_own_and_goes_on_so(tmp_path):
+def test_a_value_head_keeps_its_learning_rate_after_a_resume(tmp_path):
     settings = WarmupAdam(lr=1e-3, steps=40, schedule="cosine", warmup=0.1, weight_decay=0.0, head_rate=25)
 
     def begun():
@@ -106,7 +106,7 @@ def test_a_value_head_learns_at_a_rate_of_its_own_and_goes_on_so(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
 
 
-def test_copies_are_a_part_of_the_checkpoint(tmp_path):
+def test_fp32_copies_are_saved_in_the_checkpoint(tmp_path):
     whole, first = Mixed(), Mixed()
     optimiser = StageOptimiser(whole, SETTINGS, 1000)
     train(whole, optimiser, 40)
@@ -123,7 +123,7 @@ def test_copies_are_a_part_of_the_checkpoint(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), whole.state_dict().values()))
 
 
-def test_a_step_of_what_has_no_gradient_changes_nothing():
+def test_a_step_leaves_parameters_without_a_gradient_alone():
     model = Mixed()
     optimiser = StageOptimiser(model, SETTINGS, 10)
     before = copy.deepcopy(model.state_dict())
@@ -133,7 +133,7 @@ def test_a_step_of_what_has_no_gradient_changes_nothing():
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "adamw_bf16"])
-def test_torchaos_optimisers_keep_small_updates_by_chance_and_resume_to_the_bit(tmp_path, name):
+def test_torchao_optimisers_preserve_small_updates_in_expectation_and_resume_to_the_bit(tmp_path, name):
     pytest.importorskip("torchao")
     settings = StageAdam(name=name, lr=1e-4, steps=40, schedule="linear", weight_decay=0.0, clip_norm=1e9)
     with torch.compiler.set_stance("force_eager"):
@@ -144,7 +144,7 @@ def test_torchaos_optimisers_keep_small_updates_by_chance_and_resume_to_the_bit(
         train(whole, optimiser, 20)
         checkpoint.save(tmp_path, 20, {"model": whole}, {"stage": optimiser}, {})
         train(whole, optimiser, 20, first=20)
-        # rounded to the nearest, none would have moved
+        # with rounding to nearest no weight would have moved
         moved = float((before.float() - whole.body.float()).mean())
         assert 5e-4 < moved < 3e-3
         other = Mixed()
@@ -155,7 +155,7 @@ def test_torchaos_optimisers_keep_small_updates_by_chance_and_resume_to_the_bit(
         assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), whole.state_dict().values()))
 
 
-def test_the_batches_of_steps_that_are_not_taken_are_saved(tmp_path):
+def test_the_batches_of_skipped_steps_are_saved(tmp_path):
     model = nn.Linear(2, 1)
     optimiser = StageOptimiser(model, StageAdam(lr=1.0, steps=20), 20, failures=tmp_path / "not_finite")
     for step in range(StageOptimiser.MOST_FAILED - 1):
@@ -167,7 +167,7 @@ def test_the_batches_of_steps_that_are_not_taken_are_saved(tmp_path):
     assert saved == [f"step-{n + 1:06d}.pt" for n in range(9) if n != 3]
     found = torch.load(tmp_path / "not_finite" / "step-000003.pt", weights_only=True)
     assert (found["skipped"], found["step"], found["lr"]) == ("the loss is not finite", 2, 1.0)
-    # two of one step of the stage
+    # two skipped updates in one step of the stage
     for _ in range(2):
         fail(optimiser, dict)
     assert (tmp_path / "not_finite" / "step-000010-2.pt").exists()
@@ -178,7 +178,7 @@ def test_the_batches_of_steps_that_are_not_taken_are_saved(tmp_path):
             fail(optimiser, dict)
 
 
-def test_the_count_in_a_row_is_a_part_of_the_state():
+def test_the_count_of_failures_in_a_row_is_saved():
     optimiser, other = (StageOptimiser(nn.Linear(2, 1), StageAdam(lr=1.0, steps=20), 20) for _ in range(2))
     for _ in range(StageOptimiser.MOST_FAILED - 1):
         fail(optimiser)

@@ -20,7 +20,7 @@ def make_policy(seed=0):
 
 
 def separate_logps(stock, groups, pixels, grids, temperature):
-    """Each response with its own copy of the prompt and its images, through transformers' own forward."""
+    """Returns the log-probabilities of each response by transformers' forward over a copy of its prompt and images."""
     found = []
     patches = images = 0
     for group in groups:
@@ -66,7 +66,7 @@ def test_packed_logps_and_gradients_equal_separate_forwards(shapes, temperature)
     assert compared > 30
 
 
-def test_rows_of_each_response_begin_at_its_prompts_end():
+def test_the_rows_of_each_response_start_from_its_prompts_last_token():
     groups = [
         PrefixGroup([1, 2, 3], [Branch([4, 5], Kind.REASONING), Branch([6], Kind.REASONING)]),
         PrefixGroup([7], []),

@@ -1,6 +1,6 @@
-"""Defects of the published code: each is re-created, shown to be one, and not ours.
+"""Each test re-creates a defect of the published code, shows its harm, and shows that our code does not have it.
 
-docs/defects.md lists all of them; those that are not here are tested beside what they are about.
+docs/defects.md lists all defects; the tests of the others are beside those of the code that they concern.
 """
 
 import json
@@ -45,7 +45,7 @@ def ids_of(text):
 
 
 def read(stock, model, ids, place, attention_mask=None, **inputs):
-    """The score of one row of transformers' forward, at a place."""
+    """Returns the score of one row by transformers' forward, read at token `place`."""
     stock.rope_deltas = None
     row = torch.tensor([ids])
     mask = torch.ones_like(row) if attention_mask is None else attention_mask
@@ -62,7 +62,7 @@ TEXTS = [
 
 
 def scored_tokens_published(caption, think, answer):
-    """A: the token that each class is scored at, when the batch is padded to its longest row."""
+    """A: returns the token at which each class is scored, when the batch is padded to its longest row."""
     student = [
         ids_of(f"<caption>{caption}</caption>")[-1],
         [*ids_of(f"<think>{think}</think><answer>{answer}</answer>"), TERMINAL][-1],
@@ -76,8 +76,8 @@ def scored_tokens_published(caption, think, answer):
     return student, teacher
 
 
-def test_a_last_token_does_not_tell_the_classes_apart(model):
-    # published: whatever either of them writes, the token alone says who wrote it
+def test_a_the_last_token_does_not_separate_the_classes(model):
+    # published: the token alone shows whether the teacher or the student wrote the text
     published = [scored_tokens_published(*text) for text in TEXTS]
     students = {token for student, _ in published for token in student}
     teachers = {token for _, teacher in published for token in teacher}
@@ -88,11 +88,11 @@ def test_a_last_token_does_not_tell_the_classes_apart(model):
     pack = part.pack
     ends = pack.input_ids[pack.last_index]
     assert ends.shape == (10,) and set(ends.tolist()) == {TERMINAL}
-    # nor does the first one, which is the channel's tag
+    # the first token does not separate them either: it is the channel's tag
     begins = pack.input_ids[pack.last_index - pack.cu_branch.diff() + 1]
     assert begins[0::2].unique().numel() == begins[1::2].unique().numel() == 1
 
-    # a teacher's text in a student's mouth has the teacher's score
+    # a student's response that equals the teacher's has the teacher's score
     copied = Sample("How many?", [response("x", "y", "z")], teacher=response("x", "y", "z"))
     with torch.no_grad():
         scores = score_groups(model, [copied], ENCODER)
@@ -101,11 +101,11 @@ def test_a_last_token_does_not_tell_the_classes_apart(model):
 
 
 @torch.no_grad()
-def test_b_long_teacher_is_never_cut_in_silence(model):
+def test_b_a_long_teacher_is_never_cut_silently(model):
     long = "Step 1: look. " * 120
     teachers = [response(think=f"{long} The answer is {n}.", answer=str(n)) for n in (1, 2)]
     assert all(512 < len(ids_of(teacher)) < 2000 for teacher in teachers)
-    # published: both are the same 512 tokens, and the answer is not in them
+    # published: both are cut to the same 512 tokens, which do not contain the answer
     assert ids_of(teachers[0])[:512] == ids_of(teachers[1])[:512]
     assert "answer" not in TOKENIZER.decode(ids_of(teachers[0])[:512])
 
@@ -124,7 +124,7 @@ def test_b_long_teacher_is_never_cut_in_silence(model):
 
 
 @torch.no_grad()
-def test_c_scores_are_read_at_the_right_place_in_any_company(stock, model):
+def test_c_scores_are_read_at_the_right_token_in_any_batch(stock, model):
     captions = [
         "a star",
         "two red squares in row 1, column 2",
@@ -135,7 +135,7 @@ def test_c_scores_are_read_at_the_right_place_in_any_company(stock, model):
     rows = [[*prompt, *ids_of(f"<caption>{caption}"), TERMINAL] for caption in captions]
     right = [read(stock, model, row, -1) for row in rows]
 
-    # published: the batch is padded on the left, the place is counted as if on the right
+    # published: the batch is padded on the left, but the token is counted as if padding were on the right
     longest = max(map(len, rows))
     published = []
     for row in rows:
@@ -182,14 +182,14 @@ def test_e_warm_up_and_alignment_score_alike(stock, model):
 
 
 def pair_loss_published(teacher, student, valid):
-    """G: invalid students count as 0, and the sum is divided by the micro-batch's own count; the loss, the accuracy."""
+    """G: returns loss and accuracy; invalid students count as 0, and the sum is divided by the micro-batch's count."""
     student = torch.where(valid, student, 0.0)
     kept = valid if valid.any() else torch.ones_like(valid)
     loss = -logsigmoid(teacher - student)[kept].sum() / valid.sum().clamp(min=1)
     return loss, float((teacher > student)[kept].double().mean())
 
 
-def test_g_a_pair_weighs_the_same_in_any_micro_batch_and_none_teaches_nothing():
+def test_g_a_pair_weighs_the_same_in_any_micro_batch_and_no_pair_gives_no_gradient():
     rng = torch.Generator().manual_seed(0)
     student = torch.randn(8, generator=rng).requires_grad_()
     teacher = torch.randn(8, generator=rng)
@@ -207,7 +207,7 @@ def test_g_a_pair_weighs_the_same_in_any_micro_batch_and_none_teaches_nothing():
     (ours,) = torch.autograd.grad(sum(parts), student)
     torch.testing.assert_close(ours, torch.where(valid, slope / pairs, 0.0))
 
-    # published: without a valid sample teachers are pushed up against nothing, and the log is content
+    # published: without a valid sample the teachers' scores are pushed up anyway, and the accuracy looks good
     lone = torch.tensor([1.0] * 23 + [-1.0] * 2).requires_grad_()
     students, nothing = torch.randn(25, generator=rng), torch.zeros(25, dtype=torch.bool)
     loss, accuracy = pair_loss_published(lone, students, nothing)
@@ -221,20 +221,20 @@ def test_g_a_pair_weighs_the_same_in_any_micro_batch_and_none_teaches_nothing():
 
 
 def advantage_published(score, valid, penalty=1.5):
-    """I: an invalid sample has the smallest valid score - 1, and is in the group's mean and standard deviation."""
+    """I: an invalid sample gets the smallest valid score - 1, which enters the group's mean and standard deviation."""
     worst = min([s for s, ok in zip(score, valid) if ok], default=0.0) - 1
     filled = [s if ok else worst for s, ok in zip(score, valid)]
     mean, std = (0.0, 1.0) if len(filled) == 1 else (np.mean(filled), np.std(filled, ddof=1))
     return [(s - mean) / (std + 1e-6) - (0.0 if ok else penalty) for s, ok in zip(filled, valid)]
 
 
-def test_i_invalid_samples_are_in_nobodys_statistics():
+def test_i_invalid_samples_enter_no_statistics():
     def ours(score, valid):
         score = torch.tensor(score, dtype=torch.float64)
         group = torch.zeros(len(score), dtype=torch.int64)
         return prism_advantage(score, score, group, format_ok=torch.tensor(valid)).tolist()
 
-    # three good responses between five invalid ones: published, their z-scores shrink to 0.04 of what they were
+    # three valid responses and five invalid ones: published, the z-scores of the valid shrink to 0.04 of their size
     score, valid = [2.98, 3.0, 3.02, 0.0, 0.0, 0.0, 0.0, 0.0], [True] * 3 + [False] * 5
     alone = ours(score[:3], valid[:3])
     assert alone == pytest.approx([-1.0, 0.0, 1.0], abs=1e-3)
@@ -242,7 +242,7 @@ def test_i_invalid_samples_are_in_nobodys_statistics():
     assert (published[2] - published[0]) / 2 == pytest.approx(0.04, abs=0.005)
     assert ours(score, valid) == pytest.approx([*alone, *[-1.5] * 5])
 
-    # all invalid: published, every sample is pushed down and there is no baseline; ours, nothing is learnt of it
+    # all invalid: published, every sample is pushed down without a baseline; ours, no sample has an advantage
     assert advantage_published(score, [False] * 8) == pytest.approx([-1.5] * 8)
     assert ours(score, [False] * 8) == [0.0] * 8
     # one sample: published, its raw score is its advantage
@@ -267,7 +267,7 @@ def test_j_prompt_and_image_are_computed_once_a_group():
     lengths = [(len(texts.caption), len(texts.reasoning)) for texts in group.responses]
     plan = plan_tokens(shape.prompt, lengths, (len(group.teacher.caption), len(group.teacher.reasoning)))
     (published, theirs), (packed, ours) = found[PublishedScheme], found[PackedScheme]
-    # four forwards and the scoring's two for each response, each with prompt and image, and padded
+    # published: four training forwards and two scoring ones for each response, each padded, with prompt and image
     assert theirs["tokens"] >= plan.published + plan.published_scoring
     assert theirs["patches"] == 6 * shape.responses * shape.image_side**2
     assert ours == {"tokens": plan.packed, "patches": shape.image_side**2}
@@ -277,7 +277,7 @@ def test_j_prompt_and_image_are_computed_once_a_group():
 
 
 def spans_published(tokenizer, ids):
-    """K: the tokens of each segment's text, from where the text of every prefix ends."""
+    """K: returns the token span of each segment, found by decoding every prefix."""
     ends = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
     text, starts = tokenizer.decode(ids), [0, *ends[:-1]]
     spans = []
@@ -305,15 +305,15 @@ def test_k_segments_are_found_without_decoding(monkeypatch):
         found = find_segments(ids, [0, len(ids)], ENCODER.token_bytes)
         assert list(zip(found.start[0].tolist(), found.end[0].tolist())) == spans
         assert not decoded
-    # published: twice the text is nearly four times the work
+    # published: twice the text takes nearly four times the work
     assert all(after > 3 * before for before, after in pairwise(work))
-    # nor does the way from texts to packs decode anything
+    # building packs from texts decodes nothing either
     prepare_groups([Sample("How many?", texts, teacher=texts[0])], ENCODER)
     assert not decoded
 
 
 def format_published(text):
-    """L: each part is there somewhere, in order."""
+    """L: returns whether the parts appear in order, with anything between them."""
     return re.search(r"<caption>.*?</caption>.*?<think>.*?</think>.*?<answer>.*?</answer>", text, re.DOTALL) is not None
 
 
@@ -328,13 +328,13 @@ LOOSE = {
     "an empty caption": (response(caption=""), "empty_segment"),
     "empty thinking": (response(think=""), "empty_segment"),
     "an empty answer": (response(answer=""), "empty_segment"),
-    "text behind the answer": (response() + " Or is it 2?", "text_outside"),
+    "text after the answer": (response() + " Or is it 2?", "text_outside"),
 }
 
 
 @pytest.mark.parametrize(("text", "reason"), LOOSE.values(), ids=LOOSE)
 def test_l_the_grammar_is_strict(model, text, reason):
-    # a response without any of this is valid to both
+    # both accept a response without any of these faults
     assert format_published(response()) and split_response(response()) is not None
     assert format_published(text)
     ids = ids_of(text)
@@ -347,15 +347,15 @@ def test_l_the_grammar_is_strict(model, text, reason):
 
 
 @pytest.mark.parametrize("name", ["two answers", "an answer inside the thinking"])
-def test_l_no_answer_is_chosen_among_two(name):
+def test_l_a_response_with_two_answers_is_invalid(name):
     text, _ = LOOSE[name]
-    # published: the first wins, so that a guess in the thinking is graded
+    # published: the first answer wins, so a guess in the thinking is graded
     assert answer_published(text) == "1"
     assert split_response(text) is None
 
 
 class DatasetPublished:
-    """M: a row that fails to load is its neighbour, and without a file there are made-up rows."""
+    """M: a row that fails to load is replaced by its neighbour, and a missing file by made-up rows."""
 
     def __init__(self, path):
         made_up = [chat(number) for number in range(4)]
@@ -393,14 +393,14 @@ def test_m_no_row_is_replaced_and_none_made_up(tmp_path):
 
 
 def test_token_credit_keeps_the_caption_reward_off_the_thinking():
-    """One response of two has the better caption; both think alike."""
+    """One of two responses has the better caption; their thinking is equally good."""
     kind = torch.tensor([Kind.PERCEPTION] * 3 + [Kind.REASONING] * 4 + [Kind.ANSWER]).repeat(2)
     cu_seqlens = torch.tensor([0, 8, 16], dtype=torch.int32)
     perception, reasoning = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])
     group = torch.zeros(2, dtype=torch.int64)
     logp = torch.full((16,), -1.0, requires_grad=True)
 
-    # published: one number for all tokens of a response
+    # published: one advantage for all tokens of a response
     whole = prism_advantage(perception, reasoning, group)
     (pushed,) = torch.autograd.grad(policy_loss(logp, None, whole, cu_seqlens)[0], logp)
     assert (pushed[kind != Kind.PERCEPTION] != 0).all()
@@ -412,15 +412,15 @@ def test_token_credit_keeps_the_caption_reward_off_the_thinking():
 
 
 @torch.no_grad()
-def test_q_tokenisation_does_not_tell_the_classes_apart(stock, model):
+def test_q_tokenisation_does_not_separate_the_classes(stock, model):
     caption = "a red star in row 1"
     canonical = ids_of(f"<caption>{caption}")
-    # as a policy may sample it: the same text, a token at a time of one byte each
+    # a policy may sample the same text in other tokens, here one byte each
     alphabet = TOKENIZER.get_vocab()
     sampled = [alphabet[c] for c in "<caption>" + caption.replace(" ", "Ġ")]
     assert TOKENIZER.decode(sampled) == TOKENIZER.decode(canonical) and sampled != canonical
 
-    # published: the student's score is that of its sampled tokens, the teacher's that of canonical ones
+    # published: the student is scored on its sampled tokens, the teacher on canonical ones
     prompt = ENCODER.encode("How many?").input_ids
     student, teacher = (read(stock, model, [*prompt, *ids, TERMINAL], -1) for ids in (sampled, canonical))
     assert abs(student - teacher) > 1e-3
@@ -433,8 +433,8 @@ def test_q_tokenisation_does_not_tell_the_classes_apart(stock, model):
     torch.testing.assert_close(scores.perception[:1], scores.teacher_perception, rtol=1e-6, atol=1e-6)
 
 
-def test_q_tokens_that_reach_over_a_tag_lose_nothing():
-    """A token may end a tag and begin the text: cut by tokens, one class would lose its first word alone."""
+def test_q_a_token_across_a_tag_loses_no_text():
+    """A token may hold the end of a tag and the first word: a cut by tokens would lose that word in one class only."""
     tokenizer = train_tokenizer(["<caption>There is</caption>"] * 50)
     ids = tokenizer("<caption>There is</caption>")["input_ids"]
     assert any(tokenizer.decode([token]) == ">There" for token in ids)

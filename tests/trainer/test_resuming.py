@@ -1,4 +1,4 @@
-"""A run does not go on with other settings, unless they change nothing of what it has done; and what a step takes."""
+"""A run resumes with other settings only where they do not affect its finished steps; peak memory of a step."""
 
 import json
 import mmap
@@ -15,7 +15,7 @@ from prism.runtime.checkpoint import check_settings
 
 
 def begun(folder, done=("sft",), stage="warmup", **changes):
-    """A folder as a run leaves it that was ended."""
+    """Returns a folder as an interrupted run leaves it."""
     (folder / "config.json").write_text(load_config(None, changes).model_dump_json())
     extra = {"done": list(done), "stage": stage, "step": 2}
     checkpoint.save(folder / "checkpoints", 2, {}, {}, extra)
@@ -53,7 +53,7 @@ FREE = {
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_other_settings_are_refused_by_their_keys(tmp_path, key):
+def test_changed_settings_are_refused_and_named(tmp_path, key):
     begun(tmp_path)
     with pytest.raises(ConfigError) as error:
         check_settings(now(tmp_path, **{key: REFUSED[key]}))
@@ -62,10 +62,10 @@ def test_other_settings_are_refused_by_their_keys(tmp_path, key):
     assert others == [] and rule.startswith("take another run.folder, or the old values; what may differ: log, ")
 
 
-def test_what_changes_nothing_that_was_done_is_free(tmp_path):
+def test_settings_that_affect_no_finished_step_may_change(tmp_path):
     begun(tmp_path)
     check_settings(now(tmp_path, **FREE))
-    # while alignment has not begun, and nothing before reads its tables, they are free as well
+    # alignment has not begun and no earlier stage reads its tables, so they may change too
     (other := tmp_path / "other").mkdir()
     begun(other, done=(), stage="sft")
     check_settings(now(other, **{"optimiser.align.lr": 1e-6, "optimiser.discriminator.lr": 1e-6}))
@@ -73,14 +73,14 @@ def test_what_changes_nothing_that_was_done_is_free(tmp_path):
         check_settings(now(tmp_path, **{"optimiser.discriminator.lr": 1e-6}))
 
 
-def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+def test_a_run_without_a_checkpoint_may_change_all_settings(tmp_path):
     begun(tmp_path)
     for path in checkpoint.checkpoints(tmp_path / "checkpoints"):
         path.rename(tmp_path / "gone")
     check_settings(now(tmp_path, **{"run.seed": 1}))
 
 
-def test_settings_that_an_older_version_did_not_know_had_their_defaults(tmp_path):
+def test_a_setting_missing_from_an_older_run_counts_as_its_default(tmp_path):
     begun(tmp_path)
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace('"kind_bias":false,', "", 1))
@@ -98,8 +98,8 @@ def test_the_command_refuses_before_a_model_is_built(tmp_path, monkeypatch, caps
     assert "prism run: run.seed: expected 0" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system forgets no peak")
-def test_peak_memory_is_that_since_it_began():
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system cannot reset the peak")
+def test_peak_memory_is_counted_from_the_last_reset():
     device = torch.device("cpu")
     size = 64 * 2**20
     peak.begin_peak(device)
@@ -113,8 +113,8 @@ def test_peak_memory_is_that_since_it_began():
     assert after < within - 0.9 * size
 
 
-def test_peak_memory_where_the_system_forgets_none(monkeypatch, tmp_path):
-    """As on macOS: the highest of the process's whole life."""
+def test_peak_memory_where_the_system_cannot_reset_it(monkeypatch, tmp_path):
+    """As on macOS: it is the highest value of the process's whole life."""
     device = torch.device("cpu")
     monkeypatch.setattr(peak, "_PROCESS", tmp_path / "none")
     first = peak.peak_bytes(device)
@@ -133,5 +133,5 @@ def test_a_checkpoint_of_an_older_format_is_refused_with_both_formats(tmp_path, 
     told = capsys.readouterr().err
     assert f"{path}: expected a checkpoint of format 2, got format 1" in told
     assert "finish the run with the version that began it, or take another run.folder" in told
-    # it is refused, and not mistaken for a damaged one, which would be renamed
+    # a damaged checkpoint would have been renamed
     assert path.exists()

@@ -42,7 +42,7 @@ for _stage in ("base", "sft", "distill", "warmup", "align", "rlvr"):
         SMALL[f"optimiser.{_stage}.batch"] = 4
 
 
-# of a step, what is another each time
+# the metrics of a step that differ between two equal runs
 SPENT = ("seconds", "peak_bytes")
 
 
@@ -57,7 +57,7 @@ def weights(one):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run from start to end."""
+    """A finished run of all stages."""
     one = Runtime(settings(tmp_path_factory.mktemp("whole")))
     run_stages(one)
     return one
@@ -70,13 +70,13 @@ def test_a_run_passes_through_all_stages_and_leaves_its_records(whole):
     found = json.loads((whole.folder / "evaluations.json").read_text())
     assert list(found) == ["start", *SMALL["run.stages"]]
     assert {one["split"] for one in found.values()} == {"validation"} and found["sft"]["samples"] == 4
-    # what the last stage did is read from all of test
+    # the last two stages are also evaluated on the whole test split
     assert [stage for stage in found if "test" in found[stage]] == SMALL["run.stages"][-2:]
     assert found["rlvr"]["test"]["samples"] == 8 and found["rlvr"]["test"]["sampled"]["samples"] == 8
     assert [stage for stage in found if "discriminator" in found[stage]] == ["warmup", "align"]
     lines = (whole.folder / "rollouts" / "rlvr-000001.jsonl").read_text().splitlines()
     assert len(lines) == 6 and {"question", "response", "reward", "advantage"} <= set(json.loads(lines[0]))
-    # trainer and engine agree on what was sampled
+    # the trainer and the engine compute the same log-probabilities of the sampled tokens
     gaps = [record["engine_gap"] for record in records if "engine_gap" in record]
     assert len(gaps) == 6 and max(gaps) < 1e-4
 
@@ -91,7 +91,7 @@ def test_the_policy_loads_in_plain_transformers(whole):
 
 
 @pytest.mark.parametrize("stage, step", [("base", 1), ("warmup", 2), ("align", 1), ("align", 2), ("rlvr", 2)])
-def test_an_interrupted_run_goes_on_to_the_same_bits(whole, tmp_path, stage, step):
+def test_an_interrupted_run_resumes_to_the_same_bits(whole, tmp_path, stage, step):
     first = Runtime(settings(tmp_path))
     write = first.log.step
 
@@ -119,7 +119,7 @@ def metrics_stage(one):
     return one.log._stage
 
 
-def test_a_finished_run_does_nothing_more(whole):
+def test_rerunning_a_finished_run_changes_nothing(whole):
     before = weights(whole)
     assert run(settings(whole.folder)) == 0
     again = Runtime(settings(whole.folder))
@@ -129,13 +129,15 @@ def test_a_finished_run_does_nothing_more(whole):
 
 def test_alignment_alone_trains_both_models_in_training_mode(tmp_path):
     with Runtime(settings(tmp_path, **{"run.stages": ["align"]})) as one:
-        assert not one.discriminator.backbone.training, "otherwise nothing is shown"
+        assert not one.discriminator.backbone.training, (
+            "the discriminator must start in evaluation mode, or this test shows nothing"
+        )
         optimisers = one.config.optimiser
         next(one.steps("align", policy=optimisers.align, discriminator=optimisers.discriminator))
         assert all(module.training for model in (one.policy, one.discriminator) for module in model.modules())
 
 
-def test_other_algorithms_are_settings(tmp_path):
+def test_rlvr_trains_with_each_other_algorithm(tmp_path):
     changes = {
         "run.stages": ["align", "rlvr"],
         "optimiser.align.steps": 1,
@@ -150,5 +152,5 @@ def test_other_algorithms_are_settings(tmp_path):
         record = read_metrics(one.folder / "metrics.jsonl")[-1]
         assert record["stage"] == "rlvr" and record["loss"] is not None, name
         if name == "dapo":
-            # nothing is right before training: all groups are alike, and every try was taken
+            # an untrained policy answers nothing correctly: no group is informative, so every try is used
             assert record["tries"] == 10

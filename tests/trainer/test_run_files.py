@@ -1,4 +1,4 @@
-"""Runs on data files and on models of folders: every setting acts, and an interrupted run ends as a whole one."""
+"""Runs on data files and saved models: every setting takes effect, and a resumed run equals an uninterrupted one."""
 
 import json
 import re
@@ -39,7 +39,7 @@ SIZE = TinyMoeSize(
 
 @pytest.fixture(scope="module")
 def encoder():
-    # of words without tags, so that no token holds the end of a tag and a word
+    # trained on texts without tags, so that no token joins the end of a tag to a word
     sections = [sample.response.sections for sample in ShapesWorld().samples("sft", 60)]
     texts = ["user\n", "assistant\n", *(text for one in sections for text in (one.caption, one.think))]
     return PromptEncoder(train_tokenizer(texts), tiny_image_processor(SIZE))
@@ -47,7 +47,7 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory, encoder):
-    """Models and files as a user has them, with a bad row in SFT's and one without a teacher in alignment's."""
+    """A user's models and files; the SFT file has a bad row, and the alignment file has a row without a teacher."""
     folder = tmp_path_factory.mktemp("given")
     for name, build, seed in (("policy", tiny_policy, 3), ("discriminator", tiny_discriminator_base, 4)):
         model, tokenizer = build(SIZE, tokenizer=encoder.tokenizer, seed=seed)
@@ -57,7 +57,7 @@ def given(tmp_path_factory, encoder):
     write_sft(folder / "sft.jsonl", public)
     with (folder / "sft.jsonl").open("a") as file:
         file.write(json.dumps(chat(images=["images/gone.png"])) + "\n")
-    # the students' sections are those of other problems
+    # the student's sections answer another problem
     write_warmup(
         folder / "warmup.parquet",
         [(a, a.response.sections, b.response.sections) for a, b in zip(curated, public)],
@@ -89,7 +89,7 @@ def settings(given, folder, **changes):
 
 
 def outcome(one):
-    """All that a run leaves but times and memory."""
+    """Returns everything that a run writes, except times and memory."""
     lines = [{k: v for k, v in r.items() if k not in SPENT} for r in read_metrics(one.folder / "metrics.jsonl")]
     skipped = {path.name: path.read_text() for path in one.folder.glob("skipped-*.jsonl")}
     rollouts = {path.name: path.read_text() for path in (one.folder / "rollouts").iterdir()}
@@ -107,7 +107,7 @@ def test_all_stages_run_on_files_and_count_what_they_skip(given, whole):
     records = read_metrics(whole.folder / "metrics.jsonl")
     last = {record["stage"]: record for record in records}
     assert [record["stage"] for record in records] == [stage for stage in STAGES for _ in range(3)]
-    # 3 steps of 4 rows go once through SFT's 9, of which one is bad
+    # the SFT file has 9 rows, one of them bad; 3 steps of 4 rows read it once and begin again
     assert [(r["epoch"], r["rows_skipped"]) for r in records if r["stage"] == "sft"][-1] == (2, 1)
     (entry,) = [json.loads(line) for line in (whole.folder / "skipped-sft.jsonl").read_text().splitlines()]
     assert entry == {
@@ -115,18 +115,18 @@ def test_all_stages_run_on_files_and_count_what_they_skip(given, whole):
         "reason": f"expected an image at {given}/images/gone.png: No such file or directory",
     }  # fmt: skip
     assert last["align"]["rows_skipped"] <= 1 and last["rlvr"]["rows_skipped"] == 0
-    # the students of the file are scored: the policy, untrained, writes nothing that could be
+    # warm-up scores the file's student responses: an untrained policy writes nothing that can be scored
     for record in records:
         if record["stage"] == "warmup":
             assert record["d_grad_norm"] > 0 and record["skipped"] == 0 and record["d_accuracy_reasoning"] is not None
     assert not list((whole.folder / "rollouts").glob("warmup-*"))
-    # problems are told by their question, and answers are those of the file
+    # a rollout record has the file's question and answer
     line = json.loads((whole.folder / "rollouts" / "rlvr-000001.jsonl").read_text().splitlines()[0])
     assert line["question"].startswith("<image>") and line["answer"] and line["problem"].startswith("rl-7-")
     assert all(record["peak_bytes"] > 2**20 for record in records)
 
 
-def test_evaluations_hold_what_is_known(whole):
+def test_evaluations_on_files_have_no_perception_error(whole):
     text = (whole.folder / "evaluations.json").read_text()
     found = json.loads(text, parse_constant=pytest.fail)
     assert [found[stage]["samples"] for stage in ("start", *STAGES)] == [4] * 5
@@ -135,7 +135,7 @@ def test_evaluations_hold_what_is_known(whole):
 
 
 @pytest.mark.parametrize("stage, step", [("sft", 2), ("warmup", 1), ("align", 2), ("rlvr", 1)])
-def test_an_interrupted_run_draws_the_same_rows(given, whole, tmp_path, stage, step):
+def test_an_interrupted_run_resumes_with_the_same_rows(given, whole, tmp_path, stage, step):
     first = Runtime(settings(given, tmp_path))
     write = first.log.step
 
@@ -156,7 +156,7 @@ def test_an_interrupted_run_draws_the_same_rows(given, whole, tmp_path, stage, s
     assert outcome(again) == outcome(whole)
 
 
-def test_the_console_is_the_logs_alone_and_says_once_what_is_not_measured(given, tmp_path, capfd):
+def test_the_console_shows_only_the_log_and_names_each_missing_split_once(given, tmp_path, capfd):
     changes = {"run.stages": ["sft"], "data.files.validation": [], "data.files.test": [], "log.console": "lines"}
     one = Runtime(settings(given, tmp_path, **changes))
     run_stages(one)
@@ -168,11 +168,11 @@ def test_the_console_is_the_logs_alone_and_says_once_what_is_not_measured(given,
     assert one.evaluations == {name: {"split": "validation", "samples": 0} for name in ("start", "sft")}
 
 
-# --- each setting of the data
+# --- the data settings
 
 
 def drawn(tmp_path, encoder, stage, rows, count, **changes):
-    """Problems of a stage, whose file has these rows."""
+    """Returns `count` problems of a stage whose file has these rows."""
     write_images(tmp_path)
     name = "align" if stage == "distill" else stage
     path = write_lines(tmp_path / f"{name}.jsonl", rows)
@@ -204,7 +204,7 @@ def test_rows_become_problems(tmp_path, encoder):
         assert (one.name, one.answer, one.teacher, len(one.images)) == ("p0", "1", RESPONSE, 1)
 
 
-def test_warm_up_without_files_of_its_own_takes_alignments(tmp_path, encoder):
+def test_warm_up_without_files_reads_the_alignment_files(tmp_path, encoder):
     write_images(tmp_path)
     path = write_lines(tmp_path / "align.jsonl", [problem()])
     changes = {"run.folder": str(tmp_path), "data.source": "files", "run.stages": ["warmup"]}
@@ -224,7 +224,7 @@ def test_the_rows_of_the_documentation_can_be_used(tmp_path, encoder):
         assert "a red star" in one.teacher and len(one.images) == 1
 
 
-# stage, row, field, what else the message says
+# stage, row, field, another part of the message
 UNUSABLE = [
     ("align", without(problem(), "teacher_response"), "teacher_response", "align needs the teacher's response"),
     ("distill", without(problem(), "teacher_response"), "teacher_response", "distill needs the teacher's response"),
@@ -237,7 +237,7 @@ UNUSABLE = [
      "messages.1", "expected images before the last message"),
     ("rlvr", problem(prompt=[{"role": "user", "content": "<image>" + "why " * 200}]), "prompt",
      "expected at most data.prompt_tokens = 128 tokens"),
-    # 288 x 288 pixels are 81 tokens of the image alone
+    # the image, resized to 288 x 288 pixels, is already 81 tokens
     ("rlvr", problem(images=["images/wide.png"]), "prompt", "expected at most data.prompt_tokens = 60 tokens, got"),
     ("rlvr", problem(prompt=[{"role": "user", "content": "<image>a <|image_pad|>"}]), "prompt",
      "expected <image> where an image goes"),
@@ -245,7 +245,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize("stage, row, field, reason", UNUSABLE)
-def test_what_a_stage_cannot_use_is_skipped_or_an_error_by_name(tmp_path, encoder, stage, row, field, reason):
+def test_an_unusable_row_is_skipped_or_raises_an_error_that_names_it(tmp_path, encoder, stage, row, field, reason):
     good = {"sft": chat, "warmup": warmup}.get(stage, problem)
     (tmp_path / "images").mkdir()
     (tmp_path / "images/wide.png").write_bytes(picture(256, 256))
@@ -268,7 +268,7 @@ def test_a_dry_run_counts_what_a_run_would_skip(tmp_path, encoder):
     assert dry_run(path, "problem", take=problem_reader("rlvr", encoder, load_config().data)).rejected == {}
 
 
-def test_held_out_rows_are_logged_as_the_evaluation_reads_them(tmp_path, encoder):
+def test_the_evaluation_logs_each_skipped_held_out_row_once(tmp_path, encoder):
     write_images(tmp_path)
     path = write_lines(tmp_path / "v.jsonl", [problem(0), problem(1), problem(images=[]), problem(2)])
     config = load_config(
@@ -279,7 +279,7 @@ def test_held_out_rows_are_logged_as_the_evaluation_reads_them(tmp_path, encoder
     source = problems_of(config, encoder)
     for count, names in ((3, ["p0", "p1", "p2"]), (1, ["p0"]), (None, ["p0", "p1", "p2"])):
         problems = source.held_out("validation", count)
-        # as often as one likes
+        # they can be read again
         assert [one.name for one in problems] == [one.name for one in problems] == names
         (entry,) = (json.loads(line) for line in (tmp_path / "skipped-validation.jsonl").read_text().splitlines())
         assert entry["row"] == 3
@@ -293,7 +293,7 @@ def test_too_many_skipped_rows_stop_the_run(tmp_path, encoder):
     assert len(drawn(tmp_path, encoder, "sft", rows[:-1], 31)) == 31
 
 
-def test_order_buffer_and_places_of_images_are_as_set(tmp_path, encoder):
+def test_order_buffer_and_image_folder_follow_the_settings(tmp_path, encoder):
     rows = [chat(n) for n in range(20)]
     first, again, other = (
         [one.name for one in drawn(tmp_path, encoder, "sft", rows, 20, **{"run.seed": seed})] for seed in (1, 1, 2)
@@ -314,7 +314,7 @@ def test_order_buffer_and_places_of_images_are_as_set(tmp_path, encoder):
             drawn(tmp_path, encoder, "sft", [remote], 1, **{"data.allow_remote_images": allowed})
 
 
-def test_tries_that_are_not_asked_for_use_no_rows(tmp_path, encoder):
+def test_unused_tries_consume_no_rows(tmp_path, encoder):
     write_images(tmp_path)
     path = write_lines(tmp_path / "rlvr.jsonl", [problem(n) for n in range(10)])
     config = load_config(
@@ -335,11 +335,11 @@ def test_tries_that_are_not_asked_for_use_no_rows(tmp_path, encoder):
         problems_of(config, encoder).go_to("rlvr", position)
 
 
-def test_the_embedded_world_is_drawn_as_ever(encoder):
+def test_the_built_in_world_draws_the_same_samples_as_before(encoder):
     config = load_config(None, {"data.shapes.sft": 20, "data.shapes.sft_curated": 10, "run.seed": 5})
     source = problems_of(config, encoder)
     (batch,) = source.batches("sft", 3, 6)
-    # as drawn before there were files: experiments go on with them
+    # fixed since before data files existed, so that earlier experiments can be repeated
     assert [one.name.replace("-0-0000", " ") for one in batch] == [
         "sft 01", "sft 08", "sft 12", "sft 13", "alignment 06", "alignment 00",
     ]  # fmt: skip
@@ -353,7 +353,7 @@ def test_the_embedded_world_is_drawn_as_ever(encoder):
 # --- on the command line
 
 
-def test_a_bad_row_ends_the_command_with_its_place(given, tmp_path, capsys):
+def test_a_bad_row_ends_the_command_and_is_named(given, tmp_path, capsys):
     rows = [chat(), chat(images=[])]
     write_images(tmp_path)
     path = write_lines(tmp_path / "bad.jsonl", rows)

@@ -1,5 +1,7 @@
-"""A run that is killed ten times, in every stage, while it evaluates, writes a checkpoint and its report, ends as the
-undisturbed one does: bit for bit."""
+"""A run killed ten times equals an uninterrupted run bit for bit.
+
+The kills come in every stage, during an evaluation, while a checkpoint is written, and while the report is.
+"""
 
 import functools
 import json
@@ -41,7 +43,10 @@ CHANGES = {
 
 
 def formed(found, encoder):
-    """What an untrained policy says, put into the form that is scored, mostly: otherwise there is nothing to learn."""
+    """Returns the texts of rollouts, two thirds of them put into the scored format.
+
+    An untrained policy never writes this format, so without it there is nothing to learn.
+    """
     texts = encoder.tokenizer.batch_decode([r.token_ids for r in found], skip_special_tokens=True)
     whole = "<caption>{}</caption><think>Step 1: look.</think><answer>{}</answer>"
     plain = ["".join(c for c in text if c.isalnum()) for text in texts]
@@ -52,9 +57,9 @@ def formed(found, encoder):
 
 
 class Clock:
-    """Counts what a run calls, Python's functions and C's, and kills it at a number of them behind one of some places.
+    """Counts the function calls of a run, Python's and C's, and kills it a number of calls after one of given places.
 
-    A time would be another moment on a machine that does something else besides.
+    Calls are counted instead of time, because the speed of a busy machine varies.
     """
 
     def __init__(self, places=(), calls=None):
@@ -66,17 +71,17 @@ class Clock:
             os.kill(os.getpid(), 9)
 
     def at(self, place):
-        """Says the place, and how much was called since the last one."""
+        """Prints the place, and the number of calls since the last one."""
         os.write(1, f"{place}, {self.count}\n".encode())
         self.count = 0
-        # to kill, counting begins at the place; a run that is not killed counts throughout
+        # a run that is to be killed starts counting at the place; any other counts from the beginning
         if self.calls is None or (place in self.places and self.left is None):
             self.left = self.calls
             sys.setprofile(self)
 
 
 def telling(clock, name, function):
-    """The function, which says what it begins with."""
+    """Returns the function with a call of `clock.at` before it."""
 
     def told(self, *arguments):
         clock.at(name(self, *arguments))
@@ -86,7 +91,7 @@ def telling(clock, name, function):
 
 
 def run_with(clock, settings):
-    """Runs, and says the places: steps, checkpoints, evaluations, the end."""
+    """Runs, and prints each place that the run reaches: steps, checkpoints, evaluations, the report, the end."""
     batch.decode = formed
     places = {
         (Step, "__init__"): lambda self, rt, stage, index: f"{stage} {index}",
@@ -102,10 +107,10 @@ def run_with(clock, settings):
 
 
 def forks_runs():
-    """Starts a run for each line that it reads, one after the other, and says its end."""
+    """Forks a run for each line of standard input, one after the other, and prints its exit status."""
     # a fork copies no threads
     torch.set_num_threads(1)
-    # the same for every run, and most of what it takes to begin one
+    # training the tokenizer is most of the start-up time, and every run can share the result
     tiny.train_tokenizer = functools.cache(tiny.train_tokenizer)
     build_policy(load_config(None, SMALL))
     for line in sys.stdin:
@@ -122,7 +127,7 @@ def forks_runs():
 
 
 class Driver:
-    """Runs in the folders of a test, the same but for the kills."""
+    """A process that forks equal runs, each in a given folder and killed where asked."""
 
     def __init__(self):
         code = f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parents[1])]}; import {__name__} as t; t.forks_runs()"
@@ -130,12 +135,12 @@ class Driver:
         self.process = subprocess.Popen([sys.executable, "-c", code], **pipes)
 
     def run(self, folder, *clock):
-        """Returns the places that a run came to, how much it called before each, and its exit status."""
+        """Returns the places that a run reached with the number of calls before each, and its exit status."""
         self.process.stdin.write(json.dumps([{**SMALL, **CHANGES, "run.folder": str(folder)}, clock]) + "\n")
         said = {}
         while True:
             text = self.process.stdout.readline().strip()
-            assert text, "the driver has ended"
+            assert text, "the driver ended early"
             if text.startswith("status"):
                 return said, int(text.split()[1])
             place, calls = text.split(", ")
@@ -148,18 +153,18 @@ class Driver:
 
 
 def moments(said, rng):
-    """Ten moments in their order: a place of the run with those behind it, and how many calls later."""
+    """Returns ten moments in order: the run's places from one on, and a number of calls after it."""
     places, calls = list(said), list(said.values())
-    # from within each stage, behind its first checkpoint; alignment, which holds most, twice
+    # in each stage after its first checkpoint; twice in alignment, which has the most state
     wanted = [f"{stage} {rng.randint(2, 3)}" for stage in ("sft", "warmup", "rlvr")]
     wanted += ["align 2", "align 3", "evaluation start", "checkpoint sft 2", "checkpoint align 2", "report"]
     wanted += [f"evaluation {rng.choice(STAGES)}"]
-    # a little is called more or less often, waiting for the workers of the rewards
+    # 9 / 10: the number of calls varies a little with the time spent waiting for the reward workers
     return [(places[place:], rng.randint(1, calls[place + 1] * 9 // 10)) for place in sorted(map(places.index, wanted))]
 
 
 def outcome(folder):
-    """All that a run leaves but times and memory: weights, metrics, evaluations, rollouts."""
+    """Returns a run's weights, metrics without times and memory, evaluations and rollouts."""
     newest = next(checkpoints(folder / "checkpoints"))
     tensors = {
         "policy": load_file(folder / "policy" / "model.safetensors"),
@@ -172,7 +177,7 @@ def outcome(folder):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_ten_moments_goes_on_to_the_same_bits(tmp_path):
+def test_a_run_killed_at_ten_moments_resumes_to_the_same_bits(tmp_path):
     driver, rng = Driver(), random.Random(0)
     whole, end = driver.run(tmp_path / "whole")
     assert end == 0
@@ -183,7 +188,7 @@ def test_a_run_killed_at_ten_moments_goes_on_to_the_same_bits(tmp_path):
     assert end == 0
     driver.close()
     (ours, wanted) = (outcome(tmp_path / name) for name in ("killed", "whole"))
-    # all of it was trained before and behind a stage's first checkpoint, otherwise the comparison says less
+    # each model trained both before and after its stage's first checkpoint, or the comparison would show less
     for stage, norm in (("sft", "grad_norm"), ("warmup", "d_grad_norm"), ("align", "d_grad_norm"),
                         ("align", "grad_norm"), ("rlvr", "grad_norm")):  # fmt: skip
         norms = [record[norm] or 0 for record in wanted[1] if record["stage"] == stage]

@@ -21,7 +21,7 @@ SETTINGS = StageAdam(lr=0.0, steps=4, clip_norm=1e9, weight_decay=0.0)
 
 @pytest.fixture(scope="module")
 def played():
-    """A policy, and rollouts of it with advantages."""
+    """A policy, its rollouts and an advantage for each."""
     model, _ = tiny_policy(SIZE, tokenizer=TOKENIZER)
     policy = Policy(model)
     prompts = [ENCODER.encode(text) for text in ("how many?", "where is the red one?", "why")]
@@ -53,11 +53,11 @@ def test_packs_do_not_change_the_step(played, name):
     assert one["tokens"] == sum(len(r.token_ids) for r in batch.rollouts)
 
 
-def test_what_is_logged_of_several_optimiser_steps_is_of_all_their_tokens(played):
+def test_metrics_of_several_optimiser_steps_cover_all_their_tokens(played):
     policy, batch, advantage = played
     algorithm = RlvrAlgorithm(correction="token_tis")
     longest = max(len(p.input_ids) for p in batch.prompts) + 9
-    # one response of another engine, which is far off in one token
+    # one token's log-probability is far off, as if from another engine
     rollouts = list(batch.rollouts)
     off = rollouts[7].model_log_probs.clone()
     off[2] += 3.0
@@ -69,7 +69,7 @@ def test_what_is_logged_of_several_optimiser_steps_is_of_all_their_tokens(played
     for name in ("entropy", "approx_kl", "correction_raw", "correction_used", "ess", "tokens"):
         assert parts[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
     assert one["tokens"] == sum(len(r.token_ids) for r in rollouts) and one["entropy"] > 1
-    # of all packs and steps the largest
+    # the largest over all packs and steps
     assert parts["engine_gap"] == pytest.approx(3.0, abs=1e-3) == one["engine_gap"]
     norms = []
     for start in (0, 4, 8):
@@ -77,12 +77,12 @@ def test_what_is_logged_of_several_optimiser_steps_is_of_all_their_tokens(played
         one_step = update(policy, chosen, advantage[start : start + 4], MemorySettings(pack_tokens=4096), algorithm)
         norms.append(one_step[0]["grad_norm"])
     assert parts["grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4)
-    # not a number is told, not passed over
+    # a NaN reaches the log
     rollouts[7] = replace(rollouts[7], model_log_probs=off.fill_(torch.nan))
     assert math.isnan(update(policy, batch, advantage, MemorySettings(pack_tokens=longest), algorithm)[0]["engine_gap"])
 
 
-def test_a_step_per_token_spreads_the_same_advantages(played):
+def test_advantages_per_response_equal_the_same_advantages_per_token(played):
     policy, batch, advantage = played
     spread = [a.expand(len(r.token_ids)) for a, r in zip(advantage, batch.rollouts)]
     memory, algorithm = MemorySettings(pack_tokens=4096), RlvrAlgorithm()
@@ -115,7 +115,7 @@ def test_the_step_makes_rewarded_responses_more_probable(played):
     assert gain() > before
 
 
-def test_the_kl_term_holds_on_to_its_reference(played):
+def test_the_kl_term_penalises_distance_from_the_reference(played):
     policy, batch, advantage = played
     other = copy.deepcopy(policy)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_demonstrations_end_their_turn():
     assert ids[-1] == TOKENIZER.eos_token_id and TOKENIZER.decode(ids[:-1]) == "<answer>3</answer>"
 
 
-def test_steps_that_are_not_finite_are_not_taken_and_end_the_run_in_the_end():
+def test_non_finite_steps_are_skipped_and_ten_in_a_row_are_an_error():
     model = torch.nn.Linear(2, 1)
     optimiser = StageOptimiser(model, StageAdam(lr=1.0, steps=20), 20)
     before = model.weight.detach().clone()
