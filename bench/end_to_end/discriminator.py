@@ -9,6 +9,7 @@ The model is tiny; on a GPU it has the size of Qwen3-VL-2B with four experts a l
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -16,19 +17,19 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModel, Qwen3VLMoeConfig
 
-from prism.config import DiscriminatorSettings
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import PreparedGroups, ScorePack
 from prism.discriminator.training import discriminator_step
 from prism.models.prompts import IMAGE_TOKEN
-from prism.models.tiny import TinyMoeSize, tiny_discriminator_base
+from prism.models.sizes import TinyMoeSize
+from prism.models.tiny import tiny_discriminator_base
 from prism.runtime.optimiser import GuardedOptimiser
 from prism_kernels.packing import Branch, Kind, PrefixGroup, pack_groups
 
 # the micro-batch of the published training step
 MICRO_BATCH = 4
 # without the terms that the published loss lacks, so both have the same gradient
-PLAIN_LOSS = DiscriminatorSettings(aux_coef=0.0, regularisation=0.0, soft_clip=None)
+PLAIN_LOSS = SimpleNamespace(aux_coef=0.0, z_coef=0.0, regularisation=0.0, soft_clip=None)
 SIZE = TinyMoeSize(
     hidden_size=256, intermediate_size=768, layers=4, expert_intermediate_size=512, vision_hidden_size=128, experts=4
 )

@@ -8,17 +8,17 @@ log-probabilities.
 import argparse
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bench.timing import Timed, interleave
-from prism.config import Sampling
 from prism.models.packed import batch_images
 from prism.models.prompts import IMAGE_TOKEN, EncodedPrompt, join_images
 from prism.models.tiny import tiny_policy
 from prism.rollout.engine import Engine
+from prism.rollout.options import Sampling
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = Shape()
     duel = Duel(shape, arguments.device, arguments.path)
-    greedy = duel.sampling.model_copy(update={"group": 1, "temperature": 0.0})
+    greedy = replace(duel.sampling, group=1, temperature=0.0)
     if duel.ours(greedy) != duel.stock(greedy):
         raise SystemExit("greedy responses differ: no speed is reported")
     calls = {f"engine, {duel.engine.path}": Timed(duel.ours), "transformers generate": Timed(duel.stock)}

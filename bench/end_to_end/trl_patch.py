@@ -17,7 +17,7 @@ from bench import results
 from bench.end_to_end import turns
 from bench.end_to_end.trl_step import callback, make_processor
 from bench.end_to_end.turns import Said, Turn
-from prism.config import TinySize
+from prism.models.sizes import TinySize
 from prism.models.tiny import tiny_image_processor, tiny_policy
 
 PUBLISHED, PATCHED = "TRL", "TRL with our patch"

@@ -19,7 +19,7 @@ from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 from bench import results
 from bench.end_to_end import turns
 from bench.end_to_end.turns import Said, Turn
-from prism.config import Carelessness, Config, Sampling, load_config
+from prism.config import Config, load_config
 from prism.data.problem import Problem
 from prism.models.policy import Policy
 from prism.models.prompts import EncodedPrompt, PromptEncoder
@@ -27,9 +27,11 @@ from prism.models.tiny import tiny_image_processor, tiny_policy
 from prism.rewards import score_batch
 from prism.rollout.batch import generate
 from prism.rollout.engine import Engine, Rollout
+from prism.rollout.options import Sampling
 from prism.runtime.optimiser import StageOptimiser
 from prism.stages.rlvr import reward_rollouts
 from prism.stages.update import policy_update
+from prism.worlds.shapes.carelessness import Carelessness
 from prism.worlds.shapes.problems import ShapesProblems
 from prism.worlds.shapes.world import ShapesWorld
 from prism_kernels import group_advantage

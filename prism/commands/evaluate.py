@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from prism.config import DataSettings, Sampling
+from prism.config import DataSettings
 from prism.data.files import DataError
 from prism.data.loader import LoadOptions, RowStream
 from prism.data.problem import Problem, problem_reader
@@ -22,6 +22,7 @@ from prism.models.building import load_causal, load_encoder
 from prism.models.policy import Policy
 from prism.models.prompts import PromptEncoder
 from prism.rollout.engine import Engine
+from prism.rollout.options import Sampling
 from prism.worlds.shapes.problems import problem_of
 from prism.worlds.shapes.world import ShapesWorld
 

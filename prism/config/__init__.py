@@ -13,13 +13,10 @@ from prism.config.algorithms import (
 from prism.config.reading import all_keys, load_config, parse_overrides, to_toml
 from prism.config.sections import (
     STAGES,
-    Carelessness,
     ConfigError,
     DataSettings,
     DiscriminatorSettings,
     MemorySettings,
-    Sampling,
-    TinySize,
 )
 from prism.config.settings import Config
 
@@ -29,7 +26,6 @@ __all__ = [
     "STAGES",
     "Adam",
     "AlignAlgorithm",
-    "Carelessness",
     "Config",
     "ConfigError",
     "DataSettings",
@@ -37,9 +33,7 @@ __all__ = [
     "MemorySettings",
     "PolicyLoss",
     "RlvrAlgorithm",
-    "Sampling",
     "StageAdam",
-    "TinySize",
     "WarmupAdam",
     "all_keys",
     "load_config",

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prism.config.sections import NONE, Names, Numbers, Positive, Section, Share, Two, over_defaults
+from prism.config.sections import NONE, Names, Numbers, Section, Two, over_defaults
+from prism.ranges import Positive, Share
 
 # the published options of `prism_kernels.policy_loss` for each algorithm
 LOSS_PRESETS: dict[str, dict[str, Any]] = {

@@ -4,13 +4,17 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from prism.config.sections import ConfigError, Section
 from prism.config.settings import Config
+from prism.ranges import Ranged
+
+Table = type[Section] | type[Ranged]
 
 
 def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -98,7 +102,8 @@ def _lines(error: dict[str, Any]) -> Iterator[str]:
     keys = [str(part) for part in error["loc"] if not isinstance(part, int)]
     key = ".".join(keys)
     kind, given = error["type"], error["input"]
-    if kind == "extra_forbidden":
+    # pydantic names an unknown field of a dataclass differently
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         known = list(_fields(keys[:-1]))
         yield f"{key}: expected a known key, got an unknown one{_hint(keys[-1], known) or _elsewhere(keys[-1])}"
     elif kind == "too_long" or (kind == "missing" and isinstance(error["loc"][-1], int)):
@@ -113,27 +118,31 @@ def _lines(error: dict[str, Any]) -> Iterator[str]:
         expected = f"a number {expected}" if expected.startswith(("greater", "less")) else expected
         choices = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
         hint = _hint(given, choices) if kind == "literal_error" and isinstance(given, str) else ""
-        if kind == "model_type":
+        if kind in ("model_type", "dataclass_type"):
             expected = f"a table: [{key}]"
         yield f"{key}: expected {expected}, got {given!r}{hint}"
 
 
 def _fields(keys: Sequence[str]) -> dict[str, Any]:
-    """Returns the fields of the table at a key."""
-    model: type[BaseModel] = Config
+    """Returns the types of the fields of the table at a key."""
+    types = _types(Config)
     for key in keys:
-        field = model.model_fields.get(key)
-        table = None if field is None else _table_of(field.annotation)
-        if table is None:
-            return {}
-        model = table
-    return dict(model.model_fields)
+        table = _table_of(types.get(key))
+        types = {} if table is None else _types(table)
+    return types
 
 
-def _table_of(annotation: Any) -> type[BaseModel] | None:
+def _types(table: Table) -> dict[str, Any]:
+    """Returns the types of a table's fields, by name."""
+    if issubclass(table, Section):
+        return {name: field.annotation for name, field in table.model_fields.items()}
+    return {field.name: field.type for field in fields(table)}
+
+
+def _table_of(annotation: Any) -> Table | None:
     """Returns the class of a field that is a table, optional or not."""
     for kind in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if isinstance(kind, type) and issubclass(kind, (Section, Ranged)):
             return kind
     return None
 
@@ -151,8 +160,8 @@ def _elsewhere(word: str) -> str:
 
 def all_keys(parents: tuple[str, ...] = ()) -> Iterator[str]:
     """Yields the dotted keys of all settings."""
-    for name, field in _fields(parents).items():
-        if _table_of(field.annotation) is None:
+    for name, annotation in _fields(parents).items():
+        if _table_of(annotation) is None:
             yield ".".join((*parents, name))
         else:
             yield from all_keys((*parents, name))

@@ -1,12 +1,20 @@
 """The tables of a settings file, except algorithms and optimisers.
 
 `NAMESettings` is the table [NAME]; the other classes are tables inside one. The rest of prism takes these classes as
-they are, so that a value has one class, one default and one check, whether it comes from a file or from code.
+they are, so that a value has one class, one default and one check, whether it comes from a file or from code. Tables
+that models, rollouts and worlds take without pydantic are dataclasses of theirs, see `prism.ranges`.
 """
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
+
+from prism.models.sizes import TinySize
+from prism.ranges import Natural, Positive, Ranged, Share
+from prism.rollout.options import StageRollouts
+from prism.worlds.shapes.carelessness import Carelessness
 
 StageName = Literal["base", "sft", "distill", "warmup", "align", "rlvr"]
 # the order in which a run takes them
@@ -31,9 +39,6 @@ def _as_numbers(value: Any) -> Any:
 
 # TOML has no null: the text "none" stands for it
 NONE = BeforeValidator(_none)
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 # strict models take no list for a tuple; a flag may separate by commas
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_numbers)]
@@ -50,12 +55,36 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class _DataclassTable:
+    """Marks a dataclass as a table of the file."""
+
+    def __get_pydantic_core_schema__(self, source: type[Ranged], handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Returns the schema of the dataclass that takes tables as well, whose fields stay strict."""
+        optional = {field.name for field in fields(source) if field.default is None}
+
+        def without_none(given: Any) -> Any:
+            if not isinstance(given, dict):
+                return given
+            return {name: _none(value) if name in optional else value for name, value in given.items()}
+
+        schema = handler(source)
+        # a strict dataclass takes its instances only
+        resolved: Any = handler.resolve_ref_schema(schema)
+        resolved["strict"] = False
+        return core_schema.no_info_before_validator_function(without_none, schema)
+
+
+TABLE = _DataclassTable()
+
+
 def over_defaults(cls: type[Section], given: Any) -> Any:
     """Returns tables whose missing keys are filled from the field's default, not from the defaults of its class."""
     if not isinstance(given, dict):
         return given
     defaults = {
-        name: dict(field.default) for name, field in cls.model_fields.items() if isinstance(field.default, Section)
+        name: vars(field.default)
+        for name, field in cls.model_fields.items()
+        if isinstance(field.default, (Section, Ranged))
     }
     return {
         name: {**defaults[name], **value} if name in defaults and isinstance(value, dict) else value
@@ -80,56 +109,6 @@ class RunSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
-class TinySize(Section):
-    """The sizes of a tiny Qwen3-VL. The defaults suit a CPU, and only they have a pretrained base.
-
-    Args:
-        vocab_size: Tokens of the vocabulary.
-        hidden_size: Width of the language model.
-        intermediate_size: Width of its MLPs. Not hidden_size or its half, which loaders of expert weights confuse.
-        layers: Layers of the language model.
-        heads: Query heads of each layer.
-        key_value_heads: Key and value heads of each layer; a divisor of heads.
-        head_dim: Width of a head, a multiple of 16 as M-RoPE requires. vLLM needs at least 32.
-        vision_hidden_size: Width of the vision tower, a multiple of vision_heads.
-        vision_layers: Layers of the vision tower.
-        vision_heads: Heads of each of them.
-        patch_size: Side of an image patch, in pixels.
-        image_side: Side of the largest square image, in pixels; larger images are scaled down.
-        max_positions: Tokens of the longest prompt with its response.
-    """
-
-    vocab_size: Positive = 1024
-    hidden_size: Positive = 96
-    intermediate_size: Positive = 256
-    layers: Positive = 3
-    heads: Positive = 4
-    key_value_heads: Positive = 2
-    head_dim: Annotated[int, Field(gt=0, multiple_of=16)] = 32
-    vision_hidden_size: Positive = 64
-    vision_layers: Positive = 2
-    vision_heads: Positive = 2
-    patch_size: Positive = 16
-    image_side: Positive = 256
-    max_positions: Positive = 4096
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.heads % self.key_value_heads:
-            raise ValueError(f"key_value_heads: expected a divisor of heads = {self.heads}, got {self.key_value_heads}")
-        if self.vision_hidden_size % self.vision_heads:
-            wanted = f"a divisor of vision_hidden_size = {self.vision_hidden_size}"
-            raise ValueError(f"vision_heads: expected {wanted}, got {self.vision_heads}")
-        self.check_width("intermediate_size", self.intermediate_size)
-        return self
-
-    def check_width(self, name: str, width: int) -> None:
-        """Raises for an MLP as wide as the model or its half: transformers tells expert layouts by shape alone."""
-        if width in (self.hidden_size, self.hidden_size / 2):
-            wanted = f"other than hidden_size = {self.hidden_size} and its half"
-            raise ValueError(f"{name}: expected {wanted}, got {width}")
-
-
 class ModelSettings(Section):
     """The models that training begins with.
 
@@ -147,40 +126,7 @@ class ModelSettings(Section):
     discriminator: str = "policy"
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_image_pixels: Annotated[Positive | None, NONE] = None
-    tiny: TinySize = TinySize()
-
-
-class Carelessness(Section):
-    """How often the public teacher errs; a response has at most one error of perception.
-
-    `colour` and `dropped` are habits: the teacher errs more often than not, so a policy that learns from it always
-    does. The other errors are slips, which happen anywhere.
-
-    Args:
-        colour: Share of the scenes with something purple in which it is called blue.
-        dropped: Share of the other scenes with five items, or whose purple was seen, in which the last item is missing.
-        invented: Share of the remaining scenes in which the last item appears again in the next free cell.
-        kind: Share of the remaining scenes in which the first item is called by the kind that is easily confused with
-            it.
-        place: Share of the remaining scenes in which the last item is moved to the next free cell.
-        reasoning: Share of all responses whose last step of reasoning is wrong.
-        careful_style: Share of responses in the curated teacher's style. At 0 the style alone tells the teachers apart.
-    """
-
-    colour: Share = 0.80
-    dropped: Share = 0.80
-    invented: Share = 0.01
-    kind: Share = 0.02
-    place: Share = 0.01
-    reasoning: Share = 0.20
-    careful_style: Share = 0.50
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        slips = self.invented + self.kind + self.place
-        if slips > 1:
-            raise ValueError(f"invented: expected invented, kind and place to sum to <= 1, got {slips:g}")
-        return self
+    tiny: Annotated[TinySize, TABLE] = TinySize()
 
 
 class ShapesSettings(Section):
@@ -208,7 +154,7 @@ class ShapesSettings(Section):
     rl: Positive = 2048
     validation: Positive = 512
     test: Positive = 1024
-    carelessness: Carelessness = Carelessness()
+    carelessness: Annotated[Carelessness, TABLE] = Carelessness()
 
 
 class DataFiles(Section):
@@ -261,35 +207,6 @@ class DataSettings(Section):
     shapes: ShapesSettings = ShapesSettings()
 
 
-class Sampling(Section):
-    """How responses are drawn.
-
-    Args:
-        group: Rollouts of each prompt.
-        max_new_tokens: Tokens of the longest response, including its stop token.
-        temperature: Divisor of the logits: above 1 more varied, below 1 more predictable; 0 is greedy.
-        top_p: Draw from the smallest set of most probable tokens with this total probability; 1: all tokens.
-        top_k: Draw from this many of the most probable tokens, chosen before top_p; none: all tokens.
-    """
-
-    group: Positive = 1
-    max_new_tokens: Positive = 512
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[Positive | None, NONE] = None
-
-
-class StageRollouts(Sampling):
-    """The rollouts of a training step. They are compared with each other, so they cannot be greedy.
-
-    Args:
-        prompts: Prompts of a step, each with `group` rollouts.
-    """
-
-    prompts: Positive
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-
-
 class RolloutSettings(Section):
     """How the policy responds to prompts in training.
 
@@ -304,8 +221,8 @@ class RolloutSettings(Section):
 
     engine: Literal["auto", "lean", "stock"] = "auto"
     cache_tokens: Annotated[Positive | None, NONE] = None
-    align: StageRollouts = StageRollouts(prompts=16, group=8, max_new_tokens=112)
-    rlvr: StageRollouts = StageRollouts(prompts=32, group=8, max_new_tokens=112)
+    align: Annotated[StageRollouts, TABLE] = StageRollouts(prompts=16, group=8, max_new_tokens=112)
+    rlvr: Annotated[StageRollouts, TABLE] = StageRollouts(prompts=32, group=8, max_new_tokens=112)
 
     @model_validator(mode="before")
     @classmethod

@@ -5,19 +5,21 @@ P samples (groups), N responses of all samples, S branches of a pack.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from prism.config import Config
-from prism.data.problem import Problem
 from prism.discriminator.model import Discriminator
 from prism.models.prompts import EncodedPrompt, Message, PromptEncoder, chat_messages, join_images, without_images
 from prism_kernels import check
 from prism_kernels.grammar import TAGS, ParsedResponse, parse_response
 from prism_kernels.packing import Branch, Kind, PrefixGroup, PrefixPack, pack_groups
+
+if TYPE_CHECKING:
+    from prism.config import Config
+    from prism.data.problem import Problem
 
 NAME = "score_groups"
 
@@ -48,7 +50,7 @@ class ScoreLimits:
         check.one_of(NAME, "too_long", self.too_long, ("skip", "raise"))
 
 
-def score_limits(config: Config) -> ScoreLimits:
+def score_limits(config: "Config") -> ScoreLimits:
     """Returns the lengths that the settings allow."""
     return ScoreLimits(config.score_pack_tokens, config.data.prompt_tokens, config.data.response_tokens)
 
@@ -150,7 +152,7 @@ class Sample:
 
 
 def sample_of(
-    problem: Problem, responses: Sequence[str], prompt: EncodedPrompt | None = None, *, teacher: str | None = None
+    problem: "Problem", responses: Sequence[str], prompt: EncodedPrompt | None = None, *, teacher: str | None = None
 ) -> Sample:
     """Returns a problem's responses as a group.
 

@@ -8,18 +8,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prism.config import DiscriminatorSettings
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import CHANNELS, GroupScores, PreparedGroups, score_prepared
 from prism.runtime.optimiser import GuardedOptimiser
 from prism_kernels import PairMetrics, Routing, check, pair_loss
 from prism_kernels.integrations.transformers.moe_block import MoeBlock, collect_routing
 from prism_kernels.packing import Kind
+
+if TYPE_CHECKING:
+    from prism.config import DiscriminatorSettings
 
 NO_PAIR = "no valid pair"
 
@@ -73,7 +75,7 @@ def discriminator_step(
     model: Discriminator,
     prepared: PreparedGroups,
     optimiser: GuardedOptimiser,
-    settings: DiscriminatorSettings | None = None,
+    settings: "DiscriminatorSettings",
 ) -> StepResult:
     """Runs forward and backward pack by pack and updates once; returns the scores and the measurements.
 
@@ -88,7 +90,6 @@ def discriminator_step(
         optimiser: the model's.
         settings: the loss.
     """
-    settings = settings or DiscriminatorSettings()
     device = model.value_head.weight.device
     valid = prepared.pairs.to(device)
     total = int(prepared.pairs.sum())
@@ -146,7 +147,7 @@ def _saved(prepared: PreparedGroups) -> dict[str, Any]:
 
 
 def pairwise_losses(
-    scores: GroupScores, valid: Tensor, pairs: int, settings: DiscriminatorSettings
+    scores: GroupScores, valid: Tensor, pairs: int, settings: "DiscriminatorSettings"
 ) -> tuple[Tensor, dict[str, PairMetrics]]:
     """Returns the sum of both channels' pair losses, each over `pairs`, and their metrics.
 

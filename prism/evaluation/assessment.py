@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prism.config import Config, Sampling
+from prism.config import Config
 from prism.data.drift import drift
 from prism.data.problem import Problem
 from prism.discriminator.controls import shortcut_controls
@@ -19,6 +19,7 @@ from prism.models.prompts import PromptEncoder
 from prism.rewards import score_batch
 from prism.rollout.batch import decode, generate
 from prism.rollout.engine import Engine
+from prism.rollout.options import Sampling
 from prism.worlds.shapes.counters import judge
 from prism.worlds.shapes.probes import CHANGES, curated_text, wrong_caption, wrong_conclusion
 

@@ -21,12 +21,13 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-from prism.config import Config, ConfigError, TinySize
+from prism.config import Config, ConfigError
 from prism.discriminator.model import Discriminator
 from prism.discriminator.storage import IMAGES_KEY, has_value_head, load_discriminator
 from prism.discriminator.upcycle import upcycle
 from prism.models.policy import CausalModel, Policy
 from prism.models.prompts import PromptEncoder
+from prism.models.sizes import TinySize
 from prism.models.tiny import tiny_image_processor, tiny_policy
 from prism_kernels import check
 

@@ -7,10 +7,8 @@ loads the models and the tokenizer.
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Self
 
 import torch
-from pydantic import model_validator
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -23,9 +21,9 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from prism.config import Carelessness, TinySize
-from prism.config.sections import Positive
 from prism.models.prompts import IMAGE_TOKEN, VIDEO_TOKEN
+from prism.models.sizes import TinyMoeSize, TinySize
+from prism.worlds.shapes.carelessness import Carelessness
 from prism.worlds.shapes.world import ShapesWorld
 from prism_kernels import check
 
@@ -71,29 +69,6 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}"""
-
-
-class TinyMoeSize(TinySize):
-    """The sizes of a tiny Mixture-of-Experts.
-
-    Args:
-        experts: Experts of each layer.
-        experts_per_token: Experts that each token chooses.
-        expert_intermediate_size: Width of an expert.
-    """
-
-    experts: Positive = 4
-    experts_per_token: Positive = 2
-    expert_intermediate_size: Positive = 160
-
-    @model_validator(mode="after")
-    def _check_experts(self) -> Self:
-        self.check_width("expert_intermediate_size", self.expert_intermediate_size)
-        if self.experts_per_token > self.experts:
-            raise ValueError(
-                f"experts_per_token: expected at most experts = {self.experts}, got {self.experts_per_token}"
-            )
-        return self
 
 
 def tiny_policy(

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prism.config import STAGES, Carelessness, Config
+from prism.config import STAGES, Config
 from prism.data.files import DataError
 from prism.runtime.log import read_metrics
+from prism.worlds.shapes.carelessness import Carelessness
 from prism.worlds.shapes.world import SPLITS, ShapesSample, ShapesWorld
 
 Row = dict[str, Any]

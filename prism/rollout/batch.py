@@ -4,21 +4,23 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prism.config import Sampling
-from prism.data.problem import Problem
 from prism.models.prompts import EncodedPrompt, PromptEncoder
 from prism.rollout.engine import Engine, Rollout
+from prism.rollout.options import Sampling
+
+if TYPE_CHECKING:
+    from prism.data.problem import Problem
 
 
 class RolloutBatch(NamedTuple):
     """Problems with the policy's responses, group by group. S responses."""
 
-    problems: list[Problem]
+    problems: "list[Problem]"
     prompts: list[EncodedPrompt]
     rollouts: list[Rollout]
     texts: list[str]
@@ -54,7 +56,7 @@ def _finite(value: Any) -> Any:
 
 
 def generate(
-    engine: Engine, problems: Sequence[Problem], encoder: PromptEncoder, sampling: Sampling, seed: int
+    engine: Engine, problems: "Sequence[Problem]", encoder: PromptEncoder, sampling: Sampling, seed: int
 ) -> RolloutBatch:
     """Samples the policy's responses to some problems; the same seed gives the same responses.
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prism.config import Sampling
 from prism.models.prompts import EncodedPrompt
 from prism.rollout.lean import LeanBatch, why_not_lean
+from prism.rollout.options import Sampling
 from prism.rollout.sampling import Choice, choose, uniforms
 from prism.rollout.stock import StockBatch
 from prism_kernels import check

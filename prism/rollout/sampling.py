@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prism.config import Sampling
+from prism.rollout.options import Sampling
 
 # probabilities are summed as integer multiples of 2^-50, so that the order of the sum does not matter
 UNIT = 2.0**50

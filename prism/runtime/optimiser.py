@@ -5,15 +5,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from prism.config import Adam, WarmupAdam
 from prism_kernels import check
+
+if TYPE_CHECKING:
+    from prism.config import Adam
 
 Batch = Callable[[], Mapping[str, Any]]
 
@@ -30,7 +32,7 @@ class MasterAdamW(AdamW):
 
     Args:
         groups: parameter groups, as torch's AdamW takes them; fp32 and fp64 parameters are updated directly.
-        settings: AdamW's options.
+        settings: "Adam"W's options.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], **settings: Any) -> None:
@@ -82,17 +84,19 @@ def _is_wide(parameter: Tensor) -> bool:
     return parameter.dtype in (torch.float32, torch.float64)
 
 
-def parameter_groups(model: nn.Module, settings: Adam) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, settings: "Adam") -> list[dict[str, Any]]:
     """Returns the trained parameters; a value head with its own learning rate forms a second group."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    if not isinstance(settings, WarmupAdam) or settings.head_rate == 1:
+    # only the warm-up's optimiser has a rate of the head
+    head_rate = getattr(settings, "head_rate", 1)
+    if head_rate == 1:
         return [{"params": trained}]
     head = model.get_parameter("value_head.weight")
     rest = [p for p in trained if p is not head]
-    return [{"params": rest}, {"params": [head], "lr": settings.lr * settings.head_rate}]
+    return [{"params": rest}, {"params": [head], "lr": settings.lr * head_rate}]
 
 
-def make_optimiser(groups: list[dict[str, Any]], settings: Adam) -> Optimizer:
+def make_optimiser(groups: list[dict[str, Any]], settings: "Adam") -> Optimizer:
     """Builds the optimiser that the settings name."""
     options: dict[str, Any] = {
         "lr": settings.lr,
@@ -240,7 +244,7 @@ class StageOptimiser(GuardedOptimiser):
     # updates in a row that may fail before the run ends
     MOST_FAILED = 10
 
-    def __init__(self, model: nn.Module, settings: Adam, steps: int, *, failures: Path | None = None) -> None:
+    def __init__(self, model: nn.Module, settings: "Adam", steps: int, *, failures: Path | None = None) -> None:
         optimiser = make_optimiser(parameter_groups(model, settings), settings)
         super().__init__(optimiser, settings.clip_norm, [p for p in model.parameters() if p.requires_grad])
         self.failures = failures

@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import prism_kernels
-from prism.config import Adam, Config, Sampling
+from prism.config import Adam, Config
 from prism.data.problem import Problem, step_random
 from prism.data.sources import problems_of
 from prism.discriminator.model import Discriminator
@@ -32,6 +32,7 @@ from prism.models.tiny import save_processor
 from prism.report import write_report
 from prism.rollout.batch import RolloutBatch, generate
 from prism.rollout.engine import Engine
+from prism.rollout.options import Sampling
 from prism.runtime import checkpoint
 from prism.runtime.log import RunLog
 from prism.runtime.memory import begin_peak, peak_bytes

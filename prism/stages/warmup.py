@@ -1,5 +1,7 @@
 """Warm-up of the discriminator on pairs of a response and its teacher's, before it plays against the policy."""
 
+from dataclasses import replace
+
 from prism.discriminator.score import prepare_groups, sample_of, score_limits
 from prism.discriminator.training import discriminator_step
 from prism.runtime.runtime import Runtime
@@ -8,7 +10,7 @@ from prism.runtime.runtime import Runtime
 def warmup(rt: Runtime) -> None:
     """Trains the discriminator on given responses, or else on the policy's, against their teachers'."""
     settings = rt.config.optimiser.warmup
-    sampling = rt.config.rollout.align.model_copy(update={"group": 1})
+    sampling = replace(rt.config.rollout.align, group=1)
     discriminator, limits = rt.discriminator, score_limits(rt.config)
     show = ("d_loss", "d_accuracy_perception", "d_accuracy_reasoning")
     for step in rt.steps("warmup", discriminator=settings, show=show):

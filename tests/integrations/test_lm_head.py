@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from prism.config import TinySize
+from prism.models.sizes import TinySize
 from prism.models.tiny import tiny_policy
 from prism_kernels.integrations import patching
 from prism_kernels.integrations.transformers.lm_head import patch_lm_head

@@ -31,7 +31,7 @@ from trl import (
     SFTTrainer,
 )
 
-from prism.config import TinySize
+from prism.models.sizes import TinySize
 from prism.models.tiny import tiny_image_processor, tiny_policy
 from prism_kernels.integrations import head, patching
 from prism_kernels.integrations import trl as ours

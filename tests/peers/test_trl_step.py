@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from bench.end_to_end.trl_step import Shape, make_trainer, problems, start, variety
-from prism.config import Sampling
 from prism.models.policy import Policy, pack_responses
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor
 from prism.rewards import score_batch
 from prism.rollout.engine import Engine
+from prism.rollout.options import Sampling
 from prism_kernels import PolicyMetrics, group_advantage, policy_loss
 
 SHAPE = Shape(prompts=3, group=4, tokens=24)

@@ -7,7 +7,8 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as dense_module
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as moe_module
 
 from prism.discriminator.model import Discriminator
-from prism.models.tiny import TinyMoeSize, tiny_discriminator_base, tiny_policy, train_tokenizer
+from prism.models.sizes import TinyMoeSize
+from prism.models.tiny import tiny_discriminator_base, tiny_policy, train_tokenizer
 from prism_kernels.packing import Branch, Kind, PrefixGroup, build_pack
 
 TOKENIZER = train_tokenizer()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from prism.models.prompts import EncodedPrompt
-from prism.models.tiny import TinyMoeSize, tiny_discriminator_base, tiny_policy, train_tokenizer
+from prism.models.sizes import TinyMoeSize
+from prism.models.tiny import tiny_discriminator_base, tiny_policy, train_tokenizer
 
 TOKENIZER = train_tokenizer(vocab_size=320)
 IMAGE, START, END, STOP = TOKENIZER.convert_tokens_to_ids(

@@ -22,6 +22,9 @@ from prism.config import (
     parse_overrides,
     to_toml,
 )
+from prism.models.sizes import TinySize
+from prism.rollout.options import StageRollouts
+from prism.worlds.shapes.carelessness import Carelessness
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -376,3 +379,33 @@ def test_torch_is_not_imported():
     code = "import prism.config, prism.cli, sys; prism.config.load_config(); print({'torch', 'numpy'} & {*sys.modules})"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("table", "kind", "value"),
+    [
+        ("model.tiny", TinySize, {"heads": 0}),
+        ("model.tiny", TinySize, {"layers": 1.5, "head_dim": 24}),
+        ("model.tiny", TinySize, {"heads": 3}),
+        ("rollout.align", StageRollouts, {"prompts": 4, "temperature": 0.0, "top_p": 1.5}),
+        ("rollout.align", StageRollouts, {"prompts": True, "top_k": -1}),
+        ("data.shapes.carelessness", Carelessness, {"colour": -0.1, "dropped": float("inf")}),
+    ],
+)
+def test_code_and_files_are_refused_in_the_same_words(table, kind, value):
+    with pytest.raises(ValueError) as code:
+        kind(**value)
+    with pytest.raises(ConfigError) as file:
+        load_config(None, {f"{table}.{name}": one for name, one in value.items()})
+    assert [f"settings: {table}.{line}" for line in str(code.value).splitlines()] == str(file.value).splitlines()
+
+
+def test_a_table_of_a_dataclass_is_read_like_any_other():
+    with pytest.raises(ConfigError, match=r"rollout.align.grup: expected a known key.*did you mean 'group'\?"):
+        load_config(None, {"rollout.align.grup": 4})
+    with pytest.raises(ConfigError, match=r"model.tiny: expected a table: \[model.tiny\], got 3"):
+        load_config(None, {"model.tiny": 3})
+    with pytest.raises(ConfigError, match=r"rollout.align.group: expected a valid integer, got 'none'"):
+        load_config(None, {"rollout.align.group": "none"})
+    assert load_config(None, {"rollout.align.top_k": 5}).rollout.align.top_k == 5
+    assert load_config(None, {"rollout.align.top_k": "none"}) == load_config()

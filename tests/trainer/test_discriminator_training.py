@@ -13,7 +13,8 @@ from prism.discriminator.model import Discriminator
 from prism.discriminator.score import GroupScores, Sample, ScoreLimits, prepare_groups, score_groups, score_prepared
 from prism.discriminator.training import channel_report, discriminator_step, within_group_auc
 from prism.models.prompts import PromptEncoder
-from prism.models.tiny import TinyMoeSize, tiny_discriminator_base, tiny_image_processor
+from prism.models.sizes import TinyMoeSize
+from prism.models.tiny import tiny_discriminator_base, tiny_image_processor
 from prism.runtime.optimiser import GuardedOptimiser
 from prism_kernels.integrations.transformers.moe_block import MoeBlock
 
@@ -60,7 +61,7 @@ def test_a_step_returns_the_scores_before_it_and_updates_the_weights():
     with torch.no_grad():
         before = score_groups(model, samples, ENCODER)
     weights = parameters_of(model)
-    result = discriminator_step(model, prepare_groups(samples, ENCODER), optimiser_of(model))
+    result = discriminator_step(model, prepare_groups(samples, ENCODER), optimiser_of(model), DiscriminatorSettings())
     for name in ("perception", "reasoning", "teacher_perception", "teacher_reasoning"):
         torch.testing.assert_close(getattr(result.scores, name), getattr(before, name))
         assert not getattr(result.scores, name).requires_grad
@@ -102,7 +103,7 @@ def test_without_a_valid_pair_the_step_is_skipped_with_a_reason():
     invalid = [replace(sample(0), responses=["no tags", "<caption>a</caption>"]), sample(1, teacher=False)]
     model = make_model()
     weights = parameters_of(model)
-    result = discriminator_step(model, prepare_groups(invalid, ENCODER), optimiser_of(model))
+    result = discriminator_step(model, prepare_groups(invalid, ENCODER), optimiser_of(model), DiscriminatorSettings())
     assert result.skipped == "no valid pair" and math.isnan(result.grad_norm)
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert result.scores.perception[:2].isnan().all() and not result.scores.perception[2:].isnan().any()
@@ -119,7 +120,7 @@ def test_without_a_valid_pair_the_step_is_skipped_with_a_reason():
 def test_a_group_without_any_valid_text_is_not_computed():
     prepared = prepare_groups([replace(sample(0), responses=["x"], teacher="y")], ENCODER)
     assert prepared.packs == ()
-    result = discriminator_step(make_model(), prepared, optimiser_of(make_model()))
+    result = discriminator_step(make_model(), prepared, optimiser_of(make_model()), DiscriminatorSettings())
     assert result.skipped == "no valid pair" and result.scores.perception.isnan().all()
 
 
@@ -132,7 +133,9 @@ def test_a_non_finite_score_or_gradient_skips_the_step(where):
     else:
         model.value_head.weight.register_hook(lambda g: g * torch.inf)
     weights = parameters_of(model)
-    result = discriminator_step(model, prepare_groups([sample(0)], ENCODER), optimiser_of(model))
+    result = discriminator_step(
+        model, prepare_groups([sample(0)], ENCODER), optimiser_of(model), DiscriminatorSettings()
+    )
     # a NaN score is invalid, so the reason may also be that there is no valid pair
     assert result.skipped in ("the gradient's norm is not finite: inf", "the gradient's norm is not finite: nan") or (
         where == "score" and result.skipped is not None
@@ -165,7 +168,9 @@ def train(model, steps=30, view=None, seed=0):
     optimiser = optimiser_of(model)
     for step in range(steps):
         samples = [sample(100 * step + i, 2, colour=("red", "blue")[i % 2]) for i in range(4)]
-        result = discriminator_step(model, prepare_groups(samples, ENCODER, view=view), optimiser)
+        result = discriminator_step(
+            model, prepare_groups(samples, ENCODER, view=view), optimiser, DiscriminatorSettings()
+        )
         assert result.skipped is None
     return result
 
@@ -198,7 +203,9 @@ def test_a_discriminator_of_one_token_stays_at_chance(name):
 def test_text_only_and_dense_discriminators_train_with_the_same_step():
     model = make_model(images=False)
     samples = [sample(0), sample(1)]
-    result = discriminator_step(model, prepare_groups(samples, ENCODER, images=False), optimiser_of(model))
+    result = discriminator_step(
+        model, prepare_groups(samples, ENCODER, images=False), optimiser_of(model), DiscriminatorSettings()
+    )
     assert result.skipped is None
     assert "swapped images" not in shortcut_controls(model, samples, ENCODER)
 

@@ -15,7 +15,7 @@ from discriminator_cases import SIZE, TOKENIZER, make_backbone, widen
 from score_cases import picture, response
 from stage_cases import FixedRun
 
-from prism.config import DiscriminatorSettings, MemorySettings, RlvrAlgorithm, Sampling, StageAdam, load_config
+from prism.config import DiscriminatorSettings, MemorySettings, RlvrAlgorithm, StageAdam, load_config
 from prism.data.problem import Problem
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import Sample, ScoreLimits, prepare_groups
@@ -25,6 +25,7 @@ from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
 from prism.rollout.batch import RolloutBatch
 from prism.rollout.engine import Engine
+from prism.rollout.options import Sampling
 from prism.runtime.optimiser import GuardedOptimiser, StageOptimiser
 from prism.stages.align import align
 from prism.stages.update import imitate, policy_update

@@ -12,7 +12,7 @@ from stage_cases import FixedRun
 from test_run import settings
 
 from prism.commands.run import run_stages
-from prism.config import Adam, Sampling, load_config
+from prism.config import Adam, DiscriminatorSettings, load_config
 from prism.data.problem import Problem
 from prism.discriminator.score import prepare_groups
 from prism.discriminator.training import discriminator_step
@@ -20,6 +20,7 @@ from prism.models.policy import Policy
 from prism.models.tiny import tiny_policy
 from prism.rollout.batch import RolloutBatch
 from prism.rollout.engine import Engine
+from prism.rollout.options import Sampling
 from prism.runtime.log import read_metrics
 from prism.runtime.optimiser import NotFiniteError, StageOptimiser
 from prism.runtime.runtime import Runtime
@@ -54,7 +55,7 @@ def test_skipped_steps_of_the_discriminator_are_counted_and_saved(tmp_path):
     assert len(prepared.packs) == 1
     handle = spoil(model.value_head.weight, [False, True, True])
     before = weights(model)
-    results = [discriminator_step(model, prepared, optimiser) for _ in range(3)]
+    results = [discriminator_step(model, prepared, optimiser, DiscriminatorSettings()) for _ in range(3)]
     handle.remove()
     reason = "the gradient's norm is not finite: inf"
     assert [result.skipped for result in results] == [None, reason, reason] and optimiser.failed_in_a_row == 2
@@ -66,7 +67,7 @@ def test_skipped_steps_of_the_discriminator_are_counted_and_saved(tmp_path):
     assert torch.equal(saved["packs"][0]["pixel_values"], prepared.packs[0].pixel_values)
     # no valid pair: the step is skipped, but it is not a numerical failure
     none = prepare_groups([make_samples()[2]], ENCODER)
-    result = discriminator_step(model, none, optimiser)
+    result = discriminator_step(model, none, optimiser, DiscriminatorSettings())
     assert (result.skipped, optimiser.failed_in_a_row) == ("no valid pair", 2)
 
 
@@ -77,9 +78,9 @@ def test_ten_in_a_row_stop_the_discriminator():
     optimiser, before = StageOptimiser(model, ADAM, 20), weights(model)
     groups = prepare_groups(make_samples(), ENCODER)
     for _ in range(StageOptimiser.MOST_FAILED - 1):
-        assert discriminator_step(model, groups, optimiser).skipped == "a score is not finite"
+        assert discriminator_step(model, groups, optimiser, DiscriminatorSettings()).skipped == "a score is not finite"
     with pytest.raises(NotFiniteError, match="10 updates in a row were skipped: a score is not finite"):
-        discriminator_step(model, groups, optimiser)
+        discriminator_step(model, groups, optimiser, DiscriminatorSettings())
     assert all(
         torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(model.state_dict().values(), before.values())
     )

@@ -16,10 +16,10 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from prism.config import Sampling
 from prism.models.prompts import EncodedPrompt
 from prism.models.tiny import TEXT_TOKENS
 from prism.rollout.engine import Engine
+from prism.rollout.options import Sampling
 
 PATHS = pytest.mark.parametrize("path", ["lean", "stock"])
 # letters and digits: with these stop tokens, responses end early, at many lengths

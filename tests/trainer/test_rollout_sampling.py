@@ -4,7 +4,7 @@ import pytest
 import torch
 from rollout_cases import one_thread  # noqa: F401
 
-from prism.config import Sampling
+from prism.rollout.options import Sampling
 from prism.rollout.sampling import choose, uniforms
 
 BANNED = torch.tensor([0, 5, 11])
@@ -130,14 +130,14 @@ def test_uniform_numbers_depend_on_seed_key_and_row_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group": 0}, r"group\n.*greater than 0.*input_value=0"),
-        ({"group": None}, r"group\n.*a valid integer.*input_value=None"),
-        ({"max_new_tokens": 1.5}, r"max_new_tokens\n.*a valid integer.*input_value=1.5"),
-        ({"temperature": -0.1}, r"temperature\n.*greater than or equal to 0.*input_value=-0.1"),
-        ({"temperature": math.nan}, r"temperature\n.*a finite number"),
-        ({"top_p": 0.0}, r"top_p\n.*greater than 0"),
-        ({"top_p": 1.1}, r"top_p\n.*less than or equal to 1"),
-        ({"top_k": 0}, r"top_k\n.*greater than 0"),
+        ({"group": 0}, r"^group: expected a number greater than 0, got 0$"),
+        ({"group": None}, r"^group: expected a valid integer, got None$"),
+        ({"max_new_tokens": 1.5}, r"^max_new_tokens: expected a valid integer, got 1.5$"),
+        ({"temperature": -0.1}, r"^temperature: expected a number greater than or equal to 0, got -0.1$"),
+        ({"temperature": math.nan}, r"^temperature: expected a finite number, got nan$"),
+        ({"top_p": 0.0}, r"^top_p: expected a number greater than 0, got 0.0$"),
+        ({"top_p": 1.1}, r"^top_p: expected a number less than or equal to 1, got 1.1$"),
+        ({"top_k": 0}, r"^top_k: expected a number greater than 0, got 0$"),
     ],
 )
 def test_sampling_names_what_it_expected(options, message):

@@ -18,14 +18,8 @@ from prism.data.loader import dry_run
 from prism.data.problem import problem_reader
 from prism.data.sources import problems_of
 from prism.models.prompts import PromptEncoder
-from prism.models.tiny import (
-    TinyMoeSize,
-    save_tiny,
-    tiny_discriminator_base,
-    tiny_image_processor,
-    tiny_policy,
-    train_tokenizer,
-)
+from prism.models.sizes import TinyMoeSize
+from prism.models.tiny import save_tiny, tiny_discriminator_base, tiny_image_processor, tiny_policy, train_tokenizer
 from prism.runtime.log import read_metrics
 from prism.runtime.runtime import InterruptedRunError, Runtime
 from prism.worlds.shapes.world import ShapesWorld

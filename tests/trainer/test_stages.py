@@ -6,12 +6,13 @@ import pytest
 import torch
 from discriminator_cases import SIZE, TOKENIZER
 
-from prism.config import MemorySettings, RlvrAlgorithm, Sampling, StageAdam
+from prism.config import MemorySettings, RlvrAlgorithm, StageAdam
 from prism.models.policy import Policy, pack_responses, response_ids
 from prism.models.prompts import PromptEncoder
 from prism.models.tiny import tiny_image_processor, tiny_policy
 from prism.rollout.batch import RolloutBatch
 from prism.rollout.engine import Engine
+from prism.rollout.options import Sampling
 from prism.runtime.optimiser import NotFiniteError, StageOptimiser
 from prism.stages.update import policy_update
 

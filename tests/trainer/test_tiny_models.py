@@ -8,11 +8,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from prism.config import TinySize
 from prism.models.prompts import PromptEncoder
+from prism.models.sizes import TinyMoeSize, TinySize
 from prism.models.tiny import (
     SPECIAL_TOKENS,
-    TinyMoeSize,
     save_tiny,
     tiny_discriminator_base,
     tiny_image_processor,
@@ -133,7 +132,7 @@ def test_tokenizer_round_trips_any_text_and_keeps_special_tokens_whole(tmp_path)
 def test_tiny_size_refuses_shapes_that_loaders_confuse():
     with pytest.raises(ValueError, match=r"expert_intermediate_size: expected other than hidden_size"):
         TinyMoeSize(expert_intermediate_size=96)
-    with pytest.raises(ValueError, match=r" intermediate_size: expected other than .* = 96 and its half, got 48"):
+    with pytest.raises(ValueError, match=r"^intermediate_size: expected other than .* = 96 and its half, got 48"):
         TinySize(intermediate_size=48)
     with pytest.raises(ValueError, match=r"experts_per_token: expected at most experts = 4, got 5"):
         TinyMoeSize(experts_per_token=5)

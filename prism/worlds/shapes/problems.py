@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from math import floor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from prism.config import Config
 from prism.data.problem import Problem, step_random
 from prism.worlds.shapes.probes import judged
 from prism.worlds.shapes.world import ShapesSample, ShapesWorld
+
+if TYPE_CHECKING:
+    from prism.config import Config
 
 # the split of the embedded world that each stage draws from
 SPLIT_OF = {"base": "base", "sft": "sft", "rlvr": "rl"} | dict.fromkeys(("distill", "warmup", "align"), "alignment")
@@ -49,7 +51,7 @@ class EmbeddedProblems:
         config: the settings.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: "Config") -> None:
         self.settings, self.seed = config.data.shapes, config.run.seed
         self.world = ShapesWorld(self.settings.seed, self.settings.carelessness)
 

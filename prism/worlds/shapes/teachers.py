@@ -7,7 +7,7 @@ items seen; an error of reasoning changes the last step. Neither depends on the 
 from dataclasses import dataclass
 from random import Random
 
-from prism.config import Carelessness
+from prism.worlds.shapes.carelessness import Carelessness
 from prism.worlds.shapes.questions import EQUAL, NONE, Question, answers, compared, infer, matching, name, worths
 from prism.worlds.shapes.scenes import GRID, KINDS, MOST_ITEMS, PLACES, Item, Scene, pick
 from prism_kernels.grammar import Sections

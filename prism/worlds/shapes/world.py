@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 
-from prism.config import Carelessness
+from prism.worlds.shapes.carelessness import Carelessness
 from prism.worlds.shapes.questions import Question, ask, infer
 from prism.worlds.shapes.scenes import Bytes, Scene, draw, random_scene
 from prism.worlds.shapes.teachers import TEACHERS, TeacherResponse, respond
