@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import prism_kernels
+import prism_kernels.ops
 from bench.files_entered import CALLS
 from prism_kernels.backend import resolve
 from prism_kernels.library import native_reason
