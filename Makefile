@@ -37,7 +37,7 @@ reproduce: $(VENV)/install.stamp ## runs the experiment: each arm on three seeds
 	$(BIN)/python -m bench.reproduce
 
 # two workers of one thread each; the tests of a file stay together, since they share what is slow to make
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/install.stamp ## installs everything and runs the tests
 	$(PYTEST) -m "not full"
