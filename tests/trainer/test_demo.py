@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 SHORTER = {
     "optimiser.sft.steps": 160,
     "optimiser.warmup.steps": 40,
+    "optimiser.rlvr.steps": 28,
     # greedy evaluation only: responses at temperature 1 would double its time
     "evaluation.sampled": False,
     "log.rollouts_every": 0,
