@@ -45,6 +45,7 @@ def test_different_values_of_the_two_sides_are_an_error(wrong):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_small_run_becomes_a_table(tmp_path, monkeypatch):
     """Runs the whole benchmark in separate processes; checks no times, because the machine may be busy."""
     sizes = Sizes("transformers", vocabulary=30_000, width=64, layers=1, tokens=384)

@@ -113,7 +113,8 @@ def install(tree, *options, check=True, **environment):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "compiler, message", [("/bin/false", "fails on a C\\+\\+20 program"), ("no-such-cc", "is not")]
+    "compiler, message",
+    [pytest.param("/bin/false", "fails on a C\\+\\+20 program", marks=pytest.mark.full), ("no-such-cc", "is not")],
 )
 def test_a_missing_compiler_gives_a_pure_installation(tree, compiler, message):
     done = install(tree, "--no-build-isolation", CXX=compiler)
