@@ -1,7 +1,7 @@
 """CPU time of one call of each public op on tiny inputs: the cost of everything but the numbers.
 
 Run: python -m bench.overhead [--against PATH] [--ops linear_logprob ...] [--json PATH]
-PATH is the root of another checkout, whose processes take turns with this one's.
+PATH is the root of another checkout; a process of each takes samples in turns.
 """
 
 import argparse
@@ -21,14 +21,16 @@ import prism_kernels as pk
 from prism_kernels.packing import Branch, Kind, PrefixGroup, build_pack
 
 ROOT = Path(__file__).resolve().parent.parent
+# ops without gradient
+CONSTANT = ("group_advantage", "prism_advantage")
 FORWARD, TRAIN = "forward", "forward+backward"
 T, V, D, E, K = 8, 64, 16, 4, 2
-# the calls of a sample, and the samples of a process
-CALLS, SAMPLES = 20, 60
+# of a sample, and of an op
+CALLS, SAMPLES = 10, 100
 
 
-def calls() -> Iterator[tuple[str, Callable[[], Tensor | None]]]:
-    """Yields each op's name and a call, which returns a scalar to differentiate, or None where there is no gradient."""
+def calls() -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Yields each op's name and a call, which returns a scalar to differentiate unless the op is in CONSTANT."""
     rng = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:
@@ -51,64 +53,63 @@ def calls() -> Iterator[tuple[str, Callable[[], Tensor | None]]]:
         lambda: pk.linear_policy_loss(hidden, weight, target, old, advantage, cu_seqlens, bias=bias)[0],
     )
     yield "policy_loss", lambda: pk.policy_loss(logp, old, advantage, cu_seqlens)[0]
-    yield "group_advantage", lambda: (pk.group_advantage(constant, group), None)[1]
-    yield "prism_advantage", lambda: (pk.prism_advantage(constant, constant, group), None)[1]
+    yield "group_advantage", lambda: pk.group_advantage(constant, group)
+    yield "prism_advantage", lambda: pk.prism_advantage(constant, constant, group)
     yield "pair_loss", lambda: pk.pair_loss(logp, logp + 1)[0]
     yield "moe_route", lambda: pk.moe_route(x, router, K).weight.sum()
     yield "moe_experts", lambda: pk.moe_experts(x, routing, gate_up, down).sum()
     yield "prefix_attention", lambda: pk.prefix_attention(q, k, v, pack).sum()
 
 
-def measure(chosen: list[str]) -> dict[str, float]:
-    """Returns the median microseconds of a call, by op and pass."""
+def serve() -> None:
+    """Answers each line "op, pass" on stdin with the microseconds of a call."""
     torch.set_num_threads(1)
-    medians = {}
-    for op, call in calls():
-        if chosen and op not in chosen:
-            continue
+    known = dict(calls())
+    for line in sys.stdin:
+        op, pass_ = line.strip().split(", ")
+        call, trains = known[op], pass_ == TRAIN
+        begin = time.thread_time()
+        for _ in range(CALLS):
+            result = call()
+            if trains:
+                result.backward()
+        print((time.thread_time() - begin) / CALLS * 1e6, flush=True)
 
-        def train(call: Callable[[], Tensor | None] = call) -> None:
-            loss = call()
-            if loss is not None:
-                loss.backward()
 
-        differentiable = call() is not None
-        for name, run in ((FORWARD, call), (TRAIN, train)):
-            if name == TRAIN and not differentiable:
-                continue
-            samples = []
-            for _ in range(SAMPLES + 5):
-                begin = time.thread_time()
-                for _ in range(CALLS):
-                    run()
-                samples.append((time.thread_time() - begin) / CALLS * 1e6)
-            medians[f"{op}, {name}"] = statistics.median(samples[5:])
-    return medians
+def start(root: Path) -> subprocess.Popen[str]:
+    """Returns a process that serves the package of one checkout."""
+    command, environment = [sys.executable, "-P", __file__, "--serve"], os.environ | {"PYTHONPATH": str(root)}
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def ask(server: subprocess.Popen[str], name: str) -> float:
+    """Returns a server's answer for an op and a pass."""
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(f"{name}\n")
+    server.stdin.flush()
+    return float(server.stdout.readline())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--against", type=Path, help="root of another checkout to compare with")
-    parser.add_argument("--ops", nargs="*", default=[], help="measure these ops only")
-    parser.add_argument("--turns", type=int, default=5, help="processes of each checkout")
+    parser.add_argument("--ops", nargs="*", help="measure these ops only")
     parser.add_argument("--json", type=Path, help="write the medians to this file")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        print(json.dumps(measure(args.ops)))
+    if args.serve:
+        serve()
         return
-    roots = {"this": ROOT} | ({"other": args.against.resolve()} if args.against else {})
-    command = [sys.executable, "-P", __file__, "--child", "--ops", *args.ops]
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in roots}
-    for turn in range(args.turns):
-        # every other turn backwards, so that none always follows the other
-        for name, root in sorted(roots.items(), reverse=turn % 2 == 1):
-            child = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, check=True)
-            turns[name].append(json.loads(child.stdout))
-    rows = {key: {n: statistics.median(t[key] for t in turns[n]) for n in roots} for key in turns["this"][0]}
-    for key, row in rows.items():
+    servers = {"this": start(ROOT)} | ({"other": start(args.against.resolve())} if args.against else {})
+    rows = {}
+    ops = [op for op, _ in calls() if not args.ops or op in args.ops]
+    for name in (f"{op}, {p}" for op in ops for p in ((FORWARD,) if op in CONSTANT else (FORWARD, TRAIN))):
+        samples = [{who: ask(server, name) for who, server in servers.items()} for _ in range(SAMPLES + 5)]
+        row = rows[name] = {who: statistics.median(sample[who] for sample in samples[5:]) for who in servers}
         ratio = f" x {row['this'] / row['other']:.3f}" if "other" in row else ""
-        print(f"{key:<40}" + "".join(f"{name} {value:8.1f} us  " for name, value in row.items()) + ratio)
+        print(f"{name:<40}" + "".join(f"{who} {value:8.1f} us  " for who, value in row.items()) + ratio, flush=True)
+    for server in servers.values():
+        server.kill()
     if args.json:
         args.json.write_text(json.dumps({"unit": "us", "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
 

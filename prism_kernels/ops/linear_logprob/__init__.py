@@ -61,8 +61,10 @@ def linear_logprob(
         check.fail(NAME, "cache_bytes >= 0 or None", cache_bytes)
     chosen = resolve(NAME, arguments.hidden.device, backend)
 
-    x, flat = arguments.hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
-    row_temperatures = arguments.temperature
+    x, flat, row_temperatures = arguments.hidden, target, arguments.temperature
+    # only where it changes the shape: a view costs a node of the autograd graph
+    if target.dim() == 2:
+        x, flat = x.flatten(0, 1), flat.flatten()
     total = flat.shape[0]
     kept = None
     if may_synchronise(x):
@@ -81,7 +83,9 @@ def linear_logprob(
     results = LinearLogProbFunction.apply(*arguments, ignore_index, entropy, cache_rows, chosen, shard)
     if kept is not None:
         results = [r.new_zeros(total).index_copy(0, kept, r) for r in results]
-    logp, row_entropy, lse, square = (r.view(target.shape) for r in results)
+    if target.dim() == 2:
+        results = [r.view(target.shape) for r in results]
+    logp, row_entropy, lse, square = results
     return TokenLogProbs(logp, row_entropy if entropy else None, lse, square)
 
 

@@ -145,8 +145,9 @@ def forward(
         rows = slice(start, end)
         block = head.rows(rows)
         x = block.hidden
-        if end <= direct:
-            z = cache[rows]
+        exp = cache[rows] if end <= cache_rows else None
+        if exp is not None and end <= direct:
+            z = exp
         else:
             if scratch is None:
                 scratch = torch.empty(height, columns, dtype=exact, device=cache.device)
@@ -156,7 +157,7 @@ def forward(
         z = z[: end - start]
         if block.lora_hidden is not None and block.lora_weight is not None:
             z.addmm_(block.lora_hidden, block.lora_weight.t())
-        _row_block(block, kernels, z, cache[rows] if end <= cache_rows else None, sums[:, rows], chain, shard)
+        _row_block(block, kernels, z, exp, sums[:, rows], chain, shard)
         start = end
     return sums, cache
 
