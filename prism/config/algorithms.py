@@ -127,7 +127,7 @@ class AlignAlgorithm(PolicyLoss):
         wrong_penalty: Subtracted for a wrong answer in modes other than `align`.
         w_acc: Weight of the accuracy in `rlvr`, `rlvr_v2` and `sign_align`.
         w_fmt: Weight of a good format in `rlvr`, `rlvr_v2` and `sign_align`.
-        token_credit: Whether descriptions are credited with perception's advantage and the other tokens with
+        token_credit: Whether captions are credited with perception's advantage, and thinking and answers with
             reasoning's, instead of all tokens with the mixture.
     """
 
