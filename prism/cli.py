@@ -311,7 +311,11 @@ def _check_model(key: str, model: str) -> None:
     inside = Path(model) / ("discriminator" if key.endswith("discriminator") else "policy")
     if (inside / "config.json").is_file():
         raise ConfigError(f"{key}: expected the folder of a model, got that of a run; did you mean {str(inside)!r}?")
-    if folder and not (Path(model) / "config.json").is_file():
+    if (Path(model) / "config.json").is_file():
+        from prism.models.families import DENSE, MOE, family_of
+
+        family_of(key, Path(model), (DENSE,) if key == "model.policy" else (DENSE, MOE))
+    elif folder:
         raise ConfigError(f"{key}: expected a folder with a config.json, got {model!r}")
 
 
@@ -347,14 +351,9 @@ def _read_data(config: "Config") -> int:
 
 def _encoder(config: "Config") -> "PromptEncoder | None":
     """Returns the encoder of prompts for the policy; None if it is a hub's model that is not on this machine."""
-    from prism.models.building import load_encoder
-    from prism.models.prompts import PromptEncoder
-    from prism.models.tiny import tiny_image_processor, train_tokenizer
+    from prism.models.building import policy_encoder
 
-    if config.model.policy == "tiny":
-        tokenizer = train_tokenizer(vocab_size=config.model.tiny.vocab_size)
-        return PromptEncoder(tokenizer, tiny_image_processor(config.model.tiny))
     try:
-        return load_encoder(config.model.policy, config.model.max_image_pixels, local_files_only=True)
-    except OSError:
+        return policy_encoder(config, download=False)
+    except FileNotFoundError:
         return None
