@@ -36,10 +36,10 @@ def plain(tmp_path_factory):
     return write_folder(folder / "model")
 
 
-def prism(*arguments, answer="y\n"):
-    """Runs the command line in a process whose user answers."""
+def prism(*arguments, cache, answer="y\n"):
+    """Runs the command line in a process whose user answers; code that runs in spite of all goes through the cache."""
     command = [sys.executable, "-m", "prism", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": "modules"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache)}
     return subprocess.run(
         command, input=answer, capture_output=True, text=True, env=environment, cwd=ROOT, check=False, timeout=300
     )
@@ -70,7 +70,7 @@ def test_no_code_of_a_folder_runs_and_nobody_is_asked(plain, tmp_path):
         ("rlvr", *settings(plain, tmp_path), "--model.policy", own, "--dry-run"),
         ("eval", "--model", own, "--data", plain.parent / "rlvr.jsonl"),
     ):
-        done = prism(*arguments)
+        done = prism(*arguments, cache=tmp_path / "modules")
         assert done.returncode == 2, done.stderr
         assert not (own / "ran").exists() and "[y/N]" not in done.stdout + done.stderr
         assert "is of type 'own'" in done.stderr and "Traceback" not in done.stderr
