@@ -157,7 +157,10 @@ class AlignAlgorithm(PolicyLoss):
 
 
 class DynamicSampling(Section):
-    """DAPO's dynamic sampling: groups whose rewards are all equal are replaced by those of other prompts.
+    """DAPO's dynamic sampling: groups that are all right or all wrong are replaced by those of other prompts.
+
+    Accuracy decides, not the reward with its parts for format and length. Where verifier_weight is 0, the sum of the
+    custom rewards decides.
 
     Args:
         generate: Prompts of each try; none: three times rollout.rlvr.prompts, which are kept.

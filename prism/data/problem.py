@@ -11,7 +11,15 @@ from prism.config import STAGES, DataSettings
 from prism.data.files import RowError
 from prism.data.rows import PLACEHOLDER, ChatRow, ProblemRow, WarmupRow
 from prism.models.policy import response_ids
-from prism.models.prompts import IMAGE_TOKEN, VIDEO_TOKEN, EncodedPrompt, Message, PromptEncoder, chat_messages
+from prism.models.prompts import (
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
+    EncodedPrompt,
+    ImageSizeError,
+    Message,
+    PromptEncoder,
+    chat_messages,
+)
 
 if TYPE_CHECKING:
     from prism.worlds.shapes.world import ShapesSample
@@ -69,7 +77,10 @@ def problem_reader(use: str, encoder: PromptEncoder, data: DataSettings) -> Call
         else:
             problem, responses = _chat(row) if isinstance(row, ChatRow) else _pair(row)
         _check_text(problem)
-        encoding = problem.encoded(encoder)
+        try:
+            encoding = problem.encoded(encoder)
+        except ImageSizeError as error:
+            raise RowError("image size", "images", str(error)) from None
         _check_length("prompt", len(encoding.input_ids), data.prompt_tokens, "prompt_tokens")
         for field, ids in zip(responses, response_ids(list(responses.values()), encoder) if responses else ()):
             _check_length(field, len(ids), data.response_tokens, "response_tokens")

@@ -5,6 +5,7 @@ That processor needs torchvision; this module does not.
 L tokens of a prompt, M merged patches of an image, G = 4 M patches before merging, C numbers a patch.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,14 @@ PLACEHOLDER = "<image>"
 IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
 
+# of an image's longer side to its shorter; the processor refuses more
+MAX_ASPECT = 200
+
 Message = Mapping[str, Any]
+
+
+class ImageSizeError(ValueError):
+    """An image that takes more pixels than the processor's limit, because it is too narrow to be scaled down."""
 
 
 class EncodedPrompt(NamedTuple):
@@ -84,6 +92,7 @@ class PromptEncoder:
         text = cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         pixels, grids = None, None
         if images:
+            self._check_sizes(images, name)
             patches = self.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
             pixels, grids = patches["pixel_values"], patches["image_grid_thw"]
             merged = (grids.prod(-1) // self.spatial_merge_size**2).tolist()
@@ -93,10 +102,39 @@ class PromptEncoder:
             text = pieces[0] + "".join(IMAGE_TOKEN * count + piece for count, piece in zip(merged, pieces[1:]))
         return EncodedPrompt(self.tokenizer(text, add_special_tokens=False)["input_ids"], pixels, grids)
 
+    def _check_sizes(self, images: Sequence[Image.Image], name: str) -> None:
+        processor = self.image_processor
+        most, patch = processor.size["longest_edge"], processor.patch_size
+        for index, image in enumerate(images):
+            pixels = processor.get_number_of_image_patches(image.height, image.width) * patch**2
+            if pixels > most:
+                check.fail(
+                    NAME,
+                    f"image {index} of {name} to take at most {most} pixels, the limit of the image processor",
+                    f"{pixels} for {image.width}x{image.height}, since no side is scaled below {patch} times "
+                    f"{self.spatial_merge_size} pixels; raise model.max_image_pixels or crop the image",
+                    ImageSizeError,
+                )
+
     def answered(self, prompt: EncodedPrompt, text: str) -> EncodedPrompt:
         """Returns a prompt that goes on with a text of the assistant and the token that ends a turn."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return prompt._replace(input_ids=[*prompt.input_ids, *ids, self.tokenizer.eos_token_id])
+
+
+def limited_size(size: Mapping[str, int], most: int, factor: int) -> dict[str, int]:
+    """Returns the `size` of an image processor that scales no image up to more than `most` pixels.
+
+    Args:
+        size: the processor's own size, with `shortest_edge` and `longest_edge`: both are pixels of an image.
+        most: limit of width times height after scaling, at least `factor` squared.
+        factor: every side becomes a multiple of it.
+    """
+    # an image below `shortest_edge` is scaled to sides a and b whose product is `shortest_edge`, then each side grows
+    # to a multiple: (a + factor)(b + factor) <= most must hold up to the greatest aspect
+    sides = factor * (math.sqrt(MAX_ASPECT) + 1 / math.sqrt(MAX_ASPECT))
+    root = (math.sqrt(sides**2 + 4 * (most - factor**2)) - sides) / 2
+    return {**size, "shortest_edge": max(1, min(size["shortest_edge"], int(root**2))), "longest_edge": most}
 
 
 def chat_messages(prompt: str | Sequence[Message], images: int = 0) -> list[dict[str, Any]]:
