@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from prism.discriminator.model import Discriminator
-from prism.models.prompts import EncodedPrompt, Message, PromptEncoder, chat_messages, join_images, without_images
+from prism.models.prompts import (
+    EncodedPrompt,
+    Message,
+    Picture,
+    PromptEncoder,
+    chat_messages,
+    join_images,
+    without_images,
+)
 from prism_kernels import check
 from prism_kernels.grammar import TAGS, ParsedResponse, parse_response
 from prism_kernels.packing import Branch, Kind, PrefixGroup, PrefixPack, pack_groups
@@ -145,7 +152,7 @@ class Sample:
 
     prompt: str | Sequence[Message] | EncodedPrompt
     responses: Sequence[str]
-    images: Sequence[Image.Image] = ()
+    images: Sequence[Picture] = ()
     teacher: str | None = None
     name: str | None = None
 
