@@ -2,20 +2,36 @@
 
 import os
 from collections.abc import Iterable
+from numbers import Real
+from operator import index
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# of a number: its inverse and its square are finite in fp32, and so is its product with exp(40), the largest ratio
+SMALLEST, LARGEST = 1e-15, 1e15
+# an operator's integers are int64
+LEAST_INTEGER, LARGEST_INTEGER = -(2**63), 2**63 - 1
 
 
 def fail(op: str, expected: str, got: object, error: type[Exception] = ValueError) -> None:
     """Raises `error` with the text that every op uses."""
+    if isinstance(got, int) and got.bit_length() > 64:
+        # Python refuses to print long ones
+        got = f"an integer of {got.bit_length()} bits"
     raise error(f"{op}: expected {expected}, got {got}")
 
 
 def tensor(op: str, name: str, value: object) -> None:
-    """Checks that an argument is a tensor."""
+    """Checks that an argument is a plain tensor: dense, and no DTensor."""
     if not isinstance(value, Tensor):
         fail(op, f"{name} to be a tensor", type(value).__name__, TypeError)
+    assert isinstance(value, Tensor)
+    if value.layout is not torch.strided:
+        fail(op, f"{name} to be a dense tensor", str(value.layout).removeprefix("torch."), TypeError)
+    if type(value) is not Tensor and hasattr(value, "full_tensor"):
+        fail(op, f"{name} to be a plain tensor", "a DTensor; pass its to_local() or full_tensor()", TypeError)
 
 
 def shape(op: str, name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
@@ -40,16 +56,71 @@ def device(op: str, name: str, value: Tensor, like: Tensor, like_name: str) -> N
         fail(op, f"{name} on {like_name}'s device {like.device}", value.device)
 
 
-def positive(op: str, name: str, value: float | None) -> None:
-    """Checks that a number is positive and finite; None passes."""
-    if value is not None and not 0 < value < float("inf"):
-        fail(op, f"{name} > 0 and finite", value)
+def number(
+    op: str, name: str, value: object, low: float = -LARGEST, high: float = LARGEST, expected: str | None = None
+) -> float:
+    """Returns a number as a float, after checking that it lies in [low, high].
+
+    Args:
+        op: the op's name.
+        name: the argument's name.
+        value: a number of Python or numpy. A tensor is none: reading it would wait for its device.
+        low: the least value.
+        high: the largest value.
+        expected: what the error says instead of the bounds.
+    """
+    kind = type(value)
+    if kind is not float and kind is not int and (kind is bool or not isinstance(value, _NUMBERS)):
+        fail(op, f"{name} to be a number", kind.__name__, TypeError)
+    # the comparison is exact for integers that no float can hold, and NaN fails it
+    if not low <= value <= high:  # type: ignore[operator]
+        fail(op, expected or f"{name} in [{low:g}, {high:g}]", value)
+    return float(value)  # type: ignore[arg-type]
+
+
+# under torch.compile, numbers may be symbols
+_NUMBERS = (Real, torch.SymFloat, torch.SymInt)
+
+
+def positive(op: str, name: str, value: float | None) -> float:
+    """Returns a number as a float, after checking that it is positive and fp32 can hold its square; 0 for None."""
+    if value is None:
+        return 0.0
+    plain = number(op, name, value, -torch.inf, torch.inf, f"{name} > 0 and finite")
+    if not SMALLEST <= plain <= LARGEST:
+        usual = 0 < plain < torch.inf
+        fail(op, f"{name} in [{SMALLEST:g}, {LARGEST:g}]" if usual else f"{name} > 0 and finite", value)
+    return plain
+
+
+def integer(
+    op: str,
+    name: str,
+    value: object,
+    low: int = LEAST_INTEGER,
+    high: int = LARGEST_INTEGER,
+    expected: str | None = None,
+) -> int:
+    """Returns an integer of Python or numpy, after checking that it lies in [low, high]."""
+    kind = type(value)
+    if kind is not int and (kind is bool or not isinstance(value, int | np.integer | torch.SymInt)):
+        fail(op, f"{name} to be an integer", kind.__name__, TypeError)
+    if not low <= value <= high:  # type: ignore[operator]
+        fail(op, expected or f"{name} in [{low}, {high}]", value)
+    return value if kind is int else index(value)  # type: ignore[return-value, arg-type]
+
+
+def flag(op: str, name: str, value: object) -> bool:
+    """Returns True or False, after checking that the argument is one of them."""
+    if not isinstance(value, bool | np.bool_):
+        fail(op, f"{name} to be True or False", type(value).__name__, TypeError)
+    return bool(value)
 
 
 def one_of(op: str, name: str, value: object, known: Iterable[str]) -> None:
     """Checks that a name is known; the error lists the known names."""
     known = tuple(known)
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         fail(op, f"{name} to be one of {', '.join(map(repr, known))}", repr(value))
 
 
@@ -60,7 +131,10 @@ def reads_values(value: Tensor) -> bool:
 
 def targets(op: str, target: Tensor, columns: int, ignore_index: int) -> None:
     """Checks that each target is a column or the ignored index, where values may be read."""
-    if not reads_values(target):
+    if not reads_values(target) or not target.numel():
+        return
+    low, high = target.aminmax()
+    if int(low) >= 0 and int(high) < columns:
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= columns))
     if bad.any():
@@ -70,9 +144,15 @@ def targets(op: str, target: Tensor, columns: int, ignore_index: int) -> None:
 
 def temperatures(op: str, temperature: Tensor) -> None:
     """Checks that each temperature is positive and finite, where values may be read."""
-    if not reads_values(temperature):
+    if not reads_values(temperature) or not temperature.numel():
         return
-    bad = ~((temperature > 0) & temperature.isfinite())
-    if bad.any():
-        row = int(bad.nonzero()[0, 0])
-        fail(op, "temperature > 0 and finite", f"{float(temperature[row])} in row {row}")
+    # both are NaN where one value is
+    low, high = temperature.aminmax()
+    if float(low) >= SMALLEST and float(high) <= LARGEST:
+        return
+    bad = ~((temperature >= SMALLEST) & (temperature <= LARGEST))
+    row = int(bad.nonzero()[0, 0])
+    value = float(temperature[row])
+    usual = 0 < value < torch.inf
+    expected = f"temperature in [{SMALLEST:g}, {LARGEST:g}]" if usual else "temperature > 0 and finite"
+    fail(op, expected, f"{value} in row {row}")

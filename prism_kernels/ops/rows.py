@@ -5,7 +5,7 @@ d_v = (z_v - c) / temperature. Over v != target, `rest` = sum e^d, `moment` = su
 the target's d, exactly 0 where c is the target's logit.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,36 @@ def cached(hidden: Tensor) -> torch.dtype:
 def contiguous(x: Tensor | None) -> Tensor | None:
     """Returns x with its elements side by side, as the native kernels take them."""
     return x if x is None or x.is_contiguous() else x.contiguous()
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    """A DTensor as it is; its gradient, a sum over the ranks of its mesh, is divided by their number."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """Returns the tensor."""
+        ctx.ranks = tensor.device_mesh.size()  # type: ignore[attr-defined]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Returns the mean."""
+        return grad / ctx.ranks
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a DTensor gathered, any other tensor as it is.
+
+    The gradient of a DTensor is the mean over the ranks of its mesh: FSDP2's default, and right too where the ranks
+    have the same data.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    # each rank has the gradient of its own loss alone
+    mine = [Partial() for _ in tensor.placements]  # type: ignore[attr-defined]
+    return _MeanOverRanks.apply(tensor).full_tensor(grad_placements=mine)
 
 
 def may_synchronise(tensor: Tensor) -> bool:

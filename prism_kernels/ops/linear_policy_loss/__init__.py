@@ -58,7 +58,7 @@ def linear_policy_loss(
 
     Args:
         hidden: (T, D), fp32, bf16, fp16 or fp64; the products run in its dtype.
-        weight: (V, D); a DTensor is gathered.
+        weight: (V, D); for a DTensor see `linear_logprob`.
         target: (T,), int64, already aligned (no shift).
         old_logp: see `policy_loss`, as all options that are not listed here.
         advantage: see `policy_loss`.
