@@ -11,6 +11,8 @@ from torch import Tensor
 
 # of a number: its inverse and its square are finite in fp32, and so is its product with exp(40), the largest ratio
 SMALLEST, LARGEST = 1e-15, 1e15
+# from here on softmax is uniform to fp32, and the logarithms of its exponentials have no digits left
+LARGEST_TEMPERATURE = 1e6
 # an operator's integers are int64
 LEAST_INTEGER, LARGEST_INTEGER = -(2**63), 2**63 - 1
 
@@ -50,6 +52,12 @@ def dtype(op: str, name: str, value: Tensor, allowed: Iterable[torch.dtype]) -> 
         fail(op, f"{name} of dtype {names}", str(value.dtype).removeprefix("torch."), TypeError)
 
 
+def real(op: str, name: str, value: Tensor) -> None:
+    """Checks that a tensor has real numbers: floats or integers."""
+    if value.dtype.is_complex or value.dtype == torch.bool:
+        fail(op, f"{name} of a real dtype", str(value.dtype).removeprefix("torch."), TypeError)
+
+
 def device(op: str, name: str, value: Tensor, like: Tensor, like_name: str) -> None:
     """Checks that two tensors are on one device."""
     if value.device != like.device:
@@ -75,22 +83,39 @@ def number(
     # the comparison is exact for integers that no float can hold, and NaN fails it
     if not low <= value <= high:  # type: ignore[operator]
         fail(op, expected or f"{name} in [{low:g}, {high:g}]", value)
-    return float(value)  # type: ignore[arg-type]
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        fail(op, expected or f"{name} in [{low:g}, {high:g}]", value)
+        raise
 
 
 # under torch.compile, numbers may be symbols
 _NUMBERS = (Real, torch.SymFloat, torch.SymInt)
 
 
-def positive(op: str, name: str, value: float | None) -> float:
-    """Returns a number as a float, after checking that it is positive and fp32 can hold its square; 0 for None."""
-    if value is None:
-        return 0.0
+def positive(op: str, name: str, value: object, largest: float = LARGEST) -> float:
+    """Returns a number as a float, after checking that it is positive, neither tiny nor huge."""
     plain = number(op, name, value, -torch.inf, torch.inf, f"{name} > 0 and finite")
-    if not SMALLEST <= plain <= LARGEST:
-        usual = 0 < plain < torch.inf
-        fail(op, f"{name} in [{SMALLEST:g}, {LARGEST:g}]" if usual else f"{name} > 0 and finite", value)
+    if not SMALLEST <= plain <= largest:
+        fail(op, _positive(name, plain, largest), value)
     return plain
+
+
+def _positive(name: str, value: float, largest: float) -> str:
+    return f"{name} in [{SMALLEST:g}, {largest:g}]" if 0 < value < torch.inf else f"{name} > 0 and finite"
+
+
+def optional(op: str, name: str, value: object) -> float:
+    """Returns a positive number as a float, as `positive` does, and 0 for None."""
+    return 0.0 if value is None else positive(op, name, value)
+
+
+def denominator(op: str, value: Tensor) -> None:
+    """Checks what is known of a denominator without reading it."""
+    tensor(op, "denominator", value)
+    real(op, "denominator", value)
+    shape(op, "denominator", value, ())
 
 
 def integer(
@@ -121,7 +146,8 @@ def one_of(op: str, name: str, value: object, known: Iterable[str]) -> None:
     """Checks that a name is known; the error lists the known names."""
     known = tuple(known)
     if not isinstance(value, str) or value not in known:
-        fail(op, f"{name} to be one of {', '.join(map(repr, known))}", repr(value))
+        got = repr(value) if value is None or isinstance(value, str) else type(value).__name__
+        fail(op, f"{name} to be one of {', '.join(map(repr, known))}", got)
 
 
 def reads_values(value: Tensor) -> bool:
@@ -142,17 +168,22 @@ def targets(op: str, target: Tensor, columns: int, ignore_index: int) -> None:
         fail(op, f"target in [0, {columns}) or ignore_index {ignore_index}", f"{int(target[row])} in row {row}")
 
 
-def temperatures(op: str, temperature: Tensor) -> None:
-    """Checks that each temperature is positive and finite, where values may be read."""
+def temperatures(op: str, temperature: Tensor, softcap: float = 0.0) -> None:
+    """Checks each temperature, where values may be read: positive, not huge, and not above the soft cap if there is one.
+
+    The slope of a soft cap is computed from the logarithms of exponentials, which do not tell a cap below the
+    temperature.
+    """
     if not reads_values(temperature) or not temperature.numel():
         return
     # both are NaN where one value is
     low, high = temperature.aminmax()
-    if float(low) >= SMALLEST and float(high) <= LARGEST:
+    if float(low) >= SMALLEST and float(high) <= (softcap or LARGEST_TEMPERATURE):
         return
-    bad = ~((temperature >= SMALLEST) & (temperature <= LARGEST))
-    row = int(bad.nonzero()[0, 0])
-    value = float(temperature[row])
-    usual = 0 < value < torch.inf
-    expected = f"temperature in [{SMALLEST:g}, {LARGEST:g}]" if usual else "temperature > 0 and finite"
-    fail(op, expected, f"{value} in row {row}")
+    bad = ~((temperature >= SMALLEST) & (temperature <= LARGEST_TEMPERATURE))
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        value = float(temperature[row])
+        fail(op, _positive("temperature", value, LARGEST_TEMPERATURE), f"{value} in row {row}")
+    if softcap and float(high) > softcap:
+        fail(op, f"softcap of at least the temperature {float(high):g}", softcap)

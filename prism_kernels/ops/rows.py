@@ -76,13 +76,15 @@ def may_synchronise(tensor: Tensor) -> bool:
 def row_temperature(op: str, temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the temperature of each row, (T,), after every check that needs no value from a device."""
     if isinstance(temperature, Tensor):
+        check.tensor(op, "temperature", temperature)
+        check.real(op, "temperature", temperature)
         if temperature.dim() == 0:
             temperature = temperature.expand(target.shape)
         check.shape(op, "temperature", temperature, tuple(target.shape))
         check.device(op, "temperature", temperature, target, "target")
         return temperature.detach().to(dtype).reshape(-1)
-    check.positive(op, "temperature", temperature)
-    return torch.full((target.numel(),), temperature, dtype=dtype, device=target.device)
+    number = check.positive(op, "temperature", temperature, check.LARGEST_TEMPERATURE)
+    return torch.full((target.numel(),), number, dtype=dtype, device=target.device)
 
 
 def inverse(temperature: Tensor) -> Tensor:

@@ -60,8 +60,9 @@ def linear_logprob(
     if process_group is not None:
         _check_slice(weight, process_group)
     arguments = head_arguments(NAME, hidden, weight, target, bias, temperature, softcap)
-    if cache_bytes is not None and cache_bytes < 0:
-        check.fail(NAME, "cache_bytes >= 0 or None", cache_bytes)
+    ignore_index, entropy = check.integer(NAME, "ignore_index", ignore_index), check.flag(NAME, "entropy", entropy)
+    if cache_bytes is not None:
+        cache_bytes = check.integer(NAME, "cache_bytes", cache_bytes, expected="cache_bytes >= 0 or None", low=0)
     chosen = resolve(NAME, arguments.hidden.device, backend)
 
     x, flat, row_temperatures = arguments.hidden, target, arguments.temperature
@@ -113,9 +114,10 @@ def head_arguments(
     softcap: float | None,
 ) -> HeadArguments:
     """Returns the checked arguments: hidden as autocast wants it, weight and bias gathered; without LoRA."""
+    if isinstance(weight, Tensor):
+        weight = whole(weight)
     for name, value in (("hidden", hidden), ("weight", weight), ("target", target)):
         check.tensor(op, name, value)
-    weight = whole(weight)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if hidden.dim() not in (2, 3):
@@ -130,14 +132,14 @@ def head_arguments(
     check.device(op, "weight", weight, hidden, "hidden")
     check.device(op, "target", target, hidden, "hidden")
     if bias is not None:
+        bias = whole(bias) if isinstance(bias, Tensor) else bias
         check.tensor(op, "bias", bias)
-        bias = whole(bias)
         check.shape(op, "bias", bias, (weight.shape[0],))
         check.dtype(op, "bias", bias, FLOATS)
         check.device(op, "bias", bias, hidden, "hidden")
-    check.positive(op, "softcap", softcap)
+    cap = check.optional(op, "softcap", softcap)
     row_temperatures = row_temperature(op, temperature, target, accumulator(hidden.dtype))
-    return HeadArguments(hidden, weight, bias, None, None, target, row_temperatures, softcap or 0.0)
+    return HeadArguments(hidden, weight, bias, None, None, target, row_temperatures, cap)
 
 
 def with_lora(op: str, arguments: HeadArguments, lora: tuple[Tensor, Tensor, float] | None) -> HeadArguments:
@@ -146,10 +148,10 @@ def with_lora(op: str, arguments: HeadArguments, lora: tuple[Tensor, Tensor, flo
         return arguments
     if not isinstance(lora, tuple) or len(lora) != 3:
         check.fail(op, "lora to be a tuple (A, B, scale)", type(lora).__name__, TypeError)
-    hidden, scale = arguments.hidden, lora[2]
-    for name, value in (("lora A", lora[0]), ("lora B", lora[1])):
-        check.tensor(op, name, value)
-    a, b = whole(lora[0]), whole(lora[1])
+    hidden, scale = arguments.hidden, check.number(op, "lora scale", lora[2])
+    a, b = (whole(x) if isinstance(x, Tensor) else x for x in lora[:2])
+    check.tensor(op, "lora A", a)
+    check.tensor(op, "lora B", b)
     check.shape(op, "lora A", a, ("r", hidden.shape[-1]))
     check.shape(op, "lora B", b, (arguments.weight.shape[0], a.shape[0]))
     for name, value in (("lora A", a), ("lora B", b)):
