@@ -1,7 +1,12 @@
 """`prism run`: the stages of a run one after the other."""
 
+from pathlib import Path
+
 from prism.config import Config
+from prism.runtime.disk import system_errors
+from prism.runtime.lock import locked
 from prism.runtime.runtime import InterruptedRunError, Runtime
+from prism.runtime.stalls import StallWatch
 from prism.stages.align import align
 from prism.stages.distill import distill
 from prism.stages.rlvr import rlvr
@@ -13,12 +18,15 @@ LOOPS = {"base": base, "sft": sft, "distill": distill, "warmup": warmup, "align"
 
 def run(config: Config) -> int:
     """Runs all stages and returns the exit status."""
-    with Runtime(config) as rt:
+    folder = Path(config.run.folder)
+    with system_errors(folder), locked(folder), Runtime(config) as rt:
         try:
-            run_stages(rt)
-        except InterruptedRunError:
-            rt.log.note(f"stopped with a checkpoint; rerun the same command to resume ({rt.folder})")
-            return 130
+            with StallWatch(config.log.stall_seconds, rt.log.note):
+                run_stages(rt)
+        except InterruptedRunError as stop:
+            rt.log.note(f"stopped; rerun the same command to resume ({rt.folder})")
+            # as a shell reports a process that a signal has ended
+            return 128 + stop.number
     return 0
 
 
