@@ -235,8 +235,8 @@ class RlvrAlgorithm(PolicyLoss):
 class AlgorithmSettings(Section):
     """The algorithm of each RL stage.
 
-    The defaults are for the embedded world. A table that is given in part keeps them for its other keys, unless it names
-    another algorithm: then its other keys are those of that algorithm's preset.
+    The defaults are for the embedded world. A table that is given in part keeps them for its other keys, unless it
+    names another algorithm: then its other keys are those of that algorithm's preset.
     """
 
     align: AlignAlgorithm = AlignAlgorithm(token_credit=True, kl_coef=0.1, kl_estimator="k3")

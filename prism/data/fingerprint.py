@@ -1,7 +1,6 @@
 """The content of data files, by which a resumed run knows that they are the ones that it began with."""
 
 import hashlib
-import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,5 +69,5 @@ class FilePrint:
 
 
 def _stat(path: Path) -> list[int]:
-    found = os.stat(path)
+    found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ino]

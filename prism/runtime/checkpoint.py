@@ -152,8 +152,8 @@ def load(
 def newest(folder: str | Path, *, tell: Callable[[str], object] = LOG.warning) -> Restored | None:
     """Returns the newest intact checkpoint without loading it; None if there is none.
 
-    A damaged checkpoint is renamed to `damaged-step-…`, and the one before it is used. If all are damaged, or the newest
-    is of another format, it raises.
+    A damaged checkpoint is renamed to `damaged-step-…`, and the one before it is used. If all are damaged, or the
+    newest is of another format, it raises.
 
     Args:
         folder: folder of all checkpoints.
@@ -165,8 +165,7 @@ def newest(folder: str | Path, *, tell: Callable[[str], object] = LOG.warning) -
         _check_format(path)
         problem = damage(path)
         if problem is None:
-            state = _state(path)
-            return Restored(state["step"], state["extra"], path, tuple(state["models"]))
+            return read(path)
         kept = path.with_name(f"damaged-{path.name}")
         delete(kept)
         path.rename(kept)
@@ -176,6 +175,13 @@ def newest(folder: str | Path, *, tell: Callable[[str], object] = LOG.warning) -
             f"{folder}: expected an intact checkpoint, but all {len(paths)} are damaged; use another folder"
         )
     return None
+
+
+def read(path: Path) -> Restored:
+    """Returns an intact checkpoint without loading it; raises if it is of another format."""
+    _check_format(path)
+    state = _state(path)
+    return Restored(state["step"], state["extra"], path, tuple(state["models"]))
 
 
 def checkpoints(folder: str | Path) -> Iterator[Path]:
@@ -216,7 +222,7 @@ def _table(path: Path) -> dict[str, Any]:
 
 def _state(path: Path) -> dict[str, Any]:
     state = _table(path / STATE)
-    kinds = {"format": int, "step": int, "models": list, "training": list, "extra": dict}
+    kinds = {"step": int, "models": list, "training": list, "extra": dict}
     for key, kind in kinds.items():
         if not isinstance(state.get(key), kind):
             raise ValueError(f"{STATE}: expected {key} of type {kind.__name__}, got {type(state.get(key)).__name__}")
@@ -225,11 +231,13 @@ def _state(path: Path) -> dict[str, Any]:
 
 def _check_format(path: Path) -> None:
     try:
-        saved = _table(path / STATE).get("format", 1)
+        state = _table(path / STATE)
     except (OSError, ValueError):
         # damaged: `damage` says how
         return
-    if saved != FORMAT:
+    saved = state.get("format", 1)
+    # a table without a step is no format's
+    if saved != FORMAT and "step" in state:
         advice = "finish the run with the version that began it, or take another run.folder"
         raise CheckpointError(f"{path}: expected a checkpoint of format {FORMAT}, got format {saved}; {advice}")
 

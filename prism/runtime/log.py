@@ -118,7 +118,7 @@ class RunLog:
             records = _records(kept)
         except ValueError as error:
             raise RunFolderError(f"{self.path}: expected a line of JSON for each step: {error}; {advice}") from None
-        if kept and not kept.endswith(b"\n") or not all(isinstance(record, dict) for record in records):
+        if (kept and not kept.endswith(b"\n")) or not all(isinstance(record, dict) for record in records):
             raise RunFolderError(f"{self.path}: expected a table in each line; {advice}")
         self._file.truncate(state["bytes"])
         self._file.seek(0, os.SEEK_END)

@@ -136,7 +136,9 @@ def state_of(last: Restored) -> RunState:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, ("extra", *first["loc"])))
-        raise CheckpointError(f"{path}: expected {key} as a run writes it: {first['msg']}; use another folder") from None
+        raise CheckpointError(
+            f"{path}: expected {key} as a run writes it: {first['msg']}; use another folder"
+        ) from None
     if not state.begun or not ALL.issuperset(state.begun):
         raise CheckpointError(f"{path}: expected stages among {', '.join(STAGES)}, got {state.begun}")
     return state
@@ -182,7 +184,7 @@ def _readers(key: str, settings: Mapping[str, Any], last: Restored) -> frozenset
     if key == "model.discriminator" or (parts[0] == "discriminator" and key not in READERS):
         # the discriminator is made before the first stage
         return ALL if "discriminator" in last.models else frozenset()
-    if key == "data.files.align" or parts[:2] == ["rollout", "align"] and key not in READERS:
+    if key == "data.files.align" or (parts[:2] == ["rollout", "align"] and key not in READERS):
         # without files of its own, warm-up lets the policy answer alignment's prompts
         files = settings.get("data", {}).get("files")
         stages = frozenset({"align"}) if isinstance(files, dict) and files.get("warmup") else DISCRIMINATES
@@ -196,7 +198,8 @@ def _readers(key: str, settings: Mapping[str, Any], last: Restored) -> frozenset
 def _stage_problems(old: Any, new: list[str], last: Restored, state: RunState) -> Iterator[str]:
     begun = state.begun
     if new[: len(begun)] != begun:
-        yield f"run.stages: expected stages that begin with {json.dumps(begun)}, which have begun, got {json.dumps(new)}"
+        wanted = f"stages that begin with {json.dumps(begun)}, which have begun"
+        yield f"run.stages: expected {wanted}, got {json.dumps(new)}"
     added = DISCRIMINATES.intersection(new) and "discriminator" not in last.models
     # the discriminator is made from the policy after `base`, which is known only at that moment
     if added and "base" in state.done and (state.stage is not None or state.done[-1] != "base"):
@@ -213,7 +216,7 @@ def _steps_problem(stage: str, old: int, config: Config, done: int) -> str | Non
     """
     steps = getattr(config.optimiser, stage).steps
     if steps < done:
-        return f"at least the {done} steps that are done"
+        return f"expected at least the {done} steps that are done"
     for name in (stage, "discriminator") if stage == "align" else (stage,):
         adam = getattr(config.optimiser, name)
         before, now = (
@@ -221,5 +224,5 @@ def _steps_problem(stage: str, old: int, config: Config, done: int) -> str | Non
         )
         if any(before(step) != now(step) for step in range(min(done + 1, steps))):
             rate = f"{adam.schedule} with warmup {adam.warmup:g}"
-            return f"{old}, by which optimiser.{name} ({rate}) has set the rates of the {done} steps that are done"
+            return f"expected {old}, by which optimiser.{name} ({rate}) set the rates of the {done} steps that are done"
     return None
