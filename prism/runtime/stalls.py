@@ -18,7 +18,11 @@ class _Wait(NamedTuple):
     since: float
 
     def __str__(self) -> str:
-        return self.what if isinstance(self.what, str) else self.what()
+        try:
+            return self.what if isinstance(self.what, str) else self.what()
+        except Exception as error:
+            # what it reads changes while it reads, and the watch must live on
+            return f"something that cannot be named: {error!r}"
 
 
 # the waits that have begun and not ended, outermost first
