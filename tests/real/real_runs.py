@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,13 +46,13 @@ SMALLER = {
     "algorithm.rlvr.overlong.buffer": 16,
     "algorithm.rlvr.dynamic_sampling.generate": 4,
     "algorithm.rlvr.dynamic_sampling.tries": 2,
-    "optimiser.sft.steps": 6,
+    "optimiser.sft.steps": 16,
     "optimiser.sft.batch": 8,
-    "optimiser.sft.lr": 2e-3,
+    "optimiser.sft.lr": 4e-3,
     "optimiser.warmup.steps": 4,
     "optimiser.warmup.batch": 4,
     "optimiser.warmup.lr": 1e-3,
-    "optimiser.align.steps": 8,
+    "optimiser.align.steps": 6,
     "optimiser.align.batch": 8,
     "optimiser.align.lr": 1e-4,
     "optimiser.discriminator.lr": 1e-3,
@@ -137,12 +138,13 @@ class Stopped:
     """A run that SIGTERM stopped, and that was resumed."""
 
     folder: Path
-    # after the signal
+    # a copy of the folder as the stopped run left it
+    halted: Path
+    # exit status and output of the stopped run
     status: int
     said: str
-    # records of metrics.jsonl when it had ended, and the checkpoints that it had then
-    records: list[dict]
-    checkpoints: list[str]
+    # output of the resumed run
+    resumed: str
 
 
 def run_stopped(place: Place) -> Stopped:
@@ -156,15 +158,41 @@ def run_stopped(place: Place) -> Stopped:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     status = process.wait(timeout=60)
-    records = read_metrics(folder / "metrics.jsonl")
-    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    seen = Stopped(folder, status, log.read_text(), records, checkpoints)
-    prism(arguments, place.folder / "logs" / "resumed.txt")
-    return seen
+    halted = shutil.copytree(folder, place.run("halted"))
+    resumed = prism(arguments, place.folder / "logs" / "resumed.txt")
+    return Stopped(folder, halted, status, log.read_text(), resumed)
+
+
+@dataclass(frozen=True)
+class Used:
+    """What the commands that read a run printed and wrote."""
+
+    # figures of `prism eval` on the test split
+    figures: dict
+    exported: Path
+    # output by command
+    said: dict[str, str]
+
+
+def use_run(place: Place, run: Path) -> Used:
+    """Checks the settings, evaluates and exports a run's policy, writes its report, and calls doctor."""
+    out, exported = place.folder / "figures.json", place.folder / "exported"
+    longest = str(SMALLER["evaluation.max_new_tokens"])
+    test = ["--data", str(place.files["test"]), "--max_new_tokens", longest]
+    commands = {
+        "dry-run": [*place.arguments("run", "dry"), "--dry-run"],
+        "eval": ["eval", "--model", str(run / "policy"), *test, "--out", str(out)],
+        "export": ["export", "--run", str(run), "--to", str(exported)],
+        "report": ["report", "--run", str(run)],
+        "doctor": ["doctor"],
+    }
+    said = {name: prism(arguments, place.folder / "logs" / f"{name}.txt") for name, arguments in commands.items()}
+    return Used(json.loads(out.read_text()), exported, said)
 
 
 def run_single(place: Place) -> dict[str, Path]:
     """Runs the stages by single commands, each with the models of the one before, and returns their folders."""
+
     def command(name: str, **models: Path) -> None:
         prism(place.arguments(name, f"single-{name}", **models), place.folder / "logs" / f"single-{name}.txt")
 
