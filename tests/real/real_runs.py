@@ -52,7 +52,7 @@ SMALLER = {
     "optimiser.warmup.steps": 4,
     "optimiser.warmup.batch": 4,
     "optimiser.warmup.lr": 1e-3,
-    "optimiser.align.steps": 6,
+    "optimiser.align.steps": 7,
     "optimiser.align.batch": 8,
     "optimiser.align.lr": 1e-4,
     "optimiser.discriminator.lr": 1e-3,
@@ -64,7 +64,7 @@ SMALLER = {
     "checkpoint.every": 2,
     "log.rollouts_every": 1,
     "evaluation.samples": 8,
-    "evaluation.every": 4,
+    "evaluation.every": 6,
     "evaluation.max_new_tokens": 64,
 }
 # the metrics of a step that differ between two equal runs
