@@ -176,7 +176,8 @@ def rewards_of(
         workers = shared_workers(sorted({path.partition(":")[0] for path, _ in custom.values()}), None)
     samples = list(zip(rollouts, problems))
     calls = [(path, *sample) for path, _ in custom.values() for sample in samples]
-    jobs = iter(workers.map("prism.rewards.custom:call_reward", calls, timeout_s))
+    names = [f"{path} for {problem.id}" for path, _, problem in calls]
+    jobs = iter(workers.map("prism.rewards.custom:call_reward", calls, timeout_s, names))
     by_name: dict[str, list[float | None]] = {}
     failures: list[RewardFailure] = []
     for name, (path, weight) in custom.items():
