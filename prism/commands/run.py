@@ -19,20 +19,19 @@ LOOPS = {"base": base, "sft": sft, "distill": distill, "warmup": warmup, "align"
 
 def run(config: Config) -> int:
     """Runs all stages and returns the exit status."""
+    # before the weights are read
+    compared = check_inputs(config)
     folder = Path(config.run.folder)
-    with system_errors(folder), locked(folder):
-        # before the weights are read
-        compared = check_inputs(config)
-        with Runtime(config) as rt:
-            if compared is not None:
-                rt.log.note(compared)
-            try:
-                with StallWatch(config.log.stall_seconds, rt.log.note):
-                    run_stages(rt)
-            except InterruptedRunError as stop:
-                rt.log.note(f"stopped; rerun the same command to resume ({rt.folder})")
-                # as a shell reports a process that a signal has ended
-                return 128 + stop.number
+    with system_errors(folder), locked(folder), Runtime(config) as rt:
+        if compared is not None:
+            rt.log.note(compared)
+        try:
+            with StallWatch(config.log.stall_seconds, rt.log.note):
+                run_stages(rt)
+        except InterruptedRunError as stop:
+            rt.log.note(f"stopped; rerun the same command to resume ({rt.folder})")
+            # as a shell reports a process that a signal has ended
+            return 128 + stop.number
     return 0
 
 
