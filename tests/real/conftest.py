@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from real_data import write_data
 from real_folder import STEPS, make_folder
-from real_runs import Place, Stopped, Used, run_single, run_stopped, run_whole, use_run
+from real_runs import Place, Single, Stopped, Used, run_single, run_stopped, run_whole, use_run
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Runs:
 
     whole: "Future[Path]"
     stopped: "Future[Stopped]"
-    single: "Future[dict[str, Path]]"
+    single: "Future[Single]"
     used: "Future[Used]"
 
 
@@ -52,8 +52,8 @@ def stopped(runs) -> Stopped:
 
 
 @pytest.fixture(scope="session")
-def single(runs) -> dict[str, Path]:
-    """The folders of the single commands."""
+def single(runs) -> Single:
+    """The stages as single commands."""
     return runs.single.result()
 
 

@@ -147,10 +147,10 @@ class Stopped:
     resumed: str
 
 
-def run_stopped(place: Place) -> Stopped:
-    """Runs all stages, stops the run in alignment by SIGTERM, resumes it, and returns what was seen."""
-    folder, log = place.run("stopped"), place.folder / "logs" / "stopped.txt"
-    arguments = place.arguments("run", "stopped")
+def stop_and_resume(place: Place, command: str, name: str, **models: Path) -> Stopped:
+    """Runs a command, stops it in alignment by SIGTERM, resumes it to its end, and returns what was seen."""
+    folder, log = place.run(name), place.folder / "logs" / f"{name}.txt"
+    arguments = place.arguments(command, name, **models)
     process = start(arguments, log)
     limit = time.monotonic() + 300
     while ("align", STOP_AFTER) not in steps(folder):
@@ -158,9 +158,14 @@ def run_stopped(place: Place) -> Stopped:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     status = process.wait(timeout=60)
-    halted = shutil.copytree(folder, place.run("halted"))
-    resumed = prism(arguments, place.folder / "logs" / "resumed.txt")
+    halted = shutil.copytree(folder, folder.with_name(f"{name}-halted"))
+    resumed = prism(arguments, log.with_name(f"{name}-resumed.txt"))
     return Stopped(folder, halted, status, log.read_text(), resumed)
+
+
+def run_stopped(place: Place) -> Stopped:
+    """Runs all stages, with a stop in alignment."""
+    return stop_and_resume(place, "run", "stopped")
 
 
 @dataclass(frozen=True)
@@ -184,26 +189,35 @@ def use_run(place: Place, run: Path) -> Used:
         "eval": ["eval", "--model", str(run / "policy"), *test, "--out", str(out)],
         "export": ["export", "--run", str(run), "--to", str(exported)],
         "report": ["report", "--run", str(run)],
-        "doctor": ["doctor"],
+        "doctor": ["doctor", "--model", str(place.folder / "policy"), "--data", str(place.files["sft"])],
     }
     said = {name: prism(arguments, place.folder / "logs" / f"{name}.txt") for name, arguments in commands.items()}
     return Used(json.loads(out.read_text()), exported, said)
 
 
-def run_single(place: Place) -> dict[str, Path]:
-    """Runs the stages by single commands, each with the models of the one before, and returns their folders."""
+@dataclass(frozen=True)
+class Single:
+    """The stages as single commands, each with the models of the one before; alignment was stopped and resumed."""
+
+    # by command
+    folders: dict[str, Path]
+    align: Stopped
+
+
+def run_single(place: Place) -> Single:
+    """Runs the stages by single commands, with a stop in alignment."""
+    folders = {name: place.run(f"single-{name}") for name in ("upcycle", *STAGES)}
+    policy, discriminator = folders["sft"] / "policy", folders["warmup"] / "discriminator"
 
     def command(name: str, **models: Path) -> None:
         prism(place.arguments(name, f"single-{name}", **models), place.folder / "logs" / f"single-{name}.txt")
 
-    folders = {name: place.run(f"single-{name}") for name in ("upcycle", *STAGES)}
-    policy, discriminator = folders["sft"] / "policy", folders["upcycle"] / "discriminator"
     command("upcycle")
     command("sft")
-    command("warmup", policy=policy, discriminator=discriminator)
-    command("align", policy=policy, discriminator=folders["warmup"] / "discriminator")
+    command("warmup", policy=policy, discriminator=folders["upcycle"] / "discriminator")
+    align = stop_and_resume(place, "align", "single-align", policy=policy, discriminator=discriminator)
     command("rlvr", policy=folders["align"] / "policy")
-    return folders
+    return Single(folders, align)
 
 
 def steps(folder: Path) -> set[tuple[str, int]]:

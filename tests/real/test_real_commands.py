@@ -66,8 +66,11 @@ def test_the_report_and_the_model_card_tell_of_every_stage(used, whole):
     assert "The run is finished." in card
 
 
-def test_doctor_names_the_versions(used):
-    assert re.search(r"^safetensors +\d", used.said["doctor"], re.MULTILINE) and "missing" not in used.said["doctor"]
+def test_our_inputs_are_those_of_transformers(used, place, whole):
+    # small, large and several images, and none
+    assert len(re.findall(r"^sft\.jsonl, row \d+ .* equal +equal *$", used.said["doctor"], re.MULTILINE)) == 8
+    said = (place.folder / "logs" / "whole.txt").read_text()
+    assert re.search(r"the inputs of \d+ rows with \d+ images equal those of transformers", said)
 
 
 def test_every_form_of_a_letter_s_answer_gets_credit(place):

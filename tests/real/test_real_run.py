@@ -41,17 +41,19 @@ def test_a_row_over_the_limit_is_skipped_and_counted_once(whole):
     assert (json.loads(line)["row"], json.loads(line)["cause"]) == (4, "too long")
 
 
-def test_sigterm_stops_a_run_after_its_step_with_a_checkpoint(stopped):
-    assert stopped.status == STOPPED
-    assert "Traceback" not in stopped.said and "rerun the same command to resume" in stopped.said
-    *_, last = read_metrics(stopped.halted / "metrics.jsonl")
-    # the signal comes while a step runs, which ends first
-    assert last["stage"] == "align" and STOP_AFTER <= last["step"] <= STOP_AFTER + 2
+def test_sigterm_stops_a_run_after_its_step_with_a_checkpoint(stopped, single):
     before = sum(SMALLER[f"optimiser.{stage}.steps"] for stage in ("sft", "warmup"))
-    newest = sorted(path.name for path in (stopped.halted / "checkpoints").iterdir())[-1]
-    assert newest == f"step-{before + last['step']:08d}"
-    assert f"resuming after step {last['step']} of align" in stopped.resumed
-    assert "sft" not in re.findall(r"^(\w+) +\d+/", stopped.resumed, re.MULTILINE)
+    for run, finished in ((stopped, before), (single.align, 0)):
+        assert run.status == STOPPED
+        assert "Traceback" not in run.said and "rerun the same command to resume" in run.said
+        *_, last = read_metrics(run.halted / "metrics.jsonl")
+        # the signal comes while a step runs, which ends first
+        assert last["stage"] == "align" and STOP_AFTER <= last["step"] <= STOP_AFTER + 2
+        newest = sorted(path.name for path in (run.halted / "checkpoints").iterdir())[-1]
+        assert newest == f"step-{finished + last['step']:08d}"
+        assert f"resuming after step {last['step']} of align" in run.resumed
+        again = re.findall(r"^(\w+) +(\d+)/", run.resumed, re.MULTILINE)
+        assert again[0] == ("align", str(last["step"] + 1))
 
 
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(whole, stopped):
@@ -66,13 +68,14 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(whole, stopped):
 
 
 def test_single_commands_equal_the_run(whole, single):
+    folders = single.folders
     # a stage's randomness follows from the seed, the stage and the step; its optimisers begin anew; a policy is saved
     # in the dtype that it has, the value head in fp32. so nothing is left that could differ
-    assert different(single["rlvr"] / "policy", whole / "policy") == []
-    assert different(single["align"] / "discriminator", whole / "discriminator") == []
-    assert [record for stage in STAGES for record in records_of(single[stage])] == records_of(whole)
+    assert different(folders["rlvr"] / "policy", whole / "policy") == []
+    assert different(folders["align"] / "discriminator", whole / "discriminator") == []
+    assert [record for stage in STAGES for record in records_of(folders[stage])] == records_of(whole)
     for stage in STAGES:
-        ours, theirs = evaluations_of(single[stage])[stage], evaluations_of(whole)[stage]
+        ours, theirs = evaluations_of(folders[stage])[stage], evaluations_of(whole)[stage]
         # the test split is measured around the last stage of each command
         assert {**ours, "test": None} == {**theirs, "test": None}, stage
         assert theirs.get("test", ours["test"]) == ours["test"], stage
