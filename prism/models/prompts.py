@@ -63,10 +63,12 @@ class PromptEncoder:
     Args:
         tokenizer: with a chat template of Qwen's form.
         image_processor: `Qwen2VLImageProcessorPil` or its torchvision twin.
+        videos: the model's settings of videos, which nothing here reads: they are saved with the model as they came.
     """
 
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
+    videos: Mapping[str, Any] | None = None
 
     @property
     def image_token_id(self) -> int:
