@@ -27,6 +27,8 @@ class Option(NamedTuple):
     type: Callable[[str], Any] = str
     required: bool = True
     default: Any = None
+    # "+": one value or more
+    nargs: str | None = None
 
 
 class Command(NamedTuple):
@@ -101,6 +103,16 @@ COMMANDS = {
         (RUN, Option("to", "DIR", "folder to write; it must not exist yet")),
     ),
     "report": Command("prism.report:report", "write a run's report as one HTML file, finished or not", False, (RUN,)),
+    "score": Command(
+        "prism.commands.rescore:rescore",
+        "score the rollouts that a run recorded again, and compare",
+        False,
+        (
+            Option("rollouts", "FILE", "a file of a run's folder `rollouts`, or the folder"),
+            Option("reward", "PATH", "custom rewards, as package.module:function", required=False, nargs="+"),
+            Option("out", "FILE", "JSONL file for the old and new values of each rollout", required=False),
+        ),
+    ),
     "doctor": Command("prism.cli:doctor", "show versions, devices and kernels, and why any is missing", False),
 }
 

@@ -32,5 +32,6 @@ def _write(record: RunRecord) -> Path:
     path = record.folder / NAME
     # written under another name and renamed: a reader never sees half a file
     part = path.with_suffix(".html.part")
-    part.write_text(page(record), encoding="utf-8")
+    # a file may spell half of a surrogate pair, which UTF-8 cannot express
+    part.write_text(page(record), encoding="utf-8", errors="xmlcharrefreplace")
     return part.replace(path)

@@ -252,7 +252,7 @@ def reward_versions(custom: Mapping[str, tuple[str, float]], verifier_weight: fl
         verifier_weight: see `rewards_of`.
     """
     built_in = {"function": "prism.rewards:score_batch", "version": f"prism-kernels {__version__}", "sha256": None}
-    versions = dict.fromkeys(("accuracy", "format"), {**built_in, "weight": verifier_weight})
+    versions = {key: {**built_in, "weight": verifier_weight} for key in ("accuracy", "format")}
     for name, (path, weight) in custom.items():
         versions[f"reward_{name}"] = {"function": path, **_version_of(path), "weight": weight}
     return versions

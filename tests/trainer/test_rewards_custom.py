@@ -176,10 +176,10 @@ def ask_fragile(tmp_path, monkeypatch, deed, name, **options):
     ("name", "deed", "cause"),
     [
         ("gone_reward", "os.unlink(__file__)", "error: ImportError: expected module 'gone_reward' of"),
-        ("half_reward", "Path(__file__).write_text('def one(')", "error: ImportError: expected module 'half_reward' of"),
+        ("half_reward", "Path(__file__).write_text('def one(')", "error: ImportError: expected module 'half_reward'"),
         ("poor_reward", "Path(__file__).write_text('import no_such')", "error: ImportError: expected 'no_such', which"),
         ("exit_reward", "Path(__file__).write_text('raise SystemExit(3)')", "error: SystemExit: 3"),
-        ("dead_reward", "Path(__file__).write_text('import os; os.abort()')", "crash: the process ended with status -6"),
+        ("dead_reward", "Path(__file__).write_text('import os; os.abort()')", "crash: the process ended with status"),
     ],
 )
 def test_a_module_that_cannot_be_imported_again_costs_samples(tmp_path, monkeypatch, name, deed, cause):
