@@ -113,7 +113,20 @@ COMMANDS = {
             Option("out", "FILE", "JSONL file for the old and new values of each rollout", required=False),
         ),
     ),
-    "doctor": Command("prism.cli:doctor", "show versions, devices and kernels, and why any is missing", False),
+    "doctor": Command(
+        "prism.cli:doctor",
+        "show versions, devices and kernels, and why any is missing; or compare a model's inputs with transformers'",
+        False,
+        (
+            Option("model", "DIR", "with --data: folder or hub id of a model", required=False),
+            Option(
+                "data",
+                "FILE",
+                "with --model: rows, of which some are encoded by us and by transformers",
+                required=False,
+            ),
+        ),
+    ),
 }
 
 # splits of the embedded world whose problems have answers
@@ -178,8 +191,20 @@ def _output_is_closed() -> bool:
     return closed
 
 
-def doctor() -> int:
-    """Prints versions, devices and kernels; returns 1 if a package of the extra [train] is missing."""
+def doctor(model: str | None = None, data: str | None = None) -> int:
+    """Prints versions, devices and kernels; returns 1 if a package of the extra [train] is missing.
+
+    With a model and data it prints instead how their inputs compare with those of transformers.
+    """
+    if model is not None and data is not None:
+        _check_model("--model", model)
+        if not Path(data).exists():
+            raise DataError(f"--data: expected a file or folder of rows, there is no {data!r}")
+        from prism.commands.doctor import show_inputs
+
+        return show_inputs(model, data)
+    if model is not None or data is not None:
+        raise DataError("doctor: expected --model and --data together, got one of them")
     from importlib.metadata import PackageNotFoundError, version
 
     from prism_kernels.__main__ import main as kernels
@@ -323,7 +348,11 @@ def _check_model(key: str, model: str) -> None:
     inside = Path(model) / ("discriminator" if key.endswith("discriminator") else "policy")
     if (inside / "config.json").is_file():
         raise ConfigError(f"{key}: expected the folder of a model, got that of a run; did you mean {str(inside)!r}?")
-    if folder and not (Path(model) / "config.json").is_file():
+    if (Path(model) / "config.json").is_file():
+        from prism.models.families import DENSE, MOE, family_of
+
+        family_of(key, Path(model), (DENSE,) if key == "model.policy" else (DENSE, MOE))
+    elif folder:
         raise ConfigError(f"{key}: expected a folder with a config.json, got {model!r}")
 
 
@@ -359,14 +388,9 @@ def _read_data(config: "Config") -> int:
 
 def _encoder(config: "Config") -> "PromptEncoder | None":
     """Returns the encoder of prompts for the policy; None if it is a hub's model that is not on this machine."""
-    from prism.models.building import load_encoder
-    from prism.models.prompts import PromptEncoder
-    from prism.models.tiny import tiny_image_processor, train_tokenizer
+    from prism.models.building import policy_encoder
 
-    if config.model.policy == "tiny":
-        tokenizer = train_tokenizer(vocab_size=config.model.tiny.vocab_size)
-        return PromptEncoder(tokenizer, tiny_image_processor(config.model.tiny))
     try:
-        return load_encoder(config.model.policy, config.model.max_image_pixels, local_files_only=True)
-    except OSError:
+        return policy_encoder(config, download=False)
+    except FileNotFoundError:
         return None

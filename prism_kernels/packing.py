@@ -160,7 +160,7 @@ def pack_groups(
         image_token_id: the placeholder of a merged patch; None: the prompts have no images.
         spatial_merge_size: patches along one side of a merged patch.
     """
-    check.positive(NAME, "budget", budget)
+    budget = check.integer(NAME, "budget", budget, 1)
     sizes = [group.tokens for group in groups]
     for index, (group, size) in enumerate(zip(groups, sizes)):
         if size > budget:

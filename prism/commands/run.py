@@ -1,5 +1,6 @@
 """`prism run`: the stages of a run one after the other."""
 
+from prism.commands.doctor import check_inputs
 from prism.config import Config
 from prism.runtime.runtime import InterruptedRunError, Runtime
 from prism.stages.align import align
@@ -13,7 +14,11 @@ LOOPS = {"base": base, "sft": sft, "distill": distill, "warmup": warmup, "align"
 
 def run(config: Config) -> int:
     """Runs all stages and returns the exit status."""
+    # before the weights are read
+    compared = check_inputs(config)
     with Runtime(config) as rt:
+        if compared is not None:
+            rt.log.note(compared)
         try:
             run_stages(rt)
         except InterruptedRunError:

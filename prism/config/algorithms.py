@@ -127,7 +127,7 @@ class AlignAlgorithm(PolicyLoss):
         wrong_penalty: Subtracted for a wrong answer in modes other than `align`.
         w_acc: Weight of the accuracy in `rlvr`, `rlvr_v2` and `sign_align`.
         w_fmt: Weight of a good format in `rlvr`, `rlvr_v2` and `sign_align`.
-        token_credit: Whether descriptions are credited with perception's advantage and the other tokens with
+        token_credit: Whether captions are credited with perception's advantage, and thinking and answers with
             reasoning's, instead of all tokens with the mixture.
     """
 
@@ -157,7 +157,10 @@ class AlignAlgorithm(PolicyLoss):
 
 
 class DynamicSampling(Section):
-    """DAPO's dynamic sampling: groups whose rewards are all equal are replaced by those of other prompts.
+    """DAPO's dynamic sampling: groups that are all right or all wrong are replaced by those of other prompts.
+
+    Accuracy decides, not the reward with its parts for format and length. Where verifier_weight is 0, the sum of the
+    custom rewards decides.
 
     Args:
         generate: Prompts of each try; none: three times rollout.rlvr.prompts, which are kept.

@@ -21,29 +21,12 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from prism.models.prompts import IMAGE_TOKEN, VIDEO_TOKEN
 from prism.models.sizes import TinyMoeSize, TinySize
+from prism.models.vocabulary import IMAGE_TOKEN, SPECIAL_TOKENS, VIDEO_TOKEN
 from prism.worlds.shapes.carelessness import Carelessness
 from prism.worlds.shapes.world import ShapesWorld
 from prism_kernels import check
 
-# in the order of Qwen's vocabulary
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 # single tokens that a decoder prints as text
 TEXT_TOKENS = ("<think>", "</think>")
 TERMINAL_TOKEN = "<|im_end|>"

@@ -48,8 +48,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale
     if k.shape[1] == 0 or heads % k.shape[1]:
         check.fail(NAME, f"k of shape (T, K, d) with K a divisor of q's {heads} heads", tuple(k.shape))
     check.shape(NAME, "v", v, tuple(k.shape))
-    check.positive(NAME, "scale", scale)
-    scale = width**-0.5 if scale is None else float(scale)
+    scale = check.optional(NAME, "scale", scale) or width**-0.5
     if tokens == 0:
         # empty, but a part of the graph
         return q + 0 * (k.sum() + v.sum())

@@ -45,6 +45,8 @@ def token_logprob(
     check.shape(NAME, "target", target, tuple(logits.shape[:-1]))
     check.dtype(NAME, "target", target, (torch.int64,))
     check.device(NAME, "target", target, logits, "logits")
+    ignore_index, entropy = check.integer(NAME, "ignore_index", ignore_index), check.flag(NAME, "entropy", entropy)
+    inplace_backward = check.flag(NAME, "inplace_backward", inplace_backward)
     tau = row_temperature(NAME, temperature, target, accumulator(logits.dtype))
     flat = logits.reshape(-1, logits.shape[-1])
     if flat.stride(1) != 1:
