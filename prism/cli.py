@@ -134,14 +134,14 @@ EVALUATED = ("test", "validation", "rl", "alignment", "sft")
 # packages that doctor shows besides those of the kernels
 PACKAGES = ("pydantic", "rich", "safetensors", "tokenizers", "pillow", "pyarrow", "math-verify")
 # errors that are shown without a traceback; by name, since importing their modules takes long
-SHOWN = ("ConfigError", "CheckpointError", "NotFiniteError")
+SHOWN = ("ConfigError", "CheckpointError", "RunFolderError", "NotFiniteError", "NotSavedError")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status.
 
-    The status is 0; 1 if training cannot continue; 2 for bad settings, data or checkpoints; 130 after Ctrl-C; 141 if
-    the reader of the output has closed it.
+    The status is 0; 1 if training cannot continue; 2 for bad settings, data, checkpoints or folders; 130 after Ctrl-C;
+    143 if SIGTERM ended a run after its step; 141 if the reader of the output has closed it.
     """
     # argparse does not know the settings: they stay in `flags`
     parsed, flags = _parser().parse_known_args(arguments)
@@ -269,16 +269,19 @@ def _called(command: Command, *arguments: Any, **named: Any) -> int:
 def upcycle(config: "Config") -> int:
     """Writes the discriminator that the settings describe."""
     from prism.config import ConfigError
+    from prism.runtime.disk import system_errors
+    from prism.runtime.lock import locked
 
     folder = Path(config.run.folder)
     if config.discriminator.dense:
         raise ConfigError("discriminator.dense: expected false, a dense one has no experts, got true")
-    for name in ("config.json", "metrics.jsonl", "discriminator"):
-        if (folder / name).exists():
-            raise ConfigError(f"run.folder: expected one without {name}, got {str(folder)!r}; name another one")
-    from prism.commands.make_discriminator import write_discriminator
+    with system_errors(folder), locked(folder):
+        for name in ("config.json", "metrics.jsonl", "discriminator"):
+            if (folder / name).exists():
+                raise ConfigError(f"run.folder: expected one without {name}, got {str(folder)!r}; name another one")
+        from prism.commands.make_discriminator import write_discriminator
 
-    write_discriminator(config)
+        write_discriminator(config)
     return 0
 
 
@@ -304,13 +307,15 @@ def evaluate(
 def export(run: str, to: str) -> int:
     """Writes a run's policy as a Hugging Face folder."""
     from prism.report.run_folder import read_run
+    from prism.runtime.disk import system_errors
 
-    record = read_run(run)
-    if Path(to).exists():
-        raise DataError(f"--to: expected a folder that does not exist yet, got {to!r}")
-    from prism.commands.export import write_export
+    with system_errors(Path(run)), system_errors(Path(to)):
+        record = read_run(run)
+        if Path(to).exists():
+            raise DataError(f"--to: expected a folder that does not exist yet, got {to!r}")
+        from prism.commands.export import write_export
 
-    write_export(record, Path(to))
+        write_export(record, Path(to))
     return 0
 
 

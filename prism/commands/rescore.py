@@ -2,10 +2,9 @@
 
 import heapq
 import json
-import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from prism.data.files import DataError, RowError, data_files, read_rows, shown
 from prism.rewards import ProblemView, RolloutView, score_batch
 from prism.rewards.custom import call_rewards, find_unusable_rewards
 from prism.rollout.records import REWARD, RolloutRecord, parse_record
+from prism.runtime.disk import write_whole
 
 # rollouts of a batch, and bytes of their lines: whichever is reached first
 BATCH, BATCH_BYTES = 256, 16 * 2**20
@@ -144,16 +144,32 @@ def rescore(rollouts: str, reward: list[str] | None, out: str | None) -> int:
     if problems := find_unusable_rewards(list(paths.values())):
         raise DataError("\n".join(f"--reward: {problem}" for problem in problems))
     summary, console = Summary(), Console()
-    with _progress(console, files) as advance, _output(out) as write:
-        for lines in _batches(files, summary, advance):
-            for line, new in zip(lines, score_lines(lines, paths)):
-                summary.add(line, new)
-                write(line, new)
-        if not summary.lines:
-            first = next((message for _, message in summary.skipped.values()), "there is no line")
-            raise DataError(f"{rollouts}: expected records of rollouts that can be scored, got none: {first}")
+    with _progress(console, files) as advance:
+        written = _scored(rollouts, _batches(files, summary, advance), paths, summary)
+        if out is None:
+            # the summary is all that is wanted
+            deque(written, maxlen=0)
+        else:
+            write_whole(Path(out), written)
     _print(console, summary, rollouts, len(files))
     return 1 if summary.skipped or summary.failed else 0
+
+
+def _scored(
+    rollouts: str, batches: Iterable[list[Line]], rewards: Mapping[str, str], summary: Summary
+) -> Iterator[str]:
+    """Scores all rollouts, counts them in the summary, and yields a line of JSON for each; raises if there are none."""
+    for lines in batches:
+        for line, new in zip(lines, score_lines(lines, rewards)):
+            summary.add(line, new)
+            record = line.record
+            about = {"file": str(line.path), "line": line.row, "stage": record.stage, "step": record.step}
+            values = {"old": {**line.old, "reason": record.reason}, "new": {**new.values, "reason": new.reason}}
+            failed = {name: f"{cause}: {detail}" for name, (cause, detail) in new.failed.items()}
+            yield json.dumps({**about, "problem": record.problem, **values, "failed": failed}) + "\n"
+    if not summary.lines:
+        first = next((message for _, message in summary.skipped.values()), "there is no line")
+        raise DataError(f"{rollouts}: expected records of rollouts that can be scored, got none: {first}")
 
 
 def score_lines(lines: Sequence[Line], rewards: Mapping[str, str]) -> list[NewScore]:
@@ -244,31 +260,6 @@ def _progress(console: Console, files: Sequence[Path]) -> Iterator[Callable[[int
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=sum(file.stat().st_size for file in files))
         yield lambda amount: bar.advance(task, amount)
-
-
-@contextmanager
-def _output(out: str | None) -> Iterator[Callable[[Line, NewScore], None]]:
-    """Yields a function that writes a rollout's line; the file is there at the end, whole, or not at all."""
-    if out is None:
-        yield lambda line, new: None
-        return
-    path = Path(out)
-    aside = path.with_name(f".aside-{path.name}-{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-
-            def write(line: Line, new: NewScore) -> None:
-                record = line.record
-                about = {"file": str(line.path), "line": line.row, "stage": record.stage, "step": record.step}
-                old = {**line.old, "reason": record.reason}
-                values = {"old": old, "new": {**new.values, "reason": new.reason}}
-                failed = {name: f"{cause}: {detail}" for name, (cause, detail) in new.failed.items()}
-                file.write(json.dumps({**about, "problem": record.problem, **values, "failed": failed}) + "\n")
-
-            yield write
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _print(console: Console, summary: Summary, rollouts: str, files: int) -> None:

@@ -206,7 +206,8 @@ def call_rewards(
     if workers is None:
         workers = shared_workers(sorted({path.partition(":")[0] for path in paths}), None, required=False)
     calls = [(path, *sample) for path in paths for sample in samples]
-    jobs = iter(workers.map("prism.rewards.custom:call_reward", calls, timeout_s))
+    names = [f"{path} for {problem.id}" for path, _, problem in calls]
+    jobs = iter(workers.map("prism.rewards.custom:call_reward", calls, timeout_s, names))
     return [
         [(None, job.reason, job.detail) if job.reason else job.value for job in islice(jobs, len(samples))]
         for _ in paths

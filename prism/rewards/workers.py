@@ -15,6 +15,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prism.runtime.stalls import waiting_for
+
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 _log = logging.getLogger(__name__)
 
@@ -68,43 +70,35 @@ class Workers:
         # not bound to self, which would then never be collected
         self._end = weakref.finalize(self, _end_all, self._all, os.getpid())
 
-    def map(self, function: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> list[JobResult]:
+    def map(
+        self,
+        function: str,
+        arguments: Sequence[tuple[Any, ...]],
+        timeout_s: float,
+        names: Sequence[str] | None = None,
+    ) -> list[JobResult]:
         """Returns the result of each call, in order.
 
         Args:
             function: "package.module:function", importable in a fresh interpreter.
             arguments: the arguments of each call, picklable.
             timeout_s: seconds for one call.
+            names: a name of each call, for the message of a stall; None: the function's.
         """
         if not timeout_s > 0:
             raise ValueError(f"Workers.map: expected timeout_s > 0, got {timeout_s}")
         results: list[JobResult | None] = [None] * len(arguments)
         pending = deque(range(len(arguments)))
         workers = self._borrow(len(pending)) if pending else []
+
+        def waits() -> str:
+            running = [worker.job for worker in list(workers) if worker.job is not None]
+            now = ", ".join(function if names is None else names[job] for job in running)
+            return f"{results.count(None)} of {len(results)} calls; now {now or 'workers start'}"
+
         try:
-            while pending or any(worker.job is not None for worker in workers):
-                for worker in [w for w in workers if w.ready and w.job is None]:
-                    if pending:
-                        job = pending.popleft()
-                        worker.give(job, pickle.dumps((function, arguments[job], timeout_s)), timeout_s)
-                    else:
-                        workers.remove(worker)
-                        self._return(worker)
-                if not pending:
-                    # workers that are still starting are no longer needed here
-                    for worker in [w for w in workers if not w.ready]:
-                        workers.remove(worker)
-                        self._return(worker)
-                for i, worker in self._events(workers):
-                    try:
-                        result = worker.collect()
-                    except _StartError as error:
-                        workers[i] = self._start_bare(worker, error)
-                        continue
-                    if result is not None and worker.job is not None:
-                        results[worker.job], worker.job = result, None
-                    if not worker.alive:
-                        workers[i] = self._replace(worker)
+            with waiting_for(waits):
+                self._work(pending, workers, results, function, arguments, timeout_s)
         finally:
             for worker in workers:
                 # after an interrupt, its answer would be taken for another job's
@@ -112,6 +106,40 @@ class Workers:
                     worker.kill()
                 self._return(worker)
         return [result for result in results if result is not None]
+
+    def _work(
+        self,
+        pending: deque[int],
+        workers: "list[_Worker]",
+        results: list[JobResult | None],
+        function: str,
+        arguments: Sequence[tuple[Any, ...]],
+        timeout_s: float,
+    ) -> None:
+        """Gives the pending jobs to the workers until all have results; `workers` changes as they end."""
+        while pending or any(worker.job is not None for worker in workers):
+            for worker in [w for w in workers if w.ready and w.job is None]:
+                if pending:
+                    job = pending.popleft()
+                    worker.give(job, pickle.dumps((function, arguments[job], timeout_s)), timeout_s)
+                else:
+                    workers.remove(worker)
+                    self._return(worker)
+            if not pending:
+                # workers that are still starting are no longer needed here
+                for worker in [w for w in workers if not w.ready]:
+                    workers.remove(worker)
+                    self._return(worker)
+            for i, worker in self._events(workers):
+                try:
+                    result = worker.collect()
+                except _StartError as error:
+                    workers[i] = self._start_bare(worker, error)
+                    continue
+                if result is not None and worker.job is not None:
+                    results[worker.job], worker.job = result, None
+                if not worker.alive:
+                    workers[i] = self._replace(worker)
 
     def close(self) -> None:
         """Ends all workers, busy ones too; a call in another thread that waits for them fails."""

@@ -86,7 +86,8 @@ class Engine:
             check.one_of(NAME, "path", path, ("lean", "stock"))
         if path == "lean" and obstacle is not None:
             check.fail(NAME, "a model for path='lean' (take path='stock')", obstacle)
-        check.positive(NAME, "cache_tokens", cache_tokens)
+        if cache_tokens is not None:
+            check.positive(NAME, "cache_tokens", cache_tokens)
         self.model, self.tokenizer, self.cache_tokens = model, tokenizer, cache_tokens
         self.path: Literal["lean", "stock"] = path or ("stock" if obstacle else "lean")
         self.reason = obstacle or ("as asked" if path else f"the lean step knows {type(model).__name__}")

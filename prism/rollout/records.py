@@ -6,7 +6,6 @@ The fields are in docs/training.md, "Rollout records". Reading and scoring need 
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from prism.config import STAGES
 from prism.data.files import RowError, parse, shown
+from prism.models.vocabulary import PLACEHOLDER
 from prism.rollout.options import Sampling
+from prism.runtime.disk import ASIDE, delete, write_whole
 
 if TYPE_CHECKING:
     from prism.models.prompts import EncodedPrompt
@@ -26,7 +27,6 @@ VERSION: Final = "prism.rollout/1"
 # prefix of the values of custom rewards
 REWARD = "reward_"
 _FILE = re.compile(rf"({'|'.join(STAGES)})-(\d{{6,}})\.jsonl")
-_ASIDE = ".aside-"
 
 
 def _whole_characters(value: Any) -> Any:
@@ -92,7 +92,7 @@ class ImageReference(_Part):
     patches: list[Count]
 
 
-class Turn(_Part):
+class RecordedTurn(_Part):
     """A message of the prompt, with `<image>` where an image goes."""
 
     role: Text
@@ -118,7 +118,7 @@ class RolloutRecord(_Part):
     problem: Text
     data_source: Text
     question: Text
-    prompt: list[Turn]
+    prompt: list[RecordedTurn]
     images: list[ImageReference]
     answer: Text | None
     equivalent_answers: list[Text]
@@ -164,7 +164,7 @@ def records_of(
         columns: further fields, with a value for each rollout.
     """
     # it imports torch
-    from prism.models.prompts import PLACEHOLDER, chat_messages
+    from prism.models.prompts import chat_messages
 
     about: dict[int, dict[str, Any]] = {}
     for index, (rollout, text) in enumerate(zip(batch.rollouts, batch.texts)):
@@ -218,16 +218,7 @@ def records_file(folder: Path, stage: str, step: int) -> Path:
 def write_records(path: Path, records: Iterable[RolloutRecord]) -> None:
     """Writes records; a kill leaves the whole file, the file from before, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{_ASIDE}{path.name}-{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record.model_dump(exclude_unset=True), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(path, (json.dumps(one.model_dump(exclude_unset=True), allow_nan=False) + "\n" for one in records))
 
 
 def step_files(folder: Path) -> dict[str, list[tuple[int, Path]]]:
@@ -252,8 +243,8 @@ def drop_records(folder: Path, done: Sequence[str], stage: str | None, step: int
         for number, path in files:
             if name not in done and not (name == stage and number <= step):
                 path.unlink()
-    for path in folder.glob(f"{_ASIDE}*"):
-        path.unlink()
+    for path in folder.glob(f"{ASIDE}*"):
+        delete(path)
 
 
 def parse_record(content: bytes | dict[str, Any] | RowError) -> RolloutRecord:
