@@ -28,6 +28,8 @@ class Option(NamedTuple):
     required: bool = True
     default: Any = None
     choices: tuple[str, ...] | None = None
+    # "+": one value or more
+    nargs: str | None = None
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         """Adds the flag to a command."""
@@ -147,6 +149,16 @@ COMMANDS = {
             Option("prompt_tokens", "N", "the longest prompt, with --model; default: any", positive, False),
             Option("response_tokens", "N", "the longest response, with --model; default: any", positive, False),
             Switch("remote_images", "download images at http and https addresses"),
+        ),
+    ),
+    "score": Command(
+        "prism.commands.rescore:rescore",
+        "score the rollouts that a run recorded again, and compare",
+        False,
+        (
+            Option("rollouts", "FILE", "a file of a run's folder `rollouts`, or the folder"),
+            Option("reward", "PATH", "custom rewards, as package.module:function", required=False, nargs="+"),
+            Option("out", "FILE", "JSONL file for the old and new values of each rollout", required=False),
         ),
     ),
     "doctor": Command(
