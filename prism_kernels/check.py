@@ -38,6 +38,8 @@ def tensor(op: str, name: str, value: object) -> None:
 
 def shape(op: str, name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
     """Checks a shape; a string allows any size and names the dimension in the error."""
+    if value.shape == expected:
+        return
     sizes = tuple(value.shape)
     if len(sizes) != len(expected) or any(isinstance(e, int) and e != s for e, s in zip(expected, sizes)):
         wanted = ", ".join(str(e) for e in expected) + ("," if len(expected) == 1 else "")
