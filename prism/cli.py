@@ -231,9 +231,12 @@ def _run(command: Command, parsed: argparse.Namespace, flags: Sequence[str]) -> 
 
 def _output_is_closed() -> bool:
     """Returns whether the standard output is closed, as by `| head`, and if so discards the rest of the output."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    closed = True
+    # Windows has no poll
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        closed = any(event & select.POLLERR for _, event in poll.poll(0))
     if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return closed
