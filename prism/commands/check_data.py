@@ -57,7 +57,7 @@ def check_data(
         from prism.models.building import load_encoder
 
         try:
-            encoder = load_encoder(model)
+            encoder = load_encoder("--model", model)
         except (OSError, ValueError) as error:
             raise DataError(f"--model: expected a model with its tokenizer, got {model!r}: {error}") from None
         lengths = _Lengths(encoder, prompt_tokens, response_tokens)

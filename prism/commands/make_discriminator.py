@@ -56,7 +56,7 @@ def _dense(config: Config) -> tuple[Qwen3VLForConditionalGeneration, PromptEncod
         return plain_policy(config)
     dense = load_dense("model.discriminator", name, getattr(torch, config.model.dtype))
     torch.nn.Module.to(dense, device_of(config))
-    return dense, load_encoder(name, config.model.max_image_pixels)
+    return dense, load_encoder("model.discriminator", name, config.model.max_image_pixels)
 
 
 def _batch(encoder: PromptEncoder) -> dict[str, torch.Tensor]:

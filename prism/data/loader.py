@@ -155,6 +155,16 @@ class RowStream:
             self._next = state["next"]
         self._cut_log()
 
+    @property
+    def place(self) -> str:
+        """The file and the row after the last row returned; a block of rows is read at once."""
+        if self._next < len(self._block):
+            path, raw = self._block[self._next]
+            return f"{path}, row {raw.row}"
+        if self._end.file < len(self._order):
+            return f"{self.files[self._order[self._end.file]]}, after row {self._end.row}"
+        return "the end of all files"
+
     def _identity(self) -> dict[str, Any]:
         options = self.options
         sizes = [[file.name, file.stat().st_size] for file in self.files]
@@ -238,9 +248,10 @@ class RowStream:
         path = self.options.skipped
         if path is None or not path.exists():
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # as bytes: whatever is in it, the run needs only its lines
+        lines = path.read_bytes().splitlines(keepends=True)
         if len(lines) > self.distinct_skipped:
-            path.write_text("".join(lines[: self.distinct_skipped]), encoding="utf-8")
+            path.write_bytes(b"".join(lines[: self.distinct_skipped]))
 
     def _check_share(self, at_end: bool) -> None:
         if at_end and self.read == self.skipped:

@@ -10,7 +10,7 @@ from prism.config import STAGES, DataSettings
 from prism.data.files import RowError
 from prism.data.rows import ChatRow, ProblemRow, WarmupRow
 from prism.models.policy import response_ids
-from prism.models.prompts import EncodedPrompt, Message, Picture, PromptEncoder
+from prism.models.prompts import EncodedPrompt, ImageSizeError, Message, Picture, PromptEncoder
 from prism.models.vocabulary import PLACEHOLDER
 
 if TYPE_CHECKING:
@@ -40,6 +40,13 @@ class Problem:
     shape: "ShapesSample | None" = None
     # the row's, for custom rewards
     data_source: str = ""
+
+    @property
+    def question(self) -> str:
+        """The prompt as one text; of a chat all messages, as lines `role: text`."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
 
     def encoded(self, encoder: PromptEncoder) -> EncodedPrompt:
         """Returns the prompt as tokens and patches."""
@@ -80,7 +87,10 @@ def problem_reader(
                 raise _too_long(field, key, limit, f"{len(text)} characters")
         for field, text in texts:
             _check_text(field, text, encoder)
-        ids = encoder.token_ids(problem.prompt, [image.size for image in problem.images], name=problem.name)
+        try:
+            ids = encoder.token_ids(problem.prompt, [image.size for image in problem.images], name=problem.name)
+        except ImageSizeError as error:
+            raise RowError("image size", "images", str(error)) from None
         if len(ids) > data.prompt_tokens:
             raise _too_long("prompt", "prompt_tokens", data.prompt_tokens, len(ids))
         for field, tokens in zip(responses, response_ids(list(responses.values()), encoder) if responses else ()):

@@ -98,7 +98,6 @@ class TextBranches:
         # normalised as the tokenizer does it, so that text and tokens have the same tags
         normalizer = self.encoder.tokenizer.backend_tokenizer.normalizer
         texts = [normalizer.normalize_str(text) for text in texts] if normalizer else texts
-        # of the text, not the tokens: where a vocabulary has a token for ">B", "<answer>B" is an answer all the same
         parsed = [parse_response(text) for text in texts]
         branches: list[tuple[Segment, ...] | str] = list(self._reasons(texts, parsed, names))
         valid = [s for s, reason in enumerate(branches) if not reason]

@@ -5,6 +5,7 @@ That processor needs torchvision; this module does not.
 L tokens of a prompt, M merged patches of an image, G = 4 M patches before merging, C numbers a patch.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,14 @@ from prism_kernels.segments import TokenBytes, token_bytes
 
 NAME = "encode_prompt"
 
+# of an image's longer side to its shorter; the processor refuses more
+MAX_ASPECT = 200
+
 Message = Mapping[str, Any]
+
+
+class ImageSizeError(ValueError):
+    """An image that takes more pixels than the processor's limit, because it is too narrow to be scaled down."""
 
 
 class Picture(Protocol):
@@ -55,10 +63,12 @@ class PromptEncoder:
     Args:
         tokenizer: with a chat template of Qwen's form.
         image_processor: `Qwen2VLImageProcessorPil` or its torchvision twin.
+        videos: the model's settings of videos, which nothing here reads: they are saved with the model as they came.
     """
 
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
+    videos: Mapping[str, Any] | None = None
 
     @property
     def image_token_id(self) -> int:
@@ -109,6 +119,7 @@ class PromptEncoder:
                     check.fail(NAME, f"texts without special tokens in {name}", repr(token))
         text = cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         if sizes:
+            self._check_sizes(sizes, name)
             pieces = text.split(IMAGE_TOKEN)
             if len(pieces) != len(sizes) + 1:
                 check.fail(NAME, f"{len(sizes)} image tokens in {name} after the chat template", len(pieces) - 1)
@@ -157,10 +168,39 @@ class PromptEncoder:
         normalizer = self.tokenizer.backend_tokenizer.normalizer
         return normalizer.normalize_str(text) if normalizer and not text.isascii() else text
 
+    def _check_sizes(self, sizes: Sequence[tuple[int, int]], name: str) -> None:
+        processor = self.image_processor
+        most, patch = processor.size["longest_edge"], processor.patch_size
+        for index, (width, height) in enumerate(sizes):
+            pixels = processor.get_number_of_image_patches(height, width) * patch**2
+            if pixels > most:
+                check.fail(
+                    NAME,
+                    f"image {index} of {name} to take at most {most} pixels, the limit of the image processor",
+                    f"{pixels} for {width}x{height}, since no side is scaled below {patch} times "
+                    f"{self.spatial_merge_size} pixels; raise model.max_image_pixels or crop the image",
+                    ImageSizeError,
+                )
+
     def answered(self, prompt: EncodedPrompt, text: str) -> EncodedPrompt:
         """Returns a prompt that goes on with a text of the assistant and the token that ends a turn."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return prompt._replace(input_ids=[*prompt.input_ids, *ids, self.tokenizer.eos_token_id])
+
+
+def limited_size(size: Mapping[str, int], most: int, factor: int) -> dict[str, int]:
+    """Returns the `size` of an image processor that scales no image up to more than `most` pixels.
+
+    Args:
+        size: the processor's own size, with `shortest_edge` and `longest_edge`: both are pixels of an image.
+        most: limit of width times height after scaling, at least `factor` squared.
+        factor: every side becomes a multiple of it.
+    """
+    # an image below `shortest_edge` is scaled to sides a and b whose product is `shortest_edge`, then each side grows
+    # to a multiple: (a + factor)(b + factor) <= most must hold up to the greatest aspect
+    sides = factor * (math.sqrt(MAX_ASPECT) + 1 / math.sqrt(MAX_ASPECT))
+    root = (math.sqrt(sides**2 + 4 * (most - factor**2)) - sides) / 2
+    return {**size, "shortest_edge": max(1, min(size["shortest_edge"], int(root**2))), "longest_edge": most}
 
 
 def chat_messages(prompt: str | Sequence[Message], images: int = 0) -> list[dict[str, Any]]:
@@ -187,6 +227,9 @@ def without_images(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def _items(content: str | Sequence[Message]) -> list[dict[str, Any]]:
     if not isinstance(content, str):
+        for item in content:
+            if "text" not in item and not {item.get("type"), *item} & {"image", "image_url"}:
+                check.fail(NAME, "text and image items in a message", dict(item))
         # paths and URLs of image items are dropped: the caller passes the images
         return [{"type": "text", "text": item["text"]} if "text" in item else {"type": "image"} for item in content]
     items: list[dict[str, Any]] = []
