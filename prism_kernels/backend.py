@@ -60,6 +60,8 @@ def resolve(op: str, device: torch.device, requested: str | None = None) -> str:
     The argument comes first, then `use_backend`, then PRISM_KERNELS_BACKEND: such a choice raises where it is
     impossible. Without one it is the first available backend of the table.
     """
+    if requested is not None:
+        one_of(op, "backend", requested, BACKENDS)
     wanted = requested or _forced.get() or os.environ.get("PRISM_KERNELS_BACKEND")
     if wanted:
         if wanted not in BACKENDS:

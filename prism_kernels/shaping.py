@@ -14,9 +14,10 @@ def overlong_penalty(length: Tensor, *, limit: int, buffer: int, penalty: float 
 
     It is 0 up to limit - buffer tokens, falls linearly to -penalty at the limit, and is -penalty beyond.
     """
-    check.positive("overlong_penalty", "buffer", buffer)
-    if limit < buffer:
-        check.fail("overlong_penalty", f"limit >= buffer {buffer}", limit)
+    name = "overlong_penalty"
+    buffer = check.integer(name, "buffer", buffer, 1, expected="buffer > 0")
+    limit = check.integer(name, "limit", limit, buffer, expected=f"limit >= buffer {buffer}")
+    penalty = check.number(name, "penalty", penalty)
     excess = (length - (limit - buffer)).to(torch.float32) / buffer
     return -penalty * excess.clamp(0, 1)
 

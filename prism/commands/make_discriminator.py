@@ -15,7 +15,8 @@ from prism.discriminator.model import Discriminator
 from prism.discriminator.storage import save_discriminator
 from prism.discriminator.upcycle import UpcycleReport, measure_upcycle, upcycle
 from prism.models.building import device_of, load_dense, load_encoder, plain_policy
-from prism.models.prompts import PLACEHOLDER, Message, PromptEncoder
+from prism.models.prompts import Message, PromptEncoder
+from prism.models.vocabulary import PLACEHOLDER
 from prism.worlds.shapes.problems import problem_of
 from prism.worlds.shapes.world import ShapesWorld
 

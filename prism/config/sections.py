@@ -312,10 +312,13 @@ class LogSettings(Section):
         console: `auto` shows a progress bar on a terminal and a line per step elsewhere; `lines` always shows lines;
             `quiet` shows nothing.
         rollouts_every: Steps between the steps whose rollouts are written to rollouts/; 0: never.
+        stall_seconds: A step, an evaluation or a checkpoint that takes longer says on the console what it waits for,
+            once for each such time.
     """
 
     console: Literal["auto", "lines", "quiet"] = "auto"
     rollouts_every: Natural = 1
+    stall_seconds: Annotated[float, Field(gt=0)] = 600.0
 
 
 class EvaluationSettings(Section):

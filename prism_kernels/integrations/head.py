@@ -3,6 +3,7 @@
 B sequences of L tokens, V columns, D width.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from prism_kernels.check import fail
 from prism_kernels.ops.linear_logprob import linear_logprob
+from prism_kernels.ops.rows import whole
 from prism_kernels.outputs import TokenLogProbs
 
 Lora = tuple[Tensor, Tensor, float]
@@ -22,15 +24,43 @@ class Head(NamedTuple):
     bias: Tensor | None
     lora: Lora | None
 
+    def gathered(self) -> "Head":
+        """Returns the head with DTensors gathered."""
+        lora = self.lora and (whole(self.lora[0]), whole(self.lora[1]), self.lora[2])
+        return Head(whole(self.weight), None if self.bias is None else whole(self.bias), lora)
+
 
 class BeforeHead(NamedTuple):
-    """A model's last hidden states (B, L, D), their targets (B, L), and the head."""
+    """A model's last hidden states (B, L, D), their targets (B, L), and the module of the head."""
 
+    # the name of the caller in errors
+    op: str
     hidden: Tensor
     target: Tensor
-    head: Head
+    module: nn.Module
     # the load-balancing loss of experts, if the model gives one
     balance: Tensor | None
+
+    def at_head(self, compute: Callable[[Tensor, Head], Any]) -> Any:
+        """Returns compute(hidden, head).
+
+        A head that is a unit of FSDP2 runs it as its forward: FSDP2 gathers the parameters, casts hidden, and reduces
+        the gradients as it is set to.
+        """
+        module: Any = self.module
+
+        def run(hidden: Tensor) -> Any:
+            return compute(hidden, head_of(self.op, module).gathered())
+
+        # the mark of FSDP2's modules, without the import of FSDP2
+        if not hasattr(module, "set_requires_gradient_sync"):
+            return run(self.hidden)
+        module.prism_forward = run
+        import_module("torch.distributed.fsdp").register_fsdp_forward_method(module, "prism_forward")
+        try:
+            return module.prism_forward(self.hidden)
+        finally:
+            del module.prism_forward
 
 
 class LogitSettings(NamedTuple):
@@ -41,7 +71,7 @@ class LogitSettings(NamedTuple):
 
 
 def head_of(op: str, module: nn.Module | None) -> Head:
-    """Returns the tensors of a linear layer, or of one under a LoRA adapter of peft; DTensors are gathered.
+    """Returns the tensors of a linear layer, or of one under a LoRA adapter of peft.
 
     Args:
         op: the name of the caller in errors.
@@ -68,7 +98,7 @@ def head_of(op: str, module: nn.Module | None) -> Head:
         _refuse(op, f"{name!r} with a bias; set lora_bias=False")
     if getattr(dropout, "p", 0.0) > 0:
         _refuse(op, f"{name!r} with dropout; set lora_dropout=0")
-    return plain._replace(lora=(_whole(a.weight), _whole(b.weight), float(adapted.scaling[name])))
+    return plain._replace(lora=(a.weight, b.weight, float(adapted.scaling[name])))
 
 
 def logit_settings(op: str, config: Any) -> LogitSettings:
@@ -132,7 +162,7 @@ def run_to_head(
         compute = import_module("transformers.models.mixtral.modeling_mixtral").load_balancing_loss_func
         experts = text.num_experts, text.num_experts_per_tok
         balance = compute(backbone.router_logits, *experts, options.get("attention_mask"))
-    return BeforeHead(hidden, target.to(hidden.device), head, balance)
+    return BeforeHead(op, hidden, target.to(hidden.device), module, balance)
 
 
 def head_logprob(
@@ -156,7 +186,7 @@ def head_logprob(
         entropy: whether entropies are wanted.
         cache_bytes: as in `linear_logprob`.
     """
-    return linear_logprob(
+    result = linear_logprob(
         hidden,
         head.weight,
         target,
@@ -167,6 +197,9 @@ def head_logprob(
         entropy=entropy,
         cache_bytes=cache_bytes,
     )
+    # views would lose FSDP2's hooks where a caller writes into them
+    copies = {name: x.clone() for name, x in result._asdict().items() if x is not None and x._is_view()}
+    return result._replace(**copies)
 
 
 def _plain(op: str, module: nn.Module | None) -> Head:
@@ -174,13 +207,7 @@ def _plain(op: str, module: nn.Module | None) -> Head:
     if not isinstance(weight, Tensor):
         fail(op, "a model with an LM head that has a weight", type(module).__name__, TypeError)
     assert weight is not None
-    bias = getattr(module, "bias", None)
-    return Head(_whole(weight), bias if bias is None else _whole(bias), None)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    # FSDP2 keeps parameters as DTensors
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return Head(weight, getattr(module, "bias", None), None)
 
 
 def _refuse(op: str, got: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prism_kernels.check import fail
-from prism_kernels.integrations.head import LogitSettings, head_logprob, head_of, logit_settings, run_to_head
+from prism_kernels.integrations.head import Head, LogitSettings, head_logprob, head_of, logit_settings, run_to_head
 from prism_kernels.integrations.padded import padded_policy_loss
 from prism_kernels.integrations.patching import (
     ForwardPatch,
@@ -70,7 +70,7 @@ class HiddenLogits:
 
     def __init__(self, model: Any, settings: LogitSettings, cache_bytes: int | None, args: Any, options: Any) -> None:
         ids = args[0] if args else options["input_ids"]
-        self.hidden, _, self.head, self.balance = run_to_head(NAME, model, None, ids, args, options)
+        self.before = run_to_head(NAME, model, None, ids, args, options)
         self.settings, self.cache_bytes = settings, cache_bytes
         # the labels that Actor asks for next: their log-probabilities cost nothing beside the entropies
         self.likely = torch.roll(ids, -1, 1)
@@ -93,15 +93,19 @@ class HiddenLogits:
         return self._compute(labels, temperature, False).logp
 
     def _compute(self, labels: Tensor, temperature: float, entropy: bool) -> TokenLogProbs:
-        return head_logprob(
-            self.hidden,
-            labels,
-            self.head,
-            self.settings,
-            temperature=temperature,
-            entropy=entropy,
-            cache_bytes=self.cache_bytes,
-        )
+        def compute(hidden: Tensor, head: Head) -> TokenLogProbs:
+            return head_logprob(
+                hidden,
+                labels,
+                head,
+                self.settings,
+                temperature=temperature,
+                entropy=entropy,
+                cache_bytes=self.cache_bytes,
+            )
+
+        scores: TokenLogProbs = self.before.at_head(compute)
+        return scores
 
 
 def log_probs_from_logits(logits: Tensor | HiddenLogits, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -161,7 +165,7 @@ def _hidden_forward(model: Any, settings: LogitSettings, cache_bytes: int | None
     @functools.wraps(type(model).forward)
     def forward(*args: Any, **options: Any) -> Any:
         logits = HiddenLogits(model, settings, cache_bytes, args, options)
-        return output(aux_loss=logits.balance, logits=logits)
+        return output(aux_loss=logits.before.balance, logits=logits)
 
     return forward
 

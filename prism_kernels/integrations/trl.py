@@ -11,11 +11,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prism_kernels.check import fail
 from prism_kernels.integrations.head import (
-    BeforeHead,
+    Head,
     LogitSettings,
     head_logprob,
     head_of,
@@ -123,12 +123,16 @@ def fuse_lm_head(
         count = options.pop("num_items_in_batch", None)
         before = run_to_head(NAME, self, labels, shifted, args, options)
         device = before.hidden.device.type
-        if cast_lm_head_to_fp32:
-            before = before._replace(hidden=before.hidden.float())
-        elif torch.is_autocast_enabled(device):
-            before = before._replace(hidden=before.hidden.to(torch.get_autocast_dtype(device)))
-        with torch.autocast(device, enabled=False):
-            fields = score(before, temperature, settings, outputs, cache_bytes)
+        dtype = torch.float32 if cast_lm_head_to_fp32 else None
+        if dtype is None and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+
+        def compute(hidden: Tensor, head: Head) -> dict[str, Any]:
+            hidden = hidden.to(dtype or hidden.dtype)
+            with torch.autocast(device, enabled=False):
+                return score(hidden, before.target, head, temperature, settings, outputs, cache_bytes)
+
+        fields = before.at_head(compute)
         mask = before.target != -100
         loss = -fields["log_probs"].sum() / (mask.sum().clamp(min=1) if count is None else count)
         if before.balance is not None:
@@ -140,14 +144,15 @@ def fuse_lm_head(
 
 
 def score(
-    before: BeforeHead,
+    hidden: Tensor,
+    target: Tensor,
+    head: Head,
     temperature: float,
     settings: LogitSettings,
     outputs: tuple[str, ...],
     cache_bytes: int | None,
 ) -> dict[str, Any]:
     """Returns the fields of each position, (B, L), 0 where the target is -100; those not in `outputs` are None."""
-    hidden, target, head, _ = before
     result = head_logprob(
         hidden,
         target,

@@ -5,7 +5,7 @@ d_v = (z_v - c) / temperature. Over v != target, `rest` = sum e^d, `moment` = su
 the target's d, exactly 0 where c is the target's logit.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,36 @@ def contiguous(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.is_contiguous() else x.contiguous()
 
 
+class _MeanOverRanks(torch.autograd.Function):
+    """A DTensor as it is; its gradient, a sum over the ranks of its mesh, is divided by their number."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """Returns the tensor."""
+        ctx.ranks = tensor.device_mesh.size()  # type: ignore[attr-defined]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Returns the mean."""
+        return grad / ctx.ranks
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a DTensor gathered, any other tensor as it is.
+
+    The gradient of a DTensor is the mean over the ranks of its mesh: FSDP2's default, and right too where the ranks
+    have the same data.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    # each rank has the gradient of its own loss alone
+    mine = [Partial() for _ in tensor.placements]  # type: ignore[attr-defined]
+    return _MeanOverRanks.apply(tensor).full_tensor(grad_placements=mine)
+
+
 def may_synchronise(tensor: Tensor) -> bool:
     """Returns whether values may be read from a tensor's device: not while compiling or while a graph is captured."""
     if torch.compiler.is_compiling():
@@ -46,13 +76,15 @@ def may_synchronise(tensor: Tensor) -> bool:
 def row_temperature(op: str, temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the temperature of each row, (T,), after every check that needs no value from a device."""
     if isinstance(temperature, Tensor):
+        check.tensor(op, "temperature", temperature)
+        check.real(op, "temperature", temperature)
         if temperature.dim() == 0:
             temperature = temperature.expand(target.shape)
         check.shape(op, "temperature", temperature, tuple(target.shape))
         check.device(op, "temperature", temperature, target, "target")
         return temperature.detach().to(dtype).reshape(-1)
-    check.positive(op, "temperature", temperature)
-    return torch.full((target.numel(),), temperature, dtype=dtype, device=target.device)
+    number = check.positive(op, "temperature", temperature, check.LARGEST_TEMPERATURE)
+    return torch.full((target.numel(),), number, dtype=dtype, device=target.device)
 
 
 def inverse(temperature: Tensor) -> Tensor:

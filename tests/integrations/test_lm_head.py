@@ -124,6 +124,8 @@ def test_balance_loss():
     torch.testing.assert_close(out.aux_loss, expected)
 
 
+# FSDP2 warns of results that lose its hooks
+@pytest.mark.filterwarnings("error::UserWarning:torch.distributed.fsdp")
 @pytest.mark.parametrize("apart", [False, True])
 def test_sharded_by_fsdp(apart, tmp_path):
     """FSDP2's parameters are DTensors; the head is sharded with the model or separately."""

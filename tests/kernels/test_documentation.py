@@ -115,6 +115,7 @@ def test_snippets_of_the_kernels_run():
     names["teacher_caption_ids"] = names["caption_ids"]
     run(DOCS / "kernels.md", names)
     assert [Reason(r) for r in names["segments"].reason.tolist()] == [Reason.VALID, Reason.MISSING_TAG]
+    assert f"<answer>{names['answer']}</answer>" in names["text"].decode()
     assert names["members"] == (0, 1) and names["pack"].pair.tolist() == [2, -1, -1, 5, -1, -1]
     assert names["x"].grad is not None
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from prism_kernels.check import fail
-from prism_kernels.integrations.head import head_logprob, head_of, logit_settings, run_to_head
+from prism_kernels.integrations.head import Head, head_logprob, head_of, logit_settings, run_to_head
 from prism_kernels.integrations.patching import ForwardPatch, require_version
+from prism_kernels.outputs import TokenLogProbs
 
 NAME = "patch_lm_head"
 VERSIONS = ("5",)
@@ -62,11 +63,16 @@ def patch_lm_head(model: Any, *, cache_bytes: int | None = 0) -> ForwardPatch:
             return original(*args, **options)
         temperature, entropy = options.pop("temperature", 1.0), options.pop("entropy", False)
         labels, shifted = options.pop("labels", None), options.pop("shift_labels", None)
-        hidden, target, head, balance = run_to_head(NAME, model, labels, shifted, args, options)
-        result = head_logprob(
-            hidden, target, head, settings, temperature=temperature, entropy=entropy, cache_bytes=cache_bytes
-        )
-        return LogProbsOutput(log_probs=result.logp, entropy=result.entropy, mask=target != -100, aux_loss=balance)
+        before = run_to_head(NAME, model, labels, shifted, args, options)
+        target = before.target
+
+        def score(hidden: Tensor, head: Head) -> TokenLogProbs:
+            chosen = {"temperature": temperature, "entropy": entropy, "cache_bytes": cache_bytes}
+            return head_logprob(hidden, target, head, settings, **chosen)
+
+        result = before.at_head(score)
+        mask = target != -100
+        return LogProbsOutput(log_probs=result.logp, entropy=result.entropy, mask=mask, aux_loss=before.balance)
 
     forward._prism_kernels = NAME  # type: ignore[attr-defined]
     return ForwardPatch(model, forward)

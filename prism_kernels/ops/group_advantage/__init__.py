@@ -40,7 +40,7 @@ def group_advantage(
     check_samples(NAME, {"reward": reward}, group, {"valid": valid})
     check.one_of(NAME, "baseline", baseline, BASELINES)
     check.one_of(NAME, "scale", scale, SCALES)
-    check.positive(NAME, "eps", eps)
+    eps = check.positive(NAME, "eps", eps)
     return group_advantage_fwd(
         reward.detach(),
         group,

@@ -8,7 +8,7 @@ from prism_kernels import check
 from prism_kernels.backend import resolve
 from prism_kernels.ops.linear_logprob.eager import Shard
 from prism_kernels.ops.linear_logprob.op import NAME, LinearLogProbFunction
-from prism_kernels.ops.rows import FLOATS, HeadArguments, accumulator, cached, may_synchronise, row_temperature
+from prism_kernels.ops.rows import FLOATS, HeadArguments, accumulator, cached, may_synchronise, row_temperature, whole
 from prism_kernels.outputs import TokenLogProbs
 
 
@@ -42,7 +42,8 @@ def linear_logprob(
 
     Args:
         hidden: (T, D) or (B, L, D), fp32, bf16, fp16 or fp64; the products run in its dtype.
-        weight: (V, D); a DTensor is gathered.
+        weight: (V, D). A DTensor, here, as bias or in lora, is gathered, and its gradient is the mean over the ranks of
+            its mesh, as FSDP2's is by default.
         target: int64, of hidden's leading shape, already aligned (no shift).
         bias: (V,).
         temperature: a number, or a tensor of the target's shape.
@@ -56,9 +57,12 @@ def linear_logprob(
             rows. Not under torch.compile, since the ranks exchange the sizes of their slices.
         backend: `cuda`, `triton`, `cpu` or `torch`; see `use_backend`.
     """
+    if process_group is not None:
+        _check_slice(weight, process_group)
     arguments = head_arguments(NAME, hidden, weight, target, bias, temperature, softcap)
-    if cache_bytes is not None and cache_bytes < 0:
-        check.fail(NAME, "cache_bytes >= 0 or None", cache_bytes)
+    ignore_index, entropy = check.integer(NAME, "ignore_index", ignore_index), check.flag(NAME, "entropy", entropy)
+    if cache_bytes is not None:
+        cache_bytes = check.integer(NAME, "cache_bytes", cache_bytes, expected="cache_bytes >= 0 or None", low=0)
     chosen = resolve(NAME, arguments.hidden.device, backend)
 
     x, flat, row_temperatures = arguments.hidden, target, arguments.temperature
@@ -89,6 +93,17 @@ def linear_logprob(
     return TokenLogProbs(logp, row_entropy if entropy else None, lse, square)
 
 
+def _check_slice(weight: Tensor, group: dist.ProcessGroup) -> None:
+    """Checks that a DTensor is not split over the ranks that have a slice of V each."""
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None:
+        return
+    common = set(mesh.mesh.flatten().tolist()) & set(dist.get_process_group_ranks(group))
+    if len(common) > 1:
+        expected = "weight to be this rank's slice of V with process_group; pass weight.to_local()"
+        check.fail(NAME, expected, f"a DTensor over ranks {sorted(common)} of the group")
+
+
 def head_arguments(
     op: str,
     hidden: Tensor,
@@ -99,12 +114,10 @@ def head_arguments(
     softcap: float | None,
 ) -> HeadArguments:
     """Returns the checked arguments: hidden as autocast wants it, weight and bias gathered; without LoRA."""
+    if isinstance(weight, Tensor):
+        weight = whole(weight)
     for name, value in (("hidden", hidden), ("weight", weight), ("target", target)):
         check.tensor(op, name, value)
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
-    if bias is not None and hasattr(bias, "full_tensor"):
-        bias = bias.full_tensor()
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if hidden.dim() not in (2, 3):
@@ -119,13 +132,14 @@ def head_arguments(
     check.device(op, "weight", weight, hidden, "hidden")
     check.device(op, "target", target, hidden, "hidden")
     if bias is not None:
+        bias = whole(bias) if isinstance(bias, Tensor) else bias
         check.tensor(op, "bias", bias)
         check.shape(op, "bias", bias, (weight.shape[0],))
         check.dtype(op, "bias", bias, FLOATS)
         check.device(op, "bias", bias, hidden, "hidden")
-    check.positive(op, "softcap", softcap)
+    cap = check.optional(op, "softcap", softcap)
     row_temperatures = row_temperature(op, temperature, target, accumulator(hidden.dtype))
-    return HeadArguments(hidden, weight, bias, None, None, target, row_temperatures, softcap or 0.0)
+    return HeadArguments(hidden, weight, bias, None, None, target, row_temperatures, cap)
 
 
 def with_lora(op: str, arguments: HeadArguments, lora: tuple[Tensor, Tensor, float] | None) -> HeadArguments:
@@ -134,7 +148,10 @@ def with_lora(op: str, arguments: HeadArguments, lora: tuple[Tensor, Tensor, flo
         return arguments
     if not isinstance(lora, tuple) or len(lora) != 3:
         check.fail(op, "lora to be a tuple (A, B, scale)", type(lora).__name__, TypeError)
-    hidden, (a, b, scale) = arguments.hidden, lora
+    hidden, scale = arguments.hidden, check.number(op, "lora scale", lora[2])
+    a, b = (whole(x) if isinstance(x, Tensor) else x for x in lora[:2])
+    check.tensor(op, "lora A", a)
+    check.tensor(op, "lora B", b)
     check.shape(op, "lora A", a, ("r", hidden.shape[-1]))
     check.shape(op, "lora B", b, (arguments.weight.shape[0], a.shape[0]))
     for name, value in (("lora A", a), ("lora B", b)):

@@ -42,7 +42,7 @@ def _run_forward(
     hidden, weight = arguments.hidden, arguments.weight
     if shard is None:
         check.targets(NAME, arguments.target, weight.shape[0], ignore_index)
-    check.temperatures(NAME, arguments.temperature)
+    check.temperatures(NAME, arguments.temperature, arguments.softcap)
     # a surrounding autocast must not lower the precision of these products
     with torch.autocast(hidden.device.type, enabled=False):
         head = _head(arguments, ignore_index, shard)

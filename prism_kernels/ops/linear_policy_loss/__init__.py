@@ -58,7 +58,7 @@ def linear_policy_loss(
 
     Args:
         hidden: (T, D), fp32, bf16, fp16 or fp64; the products run in its dtype.
-        weight: (V, D); a DTensor is gathered.
+        weight: (V, D); for a DTensor see `linear_logprob`.
         target: (T,), int64, already aligned (no shift).
         old_logp: see `policy_loss`, as all options that are not listed here.
         advantage: see `policy_loss`.
@@ -111,8 +111,9 @@ def linear_policy_loss(
     )
     check_required(NAME, "ref_logp", ref_logp, "kl_coef", kl_coef)
     check_required(NAME, "rollout_logp", rollout_logp, "correction", correction)
-    if chunk_tokens is not None and chunk_tokens < 1:
-        check.fail(NAME, "chunk_tokens >= 1 or None", chunk_tokens)
+    ignore_index = check.integer(NAME, "ignore_index", ignore_index)
+    if chunk_tokens is not None:
+        chunk_tokens = check.integer(NAME, "chunk_tokens", chunk_tokens, low=1, expected="chunk_tokens >= 1 or None")
     head = with_lora(NAME, head, lora)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in head[:5]]
     constants = [None if x is None else x.detach() for x in (old_logp, advantage, cu_seqlens, mask)]

@@ -42,7 +42,7 @@ def _run(
     hidden, target = given.hidden, given.target
     total, columns = hidden.shape[0], given.weight.shape[0]
     check.targets(NAME, target, columns, ignore_index)
-    check.temperatures(NAME, given.temperature)
+    check.temperatures(NAME, given.temperature, given.softcap)
     check_values(NAME, cu_seqlens, total, denominator)
     options = Options.decoded(choices, numbers)
     dtype = accumulator(hidden.dtype)

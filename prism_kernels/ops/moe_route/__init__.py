@@ -12,6 +12,8 @@ from prism_kernels.ops.rows import FLOATS, accumulator
 
 # the kinds of tokens without a bias: prompt, image, perception, reasoning, answer
 KINDS = 5
+# of experts: beyond it a count is a mistake, and the sort by expert would take all memory
+MOST = 2**16
 
 
 class Routing(NamedTuple):
@@ -45,8 +47,9 @@ class Routing(NamedTuple):
         check.shape(op, "weight", weight, tuple(index.shape))
         check.dtype(op, "weight", weight, FLOATS)
         check.device(op, "weight", weight, index, "index")
-        if num_experts < 1 or index.shape[1] < 1:
-            check.fail(op, "at least one expert, and one for each token", f"{num_experts}, {index.shape[1]}")
+        num_experts = check.integer(op, "num_experts", num_experts, 1, MOST)
+        if index.shape[1] < 1:
+            check.fail(op, "index of shape (T, K) with K > 0", tuple(index.shape))
         offsets, permutation = moe_permutation_fwd(index, num_experts, resolve(NAME, index.device, backend))
         # clamped, since on a GPU the values are not checked: a bad index shows as a weight of NaN
         clamped = index.to(torch.int64).clamp(0, num_experts - 1)
@@ -104,8 +107,8 @@ def moe_route(
     check.dtype(NAME, "router_weight", router_weight, FLOATS)
     check.device(NAME, "router_weight", router_weight, x, "x")
     experts = router_weight.shape[0]
-    if not 1 <= top_k <= experts:
-        check.fail(NAME, f"top_k in [1, {experts}], the number of experts", top_k)
+    top_k = check.integer(NAME, "top_k", top_k, 1, experts, f"top_k in [1, {experts}], the number of experts")
+    renormalize = check.flag(NAME, "renormalize", renormalize)
     kinds = 1 if kind is None else KINDS
     if kind_bias is not None:
         check.tensor(NAME, "kind_bias", kind_bias)

@@ -54,16 +54,14 @@ def pair_loss(
         check.shape(NAME, "preferred", preferred, tuple(other.shape))
     divisor, tensor_denominator = 0.0, None
     if isinstance(denominator, Tensor):
-        check.shape(NAME, "denominator", denominator, ())
+        check.denominator(NAME, denominator)
         check.device(NAME, "denominator", denominator, other, "other")
         tensor_denominator = denominator.detach()
     else:
-        check.positive(NAME, "denominator", denominator)
-        divisor = float(denominator or 0)
-    check.positive(NAME, "soft_clip", soft_clip)
-    if not 0 <= regularisation < float("inf"):
-        check.fail(NAME, "regularisation >= 0 and finite", regularisation)
+        divisor = check.optional(NAME, "denominator", denominator)
+    clip = check.optional(NAME, "soft_clip", soft_clip)
+    factor = check.number(NAME, "regularisation", regularisation, 0, expected="regularisation >= 0 and finite")
     constants = (group, valid, tensor_denominator)
-    numbers = (divisor, float(regularisation), soft_clip or 0.0)
+    numbers = (divisor, factor, clip)
     loss, totals = PairLossFunction.apply(preferred, other, constants, numbers)
     return loss, PairMetrics(totals)

@@ -21,8 +21,8 @@ def _check_values(group: Tensor | None, scores: int, denominator: Tensor | None)
         if bad.any():
             index = int(bad.nonzero()[0, 0])
             check.fail(NAME, f"group ids in [0, {scores})", f"{int(group[index])} at {index}")
-    if denominator is not None and check.reads_values(denominator) and not 0 < float(denominator) < float("inf"):
-        check.fail(NAME, "denominator > 0 and finite", float(denominator))
+    if denominator is not None and check.reads_values(denominator):
+        check.positive(NAME, "denominator", float(denominator))
 
 
 def _forward(

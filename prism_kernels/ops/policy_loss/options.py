@@ -3,7 +3,9 @@
 T tokens, S sequences.
 """
 
+import math
 from collections.abc import Mapping
+from operator import lt
 from typing import NamedTuple
 
 import torch
@@ -105,24 +107,22 @@ def checked_options(
     check.one_of(op, "kl_estimator", kl_estimator, ESTIMATORS)
     if correction is not None:
         check.one_of(op, "correction", correction, CORRECTIONS)
-    low, high = _pair(op, "clip", clip)
-    if not (low >= 0 and high >= 0):
-        check.fail(op, "clip to be two numbers >= 0, (low, high)", clip)
-    lower, upper = _pair(op, "correction_bounds", correction_bounds)
-    if not 0 <= lower < upper:
-        check.fail(op, "correction_bounds (lower, upper) with 0 <= lower < upper", correction_bounds)
+    low, high = _pair(op, "clip", clip, "clip to be two numbers >= 0, (low, high)")
+    expected = "correction_bounds (lower, upper) with 0 <= lower < upper"
+    lower, upper = _pair(op, "correction_bounds", correction_bounds, expected)
+    if not lower < upper:
+        check.fail(op, expected, correction_bounds)
+    dual = torch.inf
     if dual_clip is not None:
         if objective != "clip":
             check.fail(op, f"dual_clip None with objective {objective!r}", dual_clip)
-        if not dual_clip > 1:
-            check.fail(op, "dual_clip > 1", dual_clip)
-    if not 0 < log_ratio_bound <= LARGEST_BOUND:
-        check.fail(op, f"log_ratio_bound in (0, {LARGEST_BOUND:g}]", log_ratio_bound)
-    check.positive(op, "horizon", horizon)
+        dual = _upper(check.number(op, "dual_clip", dual_clip, math.nextafter(1, 2), torch.inf, "dual_clip > 1"))
+    expected = f"log_ratio_bound in (0, {LARGEST_BOUND:g}]"
+    bound = check.number(op, "log_ratio_bound", log_ratio_bound, check.SMALLEST, LARGEST_BOUND, expected)
+    length = check.optional(op, "horizon", horizon)
     if aggregate == "seq_mean_token_sum_norm" and horizon is None:
         check.fail(op, f"horizon > 0 with aggregate {aggregate!r}", None)
-    if not isinstance(denominator, Tensor):
-        check.positive(op, "denominator", denominator)
+    divisor = 0.0 if isinstance(denominator, Tensor) else check.optional(op, "denominator", denominator)
     return Options(
         ratio,
         objective,
@@ -132,21 +132,27 @@ def checked_options(
         per_token,
         low,
         high,
-        float("inf") if dual_clip is None else dual_clip,
-        log_ratio_bound,
-        0.0 if denominator is None or isinstance(denominator, Tensor) else float(denominator),
-        0.0 if horizon is None else float(horizon),
-        kl_coef,
+        dual,
+        bound,
+        divisor,
+        length,
+        check.number(op, "kl_coef", kl_coef),
         lower,
         upper,
-        entropy_coef,
+        check.number(op, "entropy_coef", entropy_coef),
     )
 
 
-def _pair(op: str, name: str, value: tuple[float, float]) -> tuple[float, float]:
+def _pair(op: str, name: str, value: tuple[float, float], expected: str) -> tuple[float, float]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         check.fail(op, f"{name} to be a pair of numbers", value, TypeError)
-    return value[0], value[1]
+    low, high = (check.number(op, name, x, 0, torch.inf, expected) for x in value)
+    return _upper(low), _upper(high)
+
+
+def _upper(bound: float) -> float:
+    """Returns a bound of ratios, inf for one that no ratio reaches and fp32 may not hold."""
+    return torch.inf if bound > math.exp(LARGEST_BOUND) else bound
 
 
 def check_tensors(
@@ -181,7 +187,7 @@ def check_tensors(
         check.dtype(op, "mask", mask, (torch.bool,))
         check.device(op, "mask", mask, like, like_name)
     if isinstance(denominator, Tensor):
-        check.shape(op, "denominator", denominator, ())
+        check.denominator(op, denominator)
         check.device(op, "denominator", denominator, like, like_name)
     check.tensor(op, "advantage", advantage)
     check.dtype(op, "advantage", advantage, FLOATS)
@@ -206,13 +212,11 @@ def check_values(op: str, cu_seqlens: Tensor, tokens: int, denominator: Tensor |
     """Checks that the sequences cover the tokens and that the denominator is positive, where values may be read."""
     if not check.reads_values(cu_seqlens):
         return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != tokens:
-        check.fail(op, f"cu_seqlens from 0 to {tokens}, the number of tokens", f"{first} to {last}")
-    decreases = cu_seqlens.diff() < 0
-    if decreases.any():
-        index = int(decreases.nonzero()[0, 0]) + 1
-        pair = f"{int(cu_seqlens[index])} after {int(cu_seqlens[index - 1])} at {index}"
-        check.fail(op, "cu_seqlens that do not decrease", pair)
-    if denominator is not None and not 0 < float(denominator) < float("inf"):
-        check.fail(op, "denominator > 0 and finite", float(denominator))
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens:
+        check.fail(op, f"cu_seqlens from 0 to {tokens}, the number of tokens", f"{bounds[0]} to {bounds[-1]}")
+    if any(map(lt, bounds[1:], bounds)):
+        index = next(i for i in range(1, len(bounds)) if bounds[i] < bounds[i - 1])
+        check.fail(op, "cu_seqlens that do not decrease", f"{bounds[index]} after {bounds[index - 1]} at {index}")
+    if denominator is not None:
+        check.positive(op, "denominator", float(denominator))

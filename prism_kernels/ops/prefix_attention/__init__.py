@@ -29,7 +29,8 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale
         q: (T, H, d).
         k: (T, K, d); K divides H, and each of its heads serves H / K consecutive heads of q.
         v: (T, K, d).
-        pack: where the prefixes and branches are; on q's device.
+        pack: where the prefixes and branches are; on q's device. Its lengths and groups are checked: on the CPU at each
+            call, elsewhere when `pack.layout` first reads them from the device (packs made by `packing` never do).
         scale: the factor of the products; None: 1 / sqrt(d).
     """
     for name, value in (("q", q), ("k", k), ("v", v)):
@@ -48,8 +49,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale
     if k.shape[1] == 0 or heads % k.shape[1]:
         check.fail(NAME, f"k of shape (T, K, d) with K a divisor of q's {heads} heads", tuple(k.shape))
     check.shape(NAME, "v", v, tuple(k.shape))
-    check.positive(NAME, "scale", scale)
-    scale = width**-0.5 if scale is None else float(scale)
+    scale = check.optional(NAME, "scale", scale) or width**-0.5
     if tokens == 0:
         # empty, but a part of the graph
         return q + 0 * (k.sum() + v.sum())

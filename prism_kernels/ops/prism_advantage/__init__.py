@@ -76,9 +76,15 @@ def prism_advantage(
     check.one_of(NAME, "mode", mode, MODES)
     if accuracy is None and mode != "align":
         check.fail(NAME, f"accuracy with mode {mode!r}", None)
-    if not 0 <= alpha <= 1:
-        check.fail(NAME, "alpha in [0, 1]", alpha)
-    check.positive(NAME, "eps", eps)
+    settings = Settings(
+        check.number(NAME, "alpha", alpha, 0, 1),
+        check.number(NAME, "format_penalty", format_penalty),
+        check.number(NAME, "align_coef", align_coef),
+        check.number(NAME, "wrong_penalty", wrong_penalty),
+        check.number(NAME, "w_acc", w_acc),
+        check.number(NAME, "w_fmt", w_fmt),
+        check.positive(NAME, "eps", eps),
+    )
     return prism_advantage_fwd(
         perception.detach(),
         reasoning.detach(),
@@ -88,6 +94,6 @@ def prism_advantage(
         NORMALIZE.index(normalize),
         INVALID.index(invalid),
         MODES.index(mode),
-        list(Settings(alpha, format_penalty, align_coef, wrong_penalty, w_acc, w_fmt, eps)),
+        list(settings),
         resolve(NAME, perception.device),
     )
