@@ -41,6 +41,13 @@ class Problem:
     # the row's, for custom rewards
     data_source: str = ""
 
+    @property
+    def question(self) -> str:
+        """The prompt as one text; of a chat all messages, as lines `role: text`."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
+
     def encoded(self, encoder: PromptEncoder) -> EncodedPrompt:
         """Returns the prompt as tokens and patches."""
         if self.encoding is not None:

@@ -227,6 +227,9 @@ def without_images(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def _items(content: str | Sequence[Message]) -> list[dict[str, Any]]:
     if not isinstance(content, str):
+        for item in content:
+            if "text" not in item and not {item.get("type"), *item} & {"image", "image_url"}:
+                check.fail(NAME, "text and image items in a message", dict(item))
         # paths and URLs of image items are dropped: the caller passes the images
         return [{"type": "text", "text": item["text"]} if "text" in item else {"type": "image"} for item in content]
     items: list[dict[str, Any]] = []

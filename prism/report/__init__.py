@@ -31,4 +31,6 @@ def report(run: str) -> int:
 
 
 def _write(record: RunRecord) -> Path:
-    return write_whole(record.folder / NAME, page(record))
+    # a file may spell half of a surrogate pair, which UTF-8 cannot express
+    text = page(record).encode("utf-8", "xmlcharrefreplace").decode()
+    return write_whole(record.folder / NAME, text)

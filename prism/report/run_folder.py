@@ -12,13 +12,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from prism.config import STAGES, Config
-from prism.data.files import DataError
+from prism.data.files import DataError, RowError
+from prism.rollout.records import parse_record, step_files
 from prism.runtime.log import read_metrics
 from prism.worlds.shapes.carelessness import Carelessness
 from prism.worlds.shapes.world import SPLITS, ShapesSample, ShapesWorld
 
 Row = dict[str, Any]
-_ROLLOUTS = re.compile(r"([a-z]+)-(\d+)\.jsonl")
 _CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _NAME = re.compile(r"([a-z]+)-(\d+)-(\d{6,})")
 
@@ -150,7 +150,7 @@ def read_run(folder: str | Path) -> RunRecord:
         settings,
         dict(sorted(steps.items(), key=lambda item: STAGES.index(item[0]) if item[0] in STAGES else len(STAGES))),
         _evaluations(folder, written),
-        _rollout_files(folder / "rollouts"),
+        step_files(folder / "rollouts"),
         _environment(folder / "environment.json"),
         _setting_changes(folder / "changes.json"),
         # written after the policy; stages that were added since are not in it
@@ -206,11 +206,29 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def read_rollouts(path: Path) -> list[Row]:
+    """Returns the records of a step's rollouts."""
+    rows = []
+    for number, row in enumerate(read_rows(path), 1):
+        # records from before they had a version have the same fields, but fewer
+        if "record" in row:
+            try:
+                row = parse_record(row).model_dump(exclude_unset=True)
+            except RowError as error:
+                raise DataError(error.at(path, number)) from None
+        rows.append(row)
+    return rows
+
+
 def number(value: Any) -> float | None:
     """Returns a value as a float if it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        # a whole number of hundreds of digits
+        return None
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -245,14 +263,6 @@ def _evaluations(folder: Path, written: dict[str, Row]) -> dict[str, Row]:
             # a checkpoint that is damaged or being removed: the one before has nearly as much
             continue
     return written
-
-
-def _rollout_files(folder: Path) -> dict[str, list[tuple[int, Path]]]:
-    by_stage: dict[str, list[tuple[int, Path]]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        if match := _ROLLOUTS.fullmatch(path.name):
-            by_stage.setdefault(match[1], []).append((int(match[2]), path))
-    return {stage: sorted(files) for stage, files in by_stage.items()}
 
 
 def _table(path: Path) -> Row:

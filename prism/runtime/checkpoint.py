@@ -21,13 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from prism.runtime.disk import NotSavedError, delete
+from prism.runtime.disk import ASIDE, NotSavedError, delete
 
 LOG = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 STATE, TRAINING, CHECKSUMS = "state.json", "training.pt", "checksums.json"
-# prefix of folders that are not yet, or no longer, checkpoints
-ASIDE = ".aside-"
 # version of the checkpoint format; 1 named optimisers by number, 2 had neither settings nor checksums of data files
 FORMAT = 3
 

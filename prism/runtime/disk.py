@@ -3,12 +3,14 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 # no more room: a full disk, a quota, the largest file that the system allows
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# prefix of what is not yet, or no longer, a file or folder of the run
+ASIDE = ".aside-"
 FOLDERS = ("checkpoints", "policy", "discriminator", "rollouts", "failed_rewards", "not_finite")
 FILES = ("lock", "config.json", "environment.json", "changes.json", "metrics.jsonl", "evaluations.json", "report.html")
 
@@ -21,13 +23,18 @@ class NotSavedError(RuntimeError):
     """Something of a run could not be written."""
 
 
-def write_whole(path: Path, text: str) -> Path:
-    """Writes a file under another name and renames it, so that a reader or a kill never meets half of it."""
+def write_whole(path: Path, text: str | Iterable[str]) -> Path:
+    """Writes a file under another name and renames it, so that a reader or a kill never meets half of it.
+
+    Args:
+        path: the file.
+        text: its content, whole or in parts; the file stays as it was if an error ends the parts.
+    """
     # the process's number keeps two writers apart
-    aside = path.with_name(f".aside-{path.name}-{os.getpid()}")
+    aside = path.with_name(f"{ASIDE}{path.name}-{os.getpid()}")
     try:
         with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         return aside.replace(path)

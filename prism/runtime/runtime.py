@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,7 @@ from prism.report import write_report
 from prism.rollout.batch import RolloutBatch, generate
 from prism.rollout.engine import Engine
 from prism.rollout.options import Sampling
+from prism.rollout.records import StepHeader, drop_records, records_file, records_of, write_records
 from prism.runtime import checkpoint
 from prism.runtime.disk import write_whole
 from prism.runtime.log import RunLog
@@ -88,15 +90,34 @@ class Step:
                 return
             yield batch
 
+    def version(self, model: str) -> dict[str, Any]:
+        """Returns the version of the policy or the discriminator as the step began, for its records."""
+        return {"model": getattr(self._rt.config.model, model), "stage": self.stage, "step": self.index}
+
     def finish(
-        self, metrics: Metrics, batch: RolloutBatch | None = None, columns: Mapping[str, Sequence[Any]] | None = None
+        self,
+        metrics: Metrics,
+        batch: RolloutBatch | None = None,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        scored_by: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """Takes the metrics of the step, and writes its rollouts with one value of each column per rollout."""
+        """Takes the metrics of the step, and writes the records of its rollouts.
+
+        Args:
+            metrics: what the log shows.
+            batch: the rollouts.
+            columns: fields of the records, with a value for each rollout.
+            scored_by: the version of the model or the function that gave the values of a column.
+        """
         self.metrics = metrics
-        every = self._rt.config.log.rollouts_every
+        config = self._rt.config
+        every = config.log.rollouts_every
         if batch is not None and every and self.index % every == 0:
-            path = self._rt.folder / "rollouts" / f"{self.stage}-{self.index + 1:06d}.jsonl"
-            batch.write(path, columns or {})
+            settings = getattr(config.rollout, self.stage)
+            sampling = Sampling(**{field.name: getattr(settings, field.name) for field in fields(Sampling)})
+            header = StepHeader(self.stage, self.index + 1, self.version("policy"), sampling, scored_by or {})
+            path = records_file(self._rt.folder, self.stage, self.index + 1)
+            write_records(path, records_of(batch, header, columns or {}))
 
 
 class Runtime:
@@ -266,6 +287,7 @@ class Runtime:
         if resumed is None:
             # no checkpoint yet: discard the stopped run's metrics
             self.log.load_state_dict({"bytes": 0, "non_finite": {}})
+            self._drop_records([], None, 0)
             return
         state = resumed.state
         for key, old, new in resumed.changed:
@@ -275,10 +297,16 @@ class Runtime:
         if state.stage is not None:
             self._inside = True
             self.data.go_to(state.stage, state.data)
-            return
-        self._load()
-        if self.done[-1] == "base" and "discriminator" not in resumed.checkpoint.models:
-            self.rebuild_discriminator()
+        else:
+            self._load()
+            if self.done[-1] == "base" and "discriminator" not in resumed.checkpoint.models:
+                self.rebuild_discriminator()
+        self._drop_records(state.done, state.stage, state.step)
+
+    def _drop_records(self, done: Sequence[str], stage: str | None, step: int) -> None:
+        # the settings may differ now: what is not written again would be of a step that never was
+        for name in ("rollouts", "failed_rewards"):
+            drop_records(self.folder / name, done, stage, step)
 
     def start(self) -> None:
         """Evaluates the policy of a new run, or after the stage in whose evaluation the run was stopped."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prism.data.drift import drift
-from prism.discriminator.score import GroupScores, prepare_groups, sample_of, score_limits
+from prism.discriminator.score import CHANNELS, GroupScores, prepare_groups, sample_of, score_limits
 from prism.discriminator.training import discriminator_step
 from prism.rollout.batch import RolloutBatch
 from prism.runtime.runtime import Runtime
@@ -72,7 +72,7 @@ def align(rt: Runtime) -> None:
             "advantage": mixture.tolist(),
             "reason": scores.reason,
         }
-        step.finish(metrics, batch, columns)
+        step.finish(metrics, batch, columns, dict.fromkeys(CHANNELS, step.version("discriminator")))
 
 
 def mixed_advantages(scores: GroupScores, batch: RolloutBatch, mixing: dict[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prism.config import Config
-from prism.rewards import ProblemView, Rewards, join_rewards, rewards_of
+from prism.rewards import ProblemView, Rewards, join_rewards, reward_versions, rewards_of
 from prism.rollout.batch import RolloutBatch
 from prism.runtime.runtime import Runtime, Step
 from prism.stages.update import policy_update
@@ -62,12 +62,14 @@ def rlvr(rt: Runtime) -> None:
         columns = {
             "reward": total.tolist(),
             "reason": [verdict.reason for verdict in verdicts],
+            "accuracy": [verdict.accuracy for verdict in verdicts],
+            "format": [verdict.format for verdict in verdicts],
             "advantage": advantage.tolist(),
             **{f"reward_{name}": values for name, values in rewards.by_name.items()},
         }
         if rewards.failures:
             rewards.write_failures(rt.folder / "failed_rewards" / f"rlvr-{step.index + 1:06d}.jsonl")
-        step.finish(metrics, batch, columns)
+        step.finish(metrics, batch, columns, reward_versions(algorithm.custom_rewards, algorithm.verifier_weight))
 
 
 def sample(rt: Runtime, step: Step) -> tuple[Rewarded, int]:

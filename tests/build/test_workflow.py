@@ -36,3 +36,14 @@ def test_workflow_tests_every_supported_python(jobs):
     # the wheel is built with the oldest Python and tested with all others
     (built,) = [s["with"]["python-version"] for s in jobs["wheel"]["steps"] if "setup-python" in s.get("uses", "")]
     assert [built, *jobs["wheel-elsewhere"]["strategy"]["matrix"]["python"]] == tested
+
+
+def test_workflow_tests_the_kernels_on_other_systems(jobs):
+    job = jobs["other-systems"]
+    assert {system.split("-")[0] for system in job["strategy"]["matrix"]["system"]} == {"macos", "windows"}
+    # neither a compiler nor make is needed there
+    assert not any("make" in line for line in commands(job))
+    ops = {path.name for path in (ROOT / "prism_kernels" / "ops").iterdir() if (path / "__init__.py").exists()}
+    tested = set(re.findall(r"tests/kernels/test_(\w+)\.py", "\n".join(commands(job))))
+    # the rows of anchored_rows are tested with the ops that use them
+    assert ops - {"anchored_rows"} <= tested
