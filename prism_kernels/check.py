@@ -171,7 +171,7 @@ def targets(op: str, target: Tensor, columns: int, ignore_index: int) -> None:
 
 
 def temperatures(op: str, temperature: Tensor, softcap: float = 0.0) -> None:
-    """Checks each temperature, where values may be read: positive, not huge, and not above the soft cap if there is one.
+    """Checks each temperature, where values may be read: positive, not huge, and not above a soft cap.
 
     The slope of a soft cap is computed from the logarithms of exponentials, which do not tell a cap below the
     temperature.
