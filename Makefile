@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-op reproduce test test-all test-peers bench bench-kept bench-patches gpu lint wheel clean
+.PHONY: help demo demo-op reproduce test test-all test-real test-peers bench bench-kept bench-patches gpu lint wheel clean
 
 help: ## lists the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,10 @@ test: $(VENV)/install.stamp ## installs everything and runs the tests
 
 test-all: $(VENV)/install.stamp ## runs the tests with the whole of every grid
 	$(PYTEST)
+
+# one process: it starts the runs, two at a time
+test-real: $(VENV)/install.stamp ## trains a small Qwen3-VL in the form of a published one; stops, resumes, compares
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/real --durations=5
 
 # the peers get their own environment: they pin other versions than the package needs
 PEERS := .venv-peers

@@ -27,8 +27,36 @@ class Option(NamedTuple):
     type: Callable[[str], Any] = str
     required: bool = True
     default: Any = None
+    choices: tuple[str, ...] | None = None
     # "+": one value or more
     nargs: str | None = None
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the flag to a command."""
+        parser.add_argument(f"--{self.name}", **{key: value for key, value in self._asdict().items() if key != "name"})
+
+
+class Switch(NamedTuple):
+    """A flag without a value."""
+
+    name: str
+    help: str
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the flag to a command."""
+        parser.add_argument(f"--{self.name}", action="store_true", help=self.help)
+
+
+class Operands(NamedTuple):
+    """Arguments without a flag, one or more."""
+
+    name: str
+    metavar: str
+    help: str
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the arguments to a command."""
+        parser.add_argument(self.name, nargs="+", metavar=self.metavar, help=self.help)
 
 
 class Command(NamedTuple):
@@ -39,7 +67,7 @@ class Command(NamedTuple):
     summary: str
     # whether the function takes the settings; otherwise it takes the options
     configured: bool = True
-    options: tuple[Option, ...] = ()
+    options: tuple[Option | Switch | Operands, ...] = ()
     # the only stage that the command runs
     stage: str | None = None
 
@@ -103,6 +131,26 @@ COMMANDS = {
         (RUN, Option("to", "DIR", "folder to write; it must not exist yet")),
     ),
     "report": Command("prism.report:report", "write a run's report as one HTML file, finished or not", False, (RUN,)),
+    "data check": Command(
+        "prism.cli:check",
+        "check data files without a model: count the rows that a run would skip, by cause",
+        False,
+        (
+            Operands("files", "FILE", "data file, JSONL or parquet, or a folder of them"),
+            Option(
+                "schema",
+                "SCHEMA",
+                "chat (sft), warmup, or problem (align, rlvr, validation, test); default: by the file's fields",
+                required=False,
+                choices=("chat", "warmup", "problem"),
+            ),
+            Option("image_root", "DIR", "folder that image paths are relative to; default: the file's", required=False),
+            Option("model", "DIR", "policy, whose tokens are counted; default: no tokens", required=False),
+            Option("prompt_tokens", "N", "the longest prompt, with --model; default: any", positive, False),
+            Option("response_tokens", "N", "the longest response, with --model; default: any", positive, False),
+            Switch("remote_images", "download images at http and https addresses"),
+        ),
+    ),
     "score": Command(
         "prism.commands.rescore:rescore",
         "score the rollouts that a run recorded again, and compare",
@@ -183,9 +231,12 @@ def _run(command: Command, parsed: argparse.Namespace, flags: Sequence[str]) -> 
 
 def _output_is_closed() -> bool:
     """Returns whether the standard output is closed, as by `| head`, and if so discards the rest of the output."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    closed = True
+    # Windows has no poll
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        closed = any(event & select.POLLERR for _, event in poll.poll(0))
     if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return closed
@@ -229,9 +280,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)
+        group, _, action = name.partition(" ")
+        beside = commands
+        if action:
+            outer = commands.add_parser(group, help=f"{name}: {command.summary}", allow_abbrev=False)
+            beside = outer.add_subparsers(dest="action", required=True, metavar="action")
+        sub = beside.add_parser(action or name, help=command.summary, description=command.summary, allow_abbrev=False)
+        sub.set_defaults(command=name)
         for option in command.options:
-            sub.add_argument(f"--{option.name}", **{k: v for k, v in option._asdict().items() if k != "name"})
+            option.add_to(sub)
         if command.configured:
             sub.usage = f"prism {name} [--config FILE] [--dry-run] [--section.key VALUE ...]"
             sub.add_argument("--config", metavar="FILE", help="TOML file of settings; default: the embedded world")
@@ -302,6 +359,27 @@ def evaluate(
 
     examine(model, data, out, samples, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
     return 0
+
+
+def check(
+    files: Sequence[str],
+    schema: str | None,
+    image_root: str | None,
+    model: str | None,
+    prompt_tokens: int | None,
+    response_tokens: int | None,
+    remote_images: bool,
+) -> int:
+    """Prints which rows of data files a run would skip; returns 1 if there is one."""
+    if model is not None:
+        _check_model("--model", model)
+    else:
+        for name, limit in (("prompt_tokens", prompt_tokens), ("response_tokens", response_tokens)):
+            if limit is not None:
+                raise DataError(f"--{name}: expected with --model, whose tokens are counted, got {limit}")
+    from prism.commands.check_data import check_data
+
+    return check_data(files, schema, image_root, model, prompt_tokens, response_tokens, remote_images)
 
 
 def export(run: str, to: str) -> int:
@@ -380,7 +458,7 @@ def _read_data(config: "Config") -> int:
         if not files:
             continue
         # with the checks of the run
-        take = None if encoder is None else problem_reader(name, encoder, data)
+        take = None if encoder is None else problem_reader(name, encoder, data, patches=False)
         read = dry_run(files, SCHEMAS[name], options, take=take)
         print(f"\n# data.files.{name}: {read.accepted} of {read.rows} rows can be used")
         for cause, count in read.rejected.items():

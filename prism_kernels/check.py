@@ -38,6 +38,8 @@ def tensor(op: str, name: str, value: object) -> None:
 
 def shape(op: str, name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
     """Checks a shape; a string allows any size and names the dimension in the error."""
+    if value.shape == expected:
+        return
     sizes = tuple(value.shape)
     if len(sizes) != len(expected) or any(isinstance(e, int) and e != s for e, s in zip(expected, sizes)):
         wanted = ", ".join(str(e) for e in expected) + ("," if len(expected) == 1 else "")
@@ -169,7 +171,7 @@ def targets(op: str, target: Tensor, columns: int, ignore_index: int) -> None:
 
 
 def temperatures(op: str, temperature: Tensor, softcap: float = 0.0) -> None:
-    """Checks each temperature, where values may be read: positive, not huge, and not above the soft cap if there is one.
+    """Checks each temperature, where values may be read: positive, not huge, and not above a soft cap.
 
     The slope of a soft cap is computed from the logarithms of exponentials, which do not tell a cap below the
     temperature.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from functools import cached_property
 from itertools import accumulate
+from operator import lt, sub
 from typing import NamedTuple
 
 import torch
@@ -86,10 +87,38 @@ class Layout(NamedTuple):
     branches: tuple[int, ...]
 
 
-def layout_of(cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor) -> Layout:
-    """Returns the layout of a pack from its three tensors, whose values it reads."""
-    counts = torch.bincount(branch_group, minlength=len(cu_prefix) - 1)
-    return Layout(tuple(cu_prefix.diff().tolist()), tuple(cu_branch.diff().tolist()), tuple(counts.tolist()))
+def layout_of(cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, tokens: int, op: str = NAME) -> Layout:
+    """Returns the layout of a pack from its three tensors, whose values it reads and checks.
+
+    Args:
+        cu_prefix: see `PrefixPack`.
+        cu_branch: see `PrefixPack`.
+        branch_group: see `PrefixPack`.
+        tokens: T.
+        op: the name of the caller in errors.
+    """
+    for name, value in (("cu_prefix", cu_prefix), ("cu_branch", cu_branch), ("branch_group", branch_group)):
+        check.dtype(op, name, value, (torch.int32, torch.int64))
+        check.shape(op, name, value, ("S",) if name == "branch_group" else ("N + 1",))
+    ends, branch_ends, group = cu_prefix.tolist(), cu_branch.tolist(), branch_group.tolist()
+    for name, bounds in (("cu_prefix", ends), ("cu_branch", branch_ends)):
+        if bounds[:1] != [0] or any(map(lt, bounds[1:], bounds)):
+            check.fail(op, f"{name} to begin with 0 and not to decrease", _shortened(bounds))
+    total = ends[-1] + branch_ends[-1]
+    if total != tokens:
+        check.fail(op, f"cu_prefix and cu_branch to cover the pack's {tokens} tokens", total)
+    groups = len(ends) - 1
+    check.shape(op, "branch_group", branch_group, (len(branch_ends) - 1,))
+    if group and (group[0] < 0 or group[-1] >= groups or any(map(lt, group[1:], group))):
+        check.fail(op, f"branch_group in [0, {groups}) and not to decrease", _shortened(group))
+    counts = [0] * groups
+    for g in group:
+        counts[g] += 1
+    return Layout(tuple(map(sub, ends[1:], ends)), tuple(map(sub, branch_ends[1:], branch_ends)), tuple(counts))
+
+
+def _shortened(values: list[int]) -> str:
+    return str(values) if len(values) <= 16 else f"{values[:16]} and {len(values) - 16} more"
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +153,7 @@ class PrefixPack:
     @cached_property
     def layout(self) -> Layout:
         """The lengths on the host. Packs that are made here have them from the start and read no device."""
-        return layout_of(self.cu_prefix, self.cu_branch, self.branch_group)
+        return layout_of(self.cu_prefix, self.cu_branch, self.branch_group, self.input_ids.shape[0])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PrefixPack":
         """Returns the pack on a device."""
@@ -160,7 +189,7 @@ def pack_groups(
         image_token_id: the placeholder of a merged patch; None: the prompts have no images.
         spatial_merge_size: patches along one side of a merged patch.
     """
-    budget = check.integer(NAME, "budget", budget, 1)
+    budget = check.integer(NAME, "budget", budget, 1, expected="budget > 0")
     sizes = [group.tokens for group in groups]
     for index, (group, size) in enumerate(zip(groups, sizes)):
         if size > budget:

@@ -15,7 +15,7 @@ def overlong_penalty(length: Tensor, *, limit: int, buffer: int, penalty: float 
     It is 0 up to limit - buffer tokens, falls linearly to -penalty at the limit, and is -penalty beyond.
     """
     name = "overlong_penalty"
-    buffer = check.integer(name, "buffer", buffer, 1)
+    buffer = check.integer(name, "buffer", buffer, 1, expected="buffer > 0")
     limit = check.integer(name, "limit", limit, buffer, expected=f"limit >= buffer {buffer}")
     penalty = check.number(name, "penalty", penalty)
     excess = (length - (limit - buffer)).to(torch.float32) / buffer

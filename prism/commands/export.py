@@ -134,7 +134,7 @@ def _write_checkpoint(record: RunRecord, to: Path) -> str:
     model, encoder = plain_policy(config.model_copy(update={"run": on_cpu}))
     load_model(model, str(whole / "policy.safetensors"))
     model.save_pretrained(to)
-    save_processor(to, encoder.tokenizer, encoder.image_processor)
+    save_processor(to, encoder)
     return f"not finished: this is its checkpoint of {state.where}"
 
 

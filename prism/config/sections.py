@@ -117,8 +117,8 @@ class ModelSettings(Section):
         discriminator: The model to make the discriminator of: `policy` (as it is before the first stage), or a folder
             or hub id. A dense Qwen3-VL is upcycled; a Mixture-of-Experts or a discriminator is used unchanged.
         dtype: Data type of weights and activations.
-        max_image_pixels: Larger images are scaled down to this width times height; none: the processor's own limit.
-            Lower it to save image tokens.
+        max_image_pixels: No image takes more than this width times height after scaling; none: the processor's own
+            limit. Lower it to save image tokens.
         tiny: Sizes of the policy `tiny`.
     """
 

@@ -27,6 +27,8 @@ from prism.data.images import ImageLimits, StoredImage, decode, read_images
 from prism.models.vocabulary import PLACEHOLDER, special_token
 from prism_kernels.grammar import Sections, split_response
 
+# stand in a text where a video goes
+VIDEO_MARKS = ("<video>", "<|video_pad|>")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 Role = Literal["system", "user", "assistant"]
@@ -140,17 +142,10 @@ class ChatSchema(_Schema):
     messages: Turns = Field(validation_alias=AliasChoices("messages", "conversations"))
     images: ImageSources = ()
     system: System = None
-    videos: Any = None
-    audios: Any = None
     id: Any = None
 
     @model_validator(mode="after")
     def _whole(self) -> "ChatSchema":
-        for name in ("videos", "audios"):
-            if getattr(self, name):
-                raise PydanticCustomError(
-                    "unsupported field", "expected no {name}: only images are read", {"name": name}
-                )
         _check_chat(self.messages, "assistant")
         _check_placeholders(_led(self.system, self.messages), len(self.images))
         return self
@@ -406,6 +401,7 @@ def validate(schema: type[Schema], row: Any) -> Schema:
     if isinstance(row, Mapping):
         # a null field is a missing field: in parquet every row has every column
         row = {key: value for key, value in row.items() if value is not None}
+        _check_media(row)
     try:
         return schema.model_validate(row)
     except ValidationError as error:
@@ -425,6 +421,27 @@ def _open(sources: Sequence[Any], field: str, root: Path, limits: ImageLimits) -
     fields = [field if field == "image" else f"{field}.{i}" for i in range(len(sources))]
     stored = read_images(sources, fields, root, limits)
     return tuple(map(decode, stored, fields)), tuple(stored)
+
+
+def _check_media(row: Mapping[str, Any]) -> None:
+    """Raises `RowError` for videos and sound, in a column of their own or inside a prompt."""
+    for field in ("videos", "video", "audios", "audio"):
+        if row.get(field):
+            raise _unsupported(field, field)
+    for field in ("messages", "conversations", "prompt", "question"):
+        turns = row.get(field)
+        for turn in turns if isinstance(turns, list) else [turns]:
+            content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else turn
+            for item in content if isinstance(content, list) else [content]:
+                kind, text = (item.get("type"), item.get("text")) if isinstance(item, Mapping) else (None, item)
+                if isinstance(kind, str) and kind.startswith(("video", "audio")):
+                    raise _unsupported(field, kind)
+                if isinstance(text, str) and any(mark in text for mark in VIDEO_MARKS):
+                    raise _unsupported(field, "video")
+
+
+def _unsupported(field: str, kind: str) -> RowError:
+    return RowError("unsupported field", field, f"expected no {kind[:5]}s, got some; only images are read")
 
 
 def _pairs(turns: Iterable[Turn]) -> tuple[tuple[str, str], ...]:

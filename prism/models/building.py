@@ -30,7 +30,7 @@ from prism.models.families import DENSE, MOE, family_of
 from prism.models.policy import CausalModel, Policy
 from prism.models.prompts import PromptEncoder, limited_size
 from prism.models.sizes import TinySize
-from prism.models.tiny import tiny_image_processor, tiny_policy, train_tokenizer
+from prism.models.tiny import VIDEOS, tiny_image_processor, tiny_policy, train_tokenizer
 from prism_kernels import check
 
 CLASSES = {DENSE: Qwen3VLForConditionalGeneration, MOE: Qwen3VLMoeForConditionalGeneration}
@@ -180,17 +180,15 @@ def checkpoint_folder(
             raise ConfigError(f"{key}: expected a folder with a config.json, got {name!r}")
         family_of(key, folder, families)
         return folder
-    if not download:
-        return Path(snapshot_download(name, allow_patterns=list(SMALL_FILES), local_files_only=True))
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(SMALL_FILES)))
+        folder = Path(snapshot_download(name, allow_patterns=list(SMALL_FILES), local_files_only=not download))
         family_of(key, folder, families, name=name)
-        if weights:
+        if weights and download:
             # the snapshot's folder has the name of its commit, so that both downloads are of one version
             folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=list(FILES)))
         return folder
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError) or (isinstance(error, FileNotFoundError) and not download):
             raise
         # every error of huggingface_hub is one of the two
         raise ConfigError(
@@ -255,10 +253,11 @@ def load_encoder(
     try:
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        videos = json.loads((folder / VIDEOS).read_text()) if (folder / VIDEOS).is_file() else None
     except (OSError, ValueError) as error:
         wanted = f"the files of a tokenizer and an image processor in {str(folder)!r}"
         raise ConfigError(f"{key}: expected {wanted}: {_first_line(error)}") from error
-    return PromptEncoder(tokenizer, limit_images(processor, max_image_pixels))
+    return PromptEncoder(tokenizer, limit_images(processor, max_image_pixels), videos)
 
 
 def limit_images(processor: Any, most: int | None) -> Any:

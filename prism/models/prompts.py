@@ -63,10 +63,12 @@ class PromptEncoder:
     Args:
         tokenizer: with a chat template of Qwen's form.
         image_processor: `Qwen2VLImageProcessorPil` or its torchvision twin.
+        videos: the model's settings of videos, which nothing here reads: they are saved with the model as they came.
     """
 
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
+    videos: Mapping[str, Any] | None = None
 
     @property
     def image_token_id(self) -> int:
@@ -225,6 +227,9 @@ def without_images(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def _items(content: str | Sequence[Message]) -> list[dict[str, Any]]:
     if not isinstance(content, str):
+        for item in content:
+            if "text" not in item and not {item.get("type"), *item} & {"image", "image_url"}:
+                check.fail(NAME, "text and image items in a message", dict(item))
         # paths and URLs of image items are dropped: the caller passes the images
         return [{"type": "text", "text": item["text"]} if "text" in item else {"type": "image"} for item in content]
     items: list[dict[str, Any]] = []

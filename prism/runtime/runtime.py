@@ -337,7 +337,7 @@ class Runtime:
         """Writes policy and discriminator as folders that the next stage takes, the evaluations and the report."""
         folder = self.folder / "policy"
         self.policy.model.save_pretrained(folder)
-        save_processor(folder, self.encoder.tokenizer, self.encoder.image_processor)
+        save_processor(folder, self.encoder)
         written = f"the policy is in {folder}"
         if self._discriminator is not None:
             path = save_discriminator(self._discriminator, self.folder / "discriminator")

@@ -224,7 +224,8 @@ def test_keeps_the_input_the_rows_before_the_activation_and_nothing_else_of_size
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = ours(leaves, index)
-    small = T * K * (4 + 4 + 1) + E * 4
+    # the weights, and the order with its inverse
+    small = T * K * (4 + 1 + 4 + 4) + E * 4
     assert sum(kept.values()) == 4 * (T * D + T * K * 2 * F) + small
     out.sum().backward()
 
@@ -246,11 +247,12 @@ def test_opcheck():
     leaves, index = make()
     x, weight, gate_up, down = (leaf.detach() for leaf in leaves)
     routing = Routing.from_topk(index, weight, 5)
-    arguments = (x, weight, gate_up, down, routing.offsets, routing.permutation)
+    leaves = (weight, gate_up, down)
+    arguments = (x, routing.index, *leaves, routing.offsets, routing.permutation)
     torch.library.opcheck(ops.moe_experts_fwd.default, (*arguments, "torch"))
-    out, pre = ops.moe_experts_fwd(*arguments, "torch")
+    out, pre, *order = ops.moe_experts_fwd(*arguments, "torch")
     for needs in ([True] * 4, [False, False, False, True], [False, True, False, False]):
-        torch.library.opcheck(ops.moe_experts_bwd.default, (out, *arguments, pre, needs, "torch"))
+        torch.library.opcheck(ops.moe_experts_bwd.default, (out, x, *leaves, pre, *order, needs, "torch"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -333,7 +333,7 @@ BAD = [
     ({"kl_estimator": "k4"}, ValueError, "expected kl_estimator to be one of 'k1', 'k2', 'k3', 'k1+', 'k3+', got 'k4'"),
     ({"correction": "tis"}, ValueError, "expected correction to be one of 'token_tis', 'sequence_tis'"),
     ({"clip": 0.2}, TypeError, "expected clip to be a pair of numbers, got 0.2"),
-    ({"clip": (-0.1, 0.2)}, ValueError, "expected clip to be two numbers >= 0, (low, high), got (-0.1, 0.2)"),
+    ({"clip": (-0.1, 0.2)}, ValueError, "expected clip to be two numbers >= 0, (low, high), got -0.1"),
     ({"dual_clip": 1.0}, ValueError, "expected dual_clip > 1, got 1.0"),
     ({"dual_clip": 3.0, "objective": "cispo"}, ValueError, "expected dual_clip None with objective 'cispo', got 3.0"),
     ({"log_ratio_bound": 90.0}, ValueError, "expected log_ratio_bound in (0, 40], got 90.0"),

@@ -307,16 +307,6 @@ BAD = [
     ({"pack": None}, TypeError, "expected pack to be a PrefixPack (prism_kernels.packing), got NoneType"),
     ({"pack": make_pack(SHAPES).to("meta")}, ValueError, "expected pack on q's device cpu, got meta"),
     ({"scale": 0.0}, ValueError, "expected scale > 0 and finite, got 0.0"),
-    (
-        {"pack": replace(make_pack(SHAPES), cu_prefix=torch.tensor([0, 7, 11, 11, 12, 13], dtype=torch.int32))},
-        ValueError,
-        "expected a pack whose cu_prefix and cu_branch rise and cover its 57 tokens, got",
-    ),
-    (
-        {"pack": replace(make_pack(SHAPES), branch_group=torch.tensor([0, 0, 0, 0, 2, 3, 2, 4, 4, 4]))},
-        ValueError,
-        "expected branch_group in [0, 5) and not to decrease, got [0, 0, 0, 0, 2, 3, 2, 4, 4, 4]",
-    ),
 ]
 
 
@@ -328,3 +318,36 @@ def test_names_the_bad_argument(changes, error, message):
     arguments = {"q": q, "k": k, "v": v, "pack": pack, **{n: x for n, x in changes.items() if n != "scale"}}
     with pytest.raises(error, match=re.escape(f"prefix_attention: {message}")):
         prefix_attention(**arguments, scale=scale)
+
+
+GROUPS = make_pack(SHAPES).branch_group
+PREFIX, BRANCH = make_pack(SHAPES).cu_prefix, make_pack(SHAPES).cu_branch
+DECREASING = torch.tensor([0, 0, 0, 0, 2, 3, 2, 4, 4, 4])
+BAD_PACKS = {
+    "groups shifted up": ({"branch_group": GROUPS + 1}, "branch_group in [0, 5) and not to decrease, got [1, 1,"),
+    "groups shifted down": ({"branch_group": GROUPS - 1}, "branch_group in [0, 5) and not to decrease, got [-1,"),
+    "one group too high": ({"branch_group": GROUPS.clone().index_fill_(0, torch.tensor([9]), 5)}, "branch_group in"),
+    "groups that decrease": ({"branch_group": DECREASING}, "branch_group in [0, 5) and not to decrease, got [0, 0,"),
+    "fewer groups than branches": ({"branch_group": GROUPS[:-1]}, "branch_group of shape (10,), got (9,)"),
+    "more groups than branches": ({"branch_group": GROUPS.repeat_interleave(2)}, "branch_group of shape (10,)"),
+    "groups as floats": ({"branch_group": GROUPS.double()}, "branch_group of dtype int32, int64, got float64"),
+    "groups in a matrix": ({"branch_group": GROUPS[None]}, "branch_group of shape (S,), got (1, 10)"),
+    "short prefixes": ({"cu_prefix": PREFIX - PREFIX.clamp(max=1)}, "cu_prefix and cu_branch to cover the pack's 57"),
+    "prefixes from 1": ({"cu_prefix": PREFIX + 1}, "cu_prefix to begin with 0 and not to decrease, got [1,"),
+    "negated prefixes": ({"cu_prefix": -PREFIX}, "cu_prefix to begin with 0 and not to decrease"),
+    "reversed prefixes": ({"cu_prefix": PREFIX.flip(0)}, "cu_prefix to begin with 0 and not to decrease"),
+    "no prefix bounds": ({"cu_prefix": PREFIX[:0]}, "cu_prefix to begin with 0 and not to decrease, got []"),
+    "huge branches": ({"cu_branch": BRANCH * 1000}, "cu_prefix and cu_branch to cover the pack's 57 tokens, got"),
+    "branches that decrease": ({"cu_branch": BRANCH[[0, 2, 1, *range(3, 11)]]}, "cu_branch to begin with 0 and not"),
+}
+
+
+@pytest.mark.parametrize("way", ["cpu", "pieces", "expanded"])
+@pytest.mark.parametrize("name", BAD_PACKS)
+def test_refuses_a_damaged_pack(name, way):
+    changes, message = BAD_PACKS[name]
+    (q, k, v), _ = make(make_pack(SHAPES))
+    pack = replace(make_pack(SHAPES), **changes)
+    op = "prefix_attention" if way == "cpu" else "packing"
+    with pytest.raises((ValueError, TypeError), match=re.escape(f"{op}: expected {message}")):
+        (prefix_attention if way == "cpu" else WAYS[way])(q, k, v, pack)

@@ -76,6 +76,60 @@ def test_token_logprob_in_place_backward(backend, device, dtype):
         torch.autograd.grad(loss, scratch)
 
 
+SHARED = {
+    "one row for all": lambda x: x[:1].expand(4, 30),
+    "one row for all of a batch": lambda x: x[:1].expand(4, 30)[None],
+    "windows": lambda x: x.flatten().as_strided((4, 30), (1, 1)),
+    "windows that share one element": lambda x: x.flatten().as_strided((3, 30), (29, 1)),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_rows_that_share_memory_are_refused_in_place(backend, device, name):
+    leaf, _ = inputs(5, 30, device=device)
+    logits = SHARED[name](leaf * 1)
+    target = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=r"token_logprob: expected logits whose rows do not share memory.*strides"):
+        token_logprob(logits, target, backend=backend, inplace_backward=True)
+    token_logprob(logits, target, backend=backend).logp.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["a batch for all", "one row", "every other row", "columns", "a part of the rows"])
+def test_other_layouts_are_right_in_place(backend, device, name):
+    leaf, _ = inputs(6, 30, device=device)
+
+    def layout():
+        x = leaf * 1
+        return {
+            "a batch for all": lambda: x[None].expand(2, 6, 30),
+            "one row": lambda: x[:1].expand(1, 30),
+            "every other row": lambda: x[::2],
+            "columns": lambda: x.t(),
+            "a part of the rows": lambda: x[2:4, 5:20],
+        }[name]()
+
+    grads = []
+    for in_place in (False, True):
+        logits = layout()
+        target = torch.arange(logits.shape[:-1].numel(), device=device).view(logits.shape[:-1]) % logits.shape[-1]
+        out = token_logprob(logits, target, backend=backend, inplace_backward=in_place, entropy=True)
+        grads += torch.autograd.grad(out.logp.sum() + out.entropy.square().sum(), leaf)
+    assert torch.equal(*grads)
+
+
+def test_torch_notices_another_use_of_logits_written_in_place(backend, device):
+    """The same memory, or a base of it, is saved for a backward pass that comes later."""
+    leaf, target = inputs(6, 30, device=device)
+    for pick in (lambda x: x, lambda x: x[1:5], lambda x: x.view(3, 2, 30)[0]):
+        base = leaf * 1
+        logits = pick(base)
+        logp = token_logprob(logits, target[: len(logits)], backend=backend, inplace_backward=True).logp
+        squares = base.square().sum()
+        logp.sum().backward()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            squares.backward()
+
+
 def test_token_logprob_keeps_confident_tokens(backend, device):
     gaps = torch.logspace(-9, -3, 13, dtype=torch.float64, device=device)
     logits, target = inputs(13, 400, device=device)

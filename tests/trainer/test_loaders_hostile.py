@@ -11,6 +11,7 @@ from loader_cases import RESPONSE, chat, picture, problem, warmup, write_images,
 from PIL import Image
 from pyarrow import parquet
 
+from bench.loader_memory import SUFFIXES, measure
 from prism.config import load_config
 from prism.data.files import DataError, read_rows
 from prism.data.images import ImageLimits
@@ -316,3 +317,15 @@ def test_rows_that_are_shuffled_together_are_limited_in_bytes(tmp_path, suffix, 
         resumed = RowStream(path, "chat", options)
         resumed.load_state_dict(state)
         assert [row.id for row in resumed] == names[7 * given :]
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_memory_stays_flat_over_a_hundred_thousand_rows(tmp_path, suffix):
+    """bench/loader_memory.py measures a million; rows that stayed in memory would take 55 MiB here."""
+    # of a parquet file, one row group has 10,000 rows
+    few, many = (measure(tmp_path, suffix, count, images=False) for count in (10_000, 100_000))
+    assert many["rows"] == 100_000
+    assert many["peak"] - few["peak"] < 16 * 2**20

@@ -204,13 +204,14 @@ def test_every_address_of_a_host_must_be_public(tmp_path, monkeypatch, addresses
 
 def test_the_address_that_was_checked_is_connected_to(tmp_path, serve, monkeypatch):
     """A second look-up could give another address: there is none."""
-    server, _host = serve()
+    server, _ = serve()
     names, dialled = [], []
-    monkeypatch.setattr(
-        socket,
-        "getaddrinfo",
-        lambda host, port, *a, **k: (names.append(host), REAL_LOOK_UP("127.0.0.1", port, *a, **k))[1],
-    )
+
+    def look_up(host, *arguments, **named):
+        names.append(host)
+        return REAL_LOOK_UP("127.0.0.1", *arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     real = socket.create_connection
     monkeypatch.setattr(
         socket, "create_connection", lambda address, *a, **k: (dialled.append(address), real(address, *a, **k))[1]

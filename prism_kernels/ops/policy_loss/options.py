@@ -5,6 +5,7 @@ T tokens, S sequences.
 
 import math
 from collections.abc import Mapping
+from operator import lt
 from typing import NamedTuple
 
 import torch
@@ -211,13 +212,11 @@ def check_values(op: str, cu_seqlens: Tensor, tokens: int, denominator: Tensor |
     """Checks that the sequences cover the tokens and that the denominator is positive, where values may be read."""
     if not check.reads_values(cu_seqlens):
         return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != tokens:
-        check.fail(op, f"cu_seqlens from 0 to {tokens}, the number of tokens", f"{first} to {last}")
-    decreases = cu_seqlens.diff() < 0
-    if decreases.any():
-        index = int(decreases.nonzero()[0, 0]) + 1
-        pair = f"{int(cu_seqlens[index])} after {int(cu_seqlens[index - 1])} at {index}"
-        check.fail(op, "cu_seqlens that do not decrease", pair)
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens:
+        check.fail(op, f"cu_seqlens from 0 to {tokens}, the number of tokens", f"{bounds[0]} to {bounds[-1]}")
+    if any(map(lt, bounds[1:], bounds)):
+        index = next(i for i in range(1, len(bounds)) if bounds[i] < bounds[i - 1])
+        check.fail(op, "cu_seqlens that do not decrease", f"{bounds[index]} after {bounds[index - 1]} at {index}")
     if denominator is not None:
         check.positive(op, "denominator", float(denominator))

@@ -29,7 +29,8 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale
         q: (T, H, d).
         k: (T, K, d); K divides H, and each of its heads serves H / K consecutive heads of q.
         v: (T, K, d).
-        pack: where the prefixes and branches are; on q's device.
+        pack: where the prefixes and branches are; on q's device. Its lengths and groups are checked: on the CPU at each
+            call, elsewhere when `pack.layout` first reads them from the device (packs made by `packing` never do).
         scale: the factor of the products; None: 1 / sqrt(d).
     """
     for name, value in (("q", q), ("k", k), ("v", v)):

@@ -9,29 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prism_kernels import check
 from prism_kernels.library import register_op
 from prism_kernels.ops.prefix_attention import eager
 from prism_kernels.ops.rows import accumulator
-from prism_kernels.packing import Layout, layout_of
+from prism_kernels.packing import layout_of
 
 NAME = "prefix_attention"
-
-
-def _checked_layout(cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, tokens: int) -> Layout:
-    layout = layout_of(cu_prefix, cu_branch, branch_group)
-    total = sum(layout.prefix) + sum(layout.branch)
-    if total != tokens or min((*layout.prefix, *layout.branch, 0)) < 0:
-        check.fail(NAME, f"a pack whose cu_prefix and cu_branch rise and cover its {tokens} tokens", total)
-    if sum(layout.branches) != len(layout.branch) or (branch_group.diff() < 0).any():
-        check.fail(NAME, f"branch_group in [0, {len(layout.prefix)}) and not to decrease", branch_group.tolist())
-    return layout
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return eager.forward(q, k, v, _checked_layout(cu_prefix, cu_branch, branch_group, q.shape[0]), scale)
+    return eager.forward(q, k, v, layout_of(cu_prefix, cu_branch, branch_group, q.shape[0], NAME), scale)
 
 
 def _backward(
@@ -46,7 +35,9 @@ def _backward(
     branch_group: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return eager.backward(grad, q, k, v, out, lse, layout_of(cu_prefix, cu_branch, branch_group), scale)
+    return eager.backward(
+        grad, q, k, v, out, lse, layout_of(cu_prefix, cu_branch, branch_group, q.shape[0], NAME), scale
+    )
 
 
 def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,8 @@ def token_logprob(
         temperature: a number, or a tensor of the target's shape.
         entropy: whether to return the entropy too (differentiable).
         ignore_index: rows with this target are 0 throughout and have no gradient.
-        inplace_backward: write the gradient over the logits. They must not be used otherwise, and backward runs once.
+        inplace_backward: write the gradient over the logits. They must not be used otherwise, and backward runs once:
+            torch raises where a later backward pass needs their values. Rows that share memory are refused.
         backend: `cuda`, `triton`, `cpu` or `torch`; see `use_backend`.
     """
     for name, value in (("logits", logits), ("target", target)):
@@ -51,6 +52,10 @@ def token_logprob(
     flat = logits.reshape(-1, logits.shape[-1])
     if flat.stride(1) != 1:
         flat = flat.contiguous()
+    # an expanded tensor, or a window over one that is shorter than its rows
+    if inplace_backward and flat.shape[0] > 1 and flat.stride(0) < flat.shape[1]:
+        got = f"logits of shape {tuple(logits.shape)} and strides {logits.stride()}"
+        check.fail(NAME, "logits whose rows do not share memory with inplace_backward; pass logits.contiguous()", got)
     results = TokenLogProbFunction.apply(
         flat, target.reshape(-1), tau, ignore_index, inplace_backward, resolve(NAME, logits.device, backend)
     )

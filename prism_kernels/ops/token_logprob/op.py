@@ -61,13 +61,14 @@ def _write_gradient(
 
 
 def _backward(logits: Tensor, *rest: Any) -> Tensor:
-    out = torch.empty_like(logits)
+    # not empty_like, which copies the order of the strides
+    out = logits.new_empty(logits.shape)
     _write_gradient(out, logits, *rest)
     return out
 
 
 def _backward_fake(logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits)
+    return logits.new_empty(logits.shape)
 
 
 def _backward_in_place(logits: Tensor, *rest: Any) -> None:
