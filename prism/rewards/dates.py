@@ -53,8 +53,8 @@ def read_date(text: str) -> Date | None:
         if match := form.fullmatch(text):
             said = match.groupdict()
             month = _MONTHS[said["name"].lower()] if "name" in said else int(said["month"])
-            year, day = said.get("year"), said.get("day")
-            return _date(int(year) if year else None, month, int(day) if day else None)
+            numbers = {part: int(text) for part in ("year", "day") if (text := said.get(part))}
+            return _date(numbers.get("year"), month, numbers.get("day"))
     return None
 
 

@@ -49,8 +49,8 @@ class SpeltNumber(NamedTuple):
 def read_spelt_number(text: str) -> SpeltNumber | None:
     """Returns the number in words at the start of a text, or None."""
     if match := _CHINESE_NUMBER.match(text):
-        value = _CHINESE[match[1]] if match[1] else 10 * _CHINESE.get(match[2], 1) + _CHINESE.get(match[3], 0)
-        return SpeltNumber(Fraction(value), None, match.end())
+        plain = _CHINESE[match[1]] if match[1] else 10 * _CHINESE.get(match[2], 1) + _CHINESE.get(match[3], 0)
+        return SpeltNumber(Fraction(plain), None, match.end())
     words = _words(text)
     whole = _integer(words)
     if whole is None:
