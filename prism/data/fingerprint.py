@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prism.data.files import DataError
+from prism.data.files import DataError, open_regular
 
 # larger files are read by a thread, smaller ones at once
 _AT_ONCE = 64 * 2**20
@@ -58,7 +58,7 @@ class FilePrint:
 
     def _read(self) -> None:
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             # a sum of half the old and half the new bytes would fit neither
             if _stat(self.path) == self.stat:

@@ -27,6 +27,8 @@ from prism.data.images import ImageLimits, StoredImage, decode, read_images
 from prism.models.vocabulary import PLACEHOLDER, special_token
 from prism_kernels.grammar import Sections, split_response
 
+# columns of videos and sound, whose rows are refused
+MEDIA = ("videos", "video", "audios", "audio")
 # stands in a text where a video goes
 VIDEO_PLACEHOLDER = "<video>"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -381,10 +383,10 @@ READERS: dict[str, Callable[[Mapping[str, Any], str, Path, ImageLimits], Any]] =
 def _columns(schema: type[_Schema]) -> frozenset[str]:
     aliases = [field.validation_alias for field in schema.model_fields.values()]
     choices = [str(name) for alias in aliases if isinstance(alias, AliasChoices) for name in alias.choices]
-    return frozenset([*schema.model_fields, *choices])
+    return frozenset([*schema.model_fields, *choices, *MEDIA])
 
 
-# the columns that the rows of each schema may use
+# the columns that are looked at in the rows of each schema
 COLUMNS = {
     "chat": _columns(ChatSchema),
     "warmup": _columns(WarmupSchema),
@@ -425,7 +427,7 @@ def _open(sources: Sequence[Any], field: str, root: Path, limits: ImageLimits) -
 
 def _check_media(row: Mapping[str, Any]) -> None:
     """Raises `RowError` for videos and sound, in a column of their own or inside a prompt."""
-    for field in ("videos", "video", "audios", "audio"):
+    for field in MEDIA:
         if row.get(field):
             raise _unsupported(field, field)
     for field in ("messages", "conversations", "prompt", "question"):

@@ -207,7 +207,10 @@ def test_parquet(folder, drawn, whole, group, dictionary, seed):
     schema, made = drawn
     path = folder / "rows.parquet"
     try:
-        table = arrow.Table.from_pylist([row for row in made if isinstance(row, dict)])
+        objects = [row for row in made if isinstance(row, dict)]
+        # pyarrow would take the fields of the first row only
+        names = dict.fromkeys(name for row in objects for name in row)
+        table = arrow.Table.from_pylist([{name: row.get(name) for name in names} for row in objects])
         parquet.write_table(table, path, row_group_size=group, use_dictionary=dictionary)
     except (arrow.ArrowException, OverflowError, TypeError, UnicodeEncodeError):
         # no file has columns of mixed types
