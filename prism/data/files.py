@@ -4,9 +4,10 @@ import json
 import os
 import stat
 from collections.abc import Collection, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from reprlib import Repr
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 # the greatest size of a row: of a line, or of the values of a parquet row. longer ones are skipped
 MAX_BYTES = 64 * 2**20
@@ -98,7 +99,7 @@ def data_files(paths: Sequence[str | Path] | str | Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Opens a file to read; raises `OSError` for anything else, such as a FIFO, which could keep the reader waiting."""
     # opening a FIFO waits for its writer without O_NONBLOCK, which Windows does not have
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
