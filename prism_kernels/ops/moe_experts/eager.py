@@ -49,7 +49,7 @@ def checked_order(op: str, index: Tensor, offsets: Tensor, permutation: Tensor) 
     if (counts > 1).any():
         check.fail(op, "routing.permutation to hold each assignment once", f"{int(counts.argmax())} more than once")
     expert = index.reshape(-1)[assignment]
-    by_offsets = torch.bucketize(position, offsets, right=True)
+    by_offsets = torch.bucketize(position, offsets.contiguous(), right=True)
     wrong = (expert != by_offsets).nonzero()[:, 0]
     if wrong.numel():
         i = int(wrong[0])

@@ -50,6 +50,7 @@ def _order_kernel(
     start = tl.load(offsets + e - 1, mask=live & (e > 0), other=0)
     bad = live & ((end < start) | ((e == experts - 1) & (end != total)))
     whole = tl.sum(bad.to(tl.int32)) == 0
+    rows = tl.where(whole, total, 0)
     if tl.program_id(0) == 0:
         tl.store(ends + e, tl.where(whole, end, total), mask=live)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -61,7 +62,7 @@ def _order_kernel(
     known &= (expert >= 0) & (expert < experts)
     low = tl.load(offsets + expert - 1, mask=known & (expert > 0), other=0)
     high = tl.load(offsets + expert, mask=known, other=0)
-    tl.store(row + assignment, i, mask=known & whole & (low <= i) & (i < high))
+    tl.store(row + assignment, i, mask=known & (low <= i) & (i < high) & (i < rows))
 
 
 @triton.jit
@@ -135,7 +136,8 @@ def _combine_kernel(
         total = tl.zeros([BLOCK], dtype)
         for k in tl.static_range(TOP_K):
             place = tl.load(row + k).to(tl.int64)
-            part = tl.load(rows + place * columns + c, mask=live & (place >= 0), other=float("nan")).to(dtype)
+            known = c < tl.where(place >= 0, columns, 0)
+            part = tl.load(rows + place * columns + c, mask=known, other=float("nan")).to(dtype)
             if weight is not None:
                 part *= tl.load(weight + token * TOP_K + k)
             total += part
