@@ -53,7 +53,7 @@ def read_date(text: str) -> Date | None:
         if match := form.fullmatch(text):
             said = match.groupdict()
             month = _MONTHS[said["name"].lower()] if "name" in said else int(said["month"])
-            numbers = {part: int(text) for part in ("year", "day") if (text := said.get(part))}
+            numbers = {part: int(said[part]) for part in ("year", "day") if said.get(part)}
             return _date(numbers.get("year"), month, numbers.get("day"))
     return None
 
