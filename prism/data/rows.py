@@ -29,8 +29,8 @@ from prism_kernels.grammar import Sections, split_response
 
 # columns of videos and sound, whose rows are refused
 MEDIA = ("videos", "video", "audios", "audio")
-# stand in a text where a video goes
-VIDEO_MARKS = ("<video>", "<|video_pad|>")
+# stands in a text where a video goes
+VIDEO_PLACEHOLDER = "<video>"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 Role = Literal["system", "user", "assistant"]
@@ -438,7 +438,7 @@ def _check_media(row: Mapping[str, Any]) -> None:
                 kind, text = (item.get("type"), item.get("text")) if isinstance(item, Mapping) else (None, item)
                 if isinstance(kind, str) and kind.startswith(("video", "audio")):
                     raise _unsupported(field, kind)
-                if isinstance(text, str) and any(mark in text for mark in VIDEO_MARKS):
+                if isinstance(text, str) and VIDEO_PLACEHOLDER in text:
                     raise _unsupported(field, "video")
 
 

@@ -180,17 +180,15 @@ def checkpoint_folder(
             raise ConfigError(f"{key}: expected a folder with a config.json, got {name!r}")
         family_of(key, folder, families)
         return folder
-    if not download:
-        return Path(snapshot_download(name, allow_patterns=list(SMALL_FILES), local_files_only=True))
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(SMALL_FILES)))
+        folder = Path(snapshot_download(name, allow_patterns=list(SMALL_FILES), local_files_only=not download))
         family_of(key, folder, families, name=name)
-        if weights:
+        if weights and download:
             # the snapshot's folder has the name of its commit, so that both downloads are of one version
             folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=list(FILES)))
         return folder
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError) or (isinstance(error, FileNotFoundError) and not download):
             raise
         # every error of huggingface_hub is one of the two
         raise ConfigError(

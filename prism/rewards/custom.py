@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from prism.rewards.grade import TIMEOUT_S, Verdict, score_batch
 from prism.rewards.workers import Workers, shared_workers
+from prism.runtime.disk import write_whole
 from prism_kernels.grammar import Sections, split_response
 from prism_kernels.version import __version__
 
@@ -125,10 +126,11 @@ class Rewards(NamedTuple):
     def write_failures(self, path: Path) -> None:
         """Writes the first MOST_KEPT failures with their samples, one a line."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            for failure in self.failures[:MOST_KEPT]:
-                views = {"rollout": asdict(failure.rollout), "problem": asdict(failure.problem)}
-                file.write(json.dumps({**failure._asdict(), **views}) + "\n")
+        views = [
+            {**failure._asdict(), "rollout": asdict(failure.rollout), "problem": asdict(failure.problem)}
+            for failure in self.failures[:MOST_KEPT]
+        ]
+        write_whole(path, "".join(json.dumps(view) + "\n" for view in views))
 
 
 def join_rewards(parts: Sequence[Rewards]) -> Rewards:

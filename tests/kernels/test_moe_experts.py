@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prism_kernels import Routing, moe_experts, moe_route, use_backend
+from prism_kernels import Routing, check, moe_experts, moe_route, use_backend
+from prism_kernels.library import native_reason
+from prism_kernels.ops.moe_experts import eager
 from prism_kernels.ops.moe_experts.reference import moe_experts_reference
 from prism_kernels.testing import assert_close, double
 
@@ -224,7 +226,8 @@ def test_keeps_the_input_the_rows_before_the_activation_and_nothing_else_of_size
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = ours(leaves, index)
-    small = T * K * (4 + 4 + 1) + E * 4
+    # the weights, and the order with its inverse
+    small = T * K * (4 + 1 + 4 + 4) + E * 4
     assert sum(kept.values()) == 4 * (T * D + T * K * 2 * F) + small
     out.sum().backward()
 
@@ -246,11 +249,12 @@ def test_opcheck():
     leaves, index = make()
     x, weight, gate_up, down = (leaf.detach() for leaf in leaves)
     routing = Routing.from_topk(index, weight, 5)
-    arguments = (x, weight, gate_up, down, routing.offsets, routing.permutation)
+    leaves = (weight, gate_up, down)
+    arguments = (x, routing.index, *leaves, routing.offsets, routing.permutation)
     torch.library.opcheck(ops.moe_experts_fwd.default, (*arguments, "torch"))
-    out, pre = ops.moe_experts_fwd(*arguments, "torch")
+    out, pre, *order = ops.moe_experts_fwd(*arguments, "torch")
     for needs in ([True] * 4, [False, False, False, True], [False, True, False, False]):
-        torch.library.opcheck(ops.moe_experts_bwd.default, (out, *arguments, pre, needs, "torch"))
+        torch.library.opcheck(ops.moe_experts_bwd.default, (out, x, *leaves, pre, *order, needs, "torch"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -309,3 +313,90 @@ def test_experts_name_the_bad_argument(changes, error, message):
     arguments = {"x": X, "routing": ROUTING, "gate_up": torch.zeros(5, 8, 3), "down": torch.zeros(5, 3, 4), **changes}
     with pytest.raises(error, match=re.escape(f"moe_experts: {message}")):
         moe_experts(**arguments)
+
+
+CHOSEN = Routing.from_topk(torch.tensor([[0, 1], [4, 0], [2, 3], [1, 0]]), torch.rand(4, 2), 5)
+ROWS = torch.randn(4, 3)
+N = CHOSEN.permutation.numel()
+OFFSETS, PERMUTATION = CHOSEN.offsets, CHOSEN.permutation
+ENDS = "expected routing.offsets that do not decrease, from at least 0 to 8, the assignments, got "
+AGREE = "expected routing.permutation and routing.offsets to follow routing.index, got expert"
+BAD_ORDERS = {
+    "offsets of 0": ({"offsets": OFFSETS * 0}, ENDS + "[0, 0, 0, 0, 0]"),
+    "negated offsets": ({"offsets": -OFFSETS}, ENDS),
+    "reversed offsets": ({"offsets": OFFSETS.flip(0)}, ENDS),
+    "offsets too large": ({"offsets": OFFSETS + 1}, ENDS),
+    "one offset too large": ({"offsets": OFFSETS.clone().index_fill_(0, torch.tensor(1), 9)}, ENDS),
+    "huge offsets": ({"offsets": OFFSETS.long() + 2**32}, ENDS),
+    "another expert's offsets": ({"offsets": torch.tensor([0, 0, 0, 0, N], dtype=torch.int32)}, AGREE),
+    "an assignment twice": (
+        {"permutation": PERMUTATION.clone().index_copy_(0, torch.tensor([0]), PERMUTATION[1:2])},
+        "expected routing.permutation to hold each assignment once, got",
+    ),
+    "a permutation of 0": ({"permutation": PERMUTATION * 0}, "expected routing.permutation to hold each assignment"),
+    "a negative assignment": ({"permutation": PERMUTATION - 1}, "expected routing.permutation in [0, 8), got -1"),
+    "an assignment too large": ({"permutation": PERMUTATION + 1}, "expected routing.permutation in [0, 8), got 8"),
+    "huge assignments": ({"permutation": PERMUTATION.long() + 2**32}, "expected routing.permutation in [0, 8), got"),
+    "a reversed permutation": ({"permutation": PERMUTATION.flip(0)}, AGREE),
+    "another index": ({"index": (CHOSEN.index + 1) % 5}, AGREE),
+}
+BAD_TENSORS = {
+    "a permutation of floats": ({"permutation": PERMUTATION.float()}, "expected routing.permutation of dtype int32"),
+    "offsets of floats": ({"offsets": OFFSETS.double()}, "expected routing.offsets of dtype int32, int64, got float64"),
+    "an index of floats": ({"index": CHOSEN.index.float()}, "expected routing.index of dtype int32, int64"),
+    "complex weights": ({"weight": CHOSEN.weight + 0j}, "expected routing.weight of dtype float32"),
+    "no offsets": ({"offsets": OFFSETS[:0]}, "expected routing.offsets of shape (E,) with E > 0, got (0,)"),
+    "offsets in a matrix": ({"offsets": OFFSETS[None]}, "expected routing.offsets of shape (E,), got (1, 5)"),
+    "a list": ({"offsets": OFFSETS.tolist()}, "expected routing.offsets to be a tensor, got list"),
+    "a short permutation": ({"permutation": PERMUTATION[1:]}, "expected routing.permutation of shape (8,), got (7,)"),
+}
+MLPS = (torch.randn(5, 8, 3), torch.randn(5, 3, 4))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", [*BAD_ORDERS, *BAD_TENSORS])
+def test_a_damaged_routing_is_refused(name, native, monkeypatch):
+    changes, message = {**BAD_ORDERS, **BAD_TENSORS}[name]
+    if not native:
+        monkeypatch.setitem(native_reason, "_C", "not built")
+    with pytest.raises((ValueError, TypeError), match=re.escape(f"moe_experts: {message}")):
+        moe_experts(ROWS, CHOSEN._replace(**changes), *MLPS)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_other_integers_and_strides_of_a_routing_are_right(native, monkeypatch):
+    if not native:
+        monkeypatch.setitem(native_reason, "_C", "not built")
+    wanted = moe_experts(ROWS, CHOSEN, *MLPS)
+    wide = {name: getattr(CHOSEN, name).long() for name in ("index", "offsets", "permutation")}
+    assert torch.equal(moe_experts(ROWS, CHOSEN._replace(**wide), *MLPS), wanted)
+    strided = {name: torch.stack((x, x), -1)[..., 0] for name, x in wide.items()}
+    assert torch.equal(moe_experts(ROWS, CHOSEN._replace(**strided), *MLPS), wanted)
+
+
+@pytest.mark.parametrize("name", [*BAD_ORDERS, "sound"])
+def test_unchecked_a_damaged_routing_gives_nan(name, monkeypatch):
+    """As on a GPU, where no value is read: no step leaves its bounds, and a token is right or NaN."""
+    leaves = [t.clone().requires_grad_() for t in (ROWS, CHOSEN.weight, *MLPS)]
+
+    def call(routing):
+        x, weight, gate_up, down = leaves
+        out = moe_experts(x, routing._replace(weight=weight), gate_up, down)
+        return out, torch.autograd.grad(out.sum(), leaves)
+
+    wanted, wanted_grads = call(CHOSEN)
+    changes = BAD_ORDERS[name][0] if name in BAD_ORDERS else {}
+    routing = CHOSEN._replace(**changes)
+    monkeypatch.setattr(check, "reads_values", lambda _: False)
+    ends, permutation, row = eager.safe_order(routing.index, routing.offsets, routing.permutation)
+    assert ends[-1] == N and (ends.diff() >= 0).all() and ends[0] >= 0
+    assert ((permutation >= 0) & (permutation < N)).all() and ((row >= -1) & (row < N)).all()
+    out, grads = call(routing)
+    lost = out.isnan().any(1)
+    assert lost.any() == (name in BAD_ORDERS)
+    assert torch.equal(lost, (row.view(4, 2) < 0).any(1))
+    assert torch.equal(out[~lost], wanted[~lost])
+    if not lost.any():
+        assert all(map(torch.equal, grads, wanted_grads))
+    else:
+        assert grads[0][lost].isnan().all()

@@ -79,3 +79,11 @@ def test_combine(compiled, architecture, dtype, weighted, top_k):  # noqa: F811
     }
     name = f"combine of {top_k}{', weighted' if weighted else ''}"
     build(compiled, name, experts._combine_kernel, architecture, dtype, **arguments)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("count", [8, 256])
+def test_order(compiled, architecture, count):  # noqa: F811
+    arguments = dict.fromkeys(("offsets", "permutation", "ends", "safe", "row"), "*i32:16")
+    arguments |= {"index": "*i64:16", "total": "i32", "experts": "i32", "EXPERTS": count, "BLOCK": 1024}
+    compiled(f"order of {count} experts", experts._order_kernel, arguments, architecture, num_warps=4)

@@ -121,7 +121,7 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen:
 
 def prism(arguments: list[str], log: Path) -> str:
     """Runs a command to its end, and returns what it printed."""
-    status = start(arguments, log).wait(timeout=300)
+    status = start(arguments, log).wait(timeout=600)
     said = log.read_text()
     assert status == 0, f"prism {arguments[0]} ended with {status}:\n{said[-6000:]}"
     return said
@@ -152,7 +152,7 @@ def stop_and_resume(place: Place, command: str, name: str, **models: Path) -> St
     folder, log = place.run(name), place.folder / "logs" / f"{name}.txt"
     arguments = place.arguments(command, name, **models)
     process = start(arguments, log)
-    limit = time.monotonic() + 300
+    limit = time.monotonic() + 600
     while ("align", STOP_AFTER) not in steps(folder):
         assert process.poll() is None and time.monotonic() < limit, log.read_text()[-6000:]
         time.sleep(0.02)

@@ -135,7 +135,7 @@ def test_alignment_credits_multiple_choice_answers(monkeypatch):
         policy_optimiser=object(),
         discriminator_optimiser=optimiser,
     )
-    run.finish = lambda metrics, batch, shown: columns.update(shown)
+    run.finish = lambda metrics, batch, shown, scored_by: columns.update(shown)
     alignment.align(run)
 
     # the discriminator sees each answer whole

@@ -10,9 +10,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from run_cases import flags, stop_in
 from shapes_files import write_sft
-from test_resuming import stopped
-from test_run import SMALL
 
 from prism import cli
 from prism.data import fingerprint
@@ -94,17 +93,16 @@ def test_a_run_on_edited_data_is_refused_and_names_the_file(tmp_path, capsys):
     path = tmp_path / "sft.jsonl"
     write_sft(path, ShapesWorld(3).samples("sft", 9))
     changes = {"run.stages": ["sft"], "data.source": "files", "data.files.sft": [str(path)], "optimiser.sft.steps": 2}
-    stopped(tmp_path / "run", "sft", 1, **changes)
-    given = {**SMALL, **changes, "run.folder": str(tmp_path / "run"), "run.stages": "sft", "data.files.sft": str(path)}
-    flags = ["run", *(part for key, value in given.items() for part in (f"--{key}", str(value)))]
+    stop_in(tmp_path / "run", "sft", 1, **changes)
+    command = ["run", *flags(tmp_path / "run", **changes)]
     text = path.read_text()
     # one answer is another, of the same length
     edited = text.replace("<answer>", "<Answer>", 1)
     assert edited != text and len(edited) == len(text)
     path.write_text(edited)
-    assert cli.main(flags) == 2
+    assert cli.main(command) == 2
     told = capsys.readouterr().err
     assert f"prism run: data.files.sft: {path}: expected the content that the run was reading" in told
     assert "put the old files back, or take another run.folder" in told
     path.write_text(text)
-    assert cli.main(flags) == 0
+    assert cli.main(command) == 0

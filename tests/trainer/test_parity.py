@@ -93,30 +93,31 @@ def wrong_positions(*arguments, **options):
 correct_positions = parity.prompt_positions
 
 
-def without_an_image_token(self, prompt, images=(), *, name="the prompt"):
-    encoded = correct_encode(self, prompt, images, name=name)
+def without_an_image_token(self, ids, images):
+    encoded = correct_patches(self, ids, images)
     if not images:
         return encoded
-    place = encoded.input_ids.index(self.image_token_id)
-    return encoded._replace(input_ids=encoded.input_ids[:place] + encoded.input_ids[place + 1 :])
+    place = ids.index(self.image_token_id)
+    return encoded._replace(input_ids=ids[:place] + ids[place + 1 :])
 
 
-def darker(self, prompt, images=(), *, name="the prompt"):
-    return correct_encode(self, prompt, [image.point(lambda level: max(level - 12, 0)) for image in images], name=name)
+def darker(self, ids, images):
+    return correct_patches(
+        self, ids, [image.convert("RGB").point(lambda level: max(level - 12, 0)) for image in images]
+    )
 
 
-def other_words(self, prompt, images=(), *, name="the prompt"):
-    encoded = correct_encode(self, prompt, images, name=name)
-    return encoded._replace(input_ids=[*encoded.input_ids[:-2], 0, encoded.input_ids[-1]])
+def other_words(self, ids, images):
+    return correct_patches(self, [*ids[:-2], 0, ids[-1]], images)
 
 
-correct_encode = PromptEncoder.encode
+correct_patches = PromptEncoder.with_patches
 
 WRONG = {
-    "positions": (parity, "prompt_positions", wrong_positions, r"positions differ by up to "),
-    "image tokens": (PromptEncoder, "encode", without_an_image_token, "image tokens, transformers has"),
-    "pixels": (PromptEncoder, "encode", darker, "pixels differ by up to 12 of 255 grey levels"),
-    "tokens": (PromptEncoder, "encode", other_words, "the first different token is the one at"),
+    "positions": (parity, "prompt_positions", wrong_positions, "positions differ by up to "),
+    "image tokens": (PromptEncoder, "with_patches", without_an_image_token, "image tokens, transformers has"),
+    "pixels": (PromptEncoder, "with_patches", darker, "pixels differ by up to 12 of 255 grey levels"),
+    "tokens": (PromptEncoder, "with_patches", other_words, "the first different token is the one at"),
 }
 
 

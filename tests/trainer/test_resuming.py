@@ -3,14 +3,13 @@
 import json
 import mmap
 import os
-from contextlib import suppress
 
 import pytest
 import torch
-from test_run import SMALL, SPENT, weights
+from run_cases import rewritten, stop_in
+from test_run import SPENT, weights
 
 from prism import cli
-from prism.commands.run import run_stages
 from prism.config import ConfigError, load_config
 from prism.report import write_report
 from prism.report.run_folder import read_run
@@ -18,7 +17,6 @@ from prism.runtime import checkpoint
 from prism.runtime import memory as peak
 from prism.runtime.log import read_metrics
 from prism.runtime.resuming import READERS, resume
-from prism.runtime.runtime import InterruptedRunError, Runtime
 
 
 def begun(folder, done=("sft",), stage="warmup", step=2, models=("policy", "discriminator"), **changes):
@@ -231,13 +229,6 @@ def test_a_setting_missing_from_an_older_run_counts_as_its_default(tmp_path):
         check(tmp_path, **{"discriminator.kind_bias": True})
 
 
-def rewritten(path, state):
-    """Writes a checkpoint's state, and its checksum."""
-    (path / "state.json").write_text(json.dumps(state))
-    sums = json.loads((path / "checksums.json").read_text())
-    (path / "checksums.json").write_text(json.dumps({**sums, "state.json": checkpoint._checksum(path / "state.json")}))
-
-
 @pytest.mark.parametrize("config", [None, "{", "{}", '{"run": {"seed": 4}}'])
 def test_the_settings_that_count_are_those_in_the_checkpoint(tmp_path, config):
     begun(tmp_path)
@@ -260,22 +251,6 @@ def test_the_command_refuses_before_a_model_is_built(tmp_path, monkeypatch, caps
 # --- runs that go on with other settings
 
 
-def stopped(folder, stage, step, **changes):
-    """Runs until a step of a stage, or to the end if it never comes."""
-    with Runtime(load_config(None, {**SMALL, "run.folder": str(folder), **changes})) as one:
-        write = one.log.step
-
-        def stop_there(number, metrics, shown=None):
-            write(number, metrics, shown)
-            if (one.log._stage, number) == (stage, step):
-                one.ask_to_stop()
-
-        one.log.step = stop_there
-        with suppress(InterruptedRunError):
-            run_stages(one)
-    return one
-
-
 def records(one):
     lines = read_metrics(one.folder / "metrics.jsonl")
     return [{key: value for key, value in line.items() if key not in SPENT} for line in lines]
@@ -285,16 +260,16 @@ def test_stages_and_steps_that_are_added_later_end_with_the_same_bits(tmp_path):
     """A run of SFT that gets more steps in its middle, and alignment after its end, equals the run that had all."""
     stages = ["sft", "warmup", "align"]
     final = {"optimiser.sft.schedule": "constant", "optimiser.sft.warmup": 0.0, "optimiser.sft.steps": 4}
-    whole = stopped(tmp_path / "whole", None, 0, **final, **{"run.stages": stages})
+    whole = stop_in(tmp_path / "whole", None, 0, **final, **{"run.stages": stages})
     folder = tmp_path / "parts"
     first = {**final, "run.stages": ["sft"], "optimiser.align.lr": 1.0}
-    stopped(folder, "sft", 2, **{**first, "optimiser.sft.steps": 3})
-    stopped(folder, None, 0, **first)
+    stop_in(folder, "sft", 2, **{**first, "optimiser.sft.steps": 3})
+    stop_in(folder, None, 0, **first)
     assert read_run(folder).finished
-    unfinished = stopped(folder, "align", 1, **final, **{"run.stages": stages})
+    unfinished = stop_in(folder, "align", 1, **final, **{"run.stages": stages})
     # an export would now take the checkpoint, not the policy of the run's first end
     assert (folder / "evaluations.json").exists() and not read_run(folder).finished
-    end = stopped(folder, None, 0, **final, **{"run.stages": stages}, **{"evaluation.every": 2})
+    end = stop_in(folder, None, 0, **final, **{"run.stages": stages}, **{"evaluation.every": 2})
     assert unfinished.done != end.done == stages
     ours, wanted = weights(end), weights(whole)
     assert ours.keys() == wanted.keys()
@@ -314,8 +289,8 @@ def test_stages_and_steps_that_are_added_later_end_with_the_same_bits(tmp_path):
 
 def test_each_change_is_told_on_the_console(tmp_path, capsys):
     changes = {"run.stages": ["sft"], "log.console": "lines"}
-    stopped(tmp_path, "sft", 1, **changes)
-    stopped(tmp_path, "sft", 2, **changes, **{"memory.pack_tokens": 4096, "evaluation.samples": 3})
+    stop_in(tmp_path, "sft", 1, **changes)
+    stop_in(tmp_path, "sft", 2, **changes, **{"memory.pack_tokens": 4096, "evaluation.samples": 3})
     told = capsys.readouterr().out
     assert "changed since step 1 of sft: memory.pack_tokens, 8192 → 4096" in told
     assert "changed since step 1 of sft: evaluation.samples, 4 → 3" in told

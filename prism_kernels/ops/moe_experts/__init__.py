@@ -9,6 +9,8 @@ from prism_kernels.ops.moe_experts.op import NAME, MoeExpertsFunction
 from prism_kernels.ops.moe_route import Routing
 from prism_kernels.ops.rows import FLOATS, accumulator
 
+INTEGERS = (torch.int32, torch.int64)
+
 
 def moe_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, *, backend: str | None = None) -> Tensor:
     """Returns the sum over each token's experts of weight * expert(x), (T, D).
@@ -26,7 +28,9 @@ def moe_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, *, b
 
     Args:
         x: (T, D).
-        routing: from `moe_route`, or `Routing.from_topk`.
+        routing: from `moe_route`, or `Routing.from_topk`. Its offsets and permutation must belong to its index: on the
+            CPU, and with PRISM_KERNELS_CHECK=1, an error says where they do not; on a GPU such a token is NaN, and bad
+            offsets make all tokens NaN.
         gate_up: (E, 2I, D), each expert's gate rows, then its up rows: the layout of transformers 5.
         down: (E, D, I).
         backend: `triton` or `torch`; see `use_backend`. Both multiply with torch.
@@ -38,11 +42,24 @@ def moe_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, *, b
         check.fail(NAME, "routing to be a Routing", type(routing).__name__, TypeError)
     T, D = x.shape
     index, weight, offsets, permutation = routing[:4]
+    for name, value, dtypes in (
+        ("routing.index", index, INTEGERS),
+        ("routing.weight", weight, FLOATS),
+        ("routing.offsets", offsets, INTEGERS),
+        ("routing.permutation", permutation, INTEGERS),
+    ):
+        check.tensor(NAME, name, value)
+        check.dtype(NAME, name, value, dtypes)
+        check.device(NAME, name, value, x, "x")
     check.shape(NAME, "routing.index", index, (T, "K"))
+    if index.shape[1] == 0:
+        check.fail(NAME, "routing.index of shape (T, K) with K > 0", tuple(index.shape))
     check.shape(NAME, "routing.weight", weight, tuple(index.shape))
     check.shape(NAME, "routing.permutation", permutation, (index.numel(),))
-    check.device(NAME, "routing.index", index, x, "x")
+    check.shape(NAME, "routing.offsets", offsets, ("E",))
     experts = offsets.shape[0]
+    if experts == 0:
+        check.fail(NAME, "routing.offsets of shape (E,) with E > 0", tuple(offsets.shape))
     for name, value in (("gate_up", gate_up), ("down", down)):
         check.tensor(NAME, name, value)
         check.dtype(NAME, name, value, FLOATS)
@@ -60,5 +77,6 @@ def moe_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, *, b
     for name, value in (("gate_up", gate_up), ("down", down)):
         if value.dtype != x.dtype:
             check.fail(NAME, f"{name} of x's dtype {x.dtype} (or autocast)", value.dtype, TypeError)
-    out = MoeExpertsFunction.apply(x, weight, gate_up, down, offsets, permutation, resolve(NAME, x.device, backend))
+    order = (index, offsets, permutation)
+    out = MoeExpertsFunction.apply(x, weight, gate_up, down, order, resolve(NAME, x.device, backend))
     return out.to(dtype)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prism_kernels.ops.moe_experts.eager import inverse_permutation
+from prism_kernels.ops.moe_experts.eager import Order
 from prism_kernels.ops.rows import accumulator
 
 # from 3.10 on, Triton contracts a * b + c only on request: the tiles are tested with it
@@ -37,6 +37,32 @@ def architecture(device: torch.device) -> int:
         return 0
     major, _ = torch.cuda.get_device_capability(device)
     return {9: 90, 10: 100}.get(major, 80)
+
+
+@triton.jit
+def _order_kernel(
+    index, offsets, permutation, ends, safe, row, total, experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    # every program reads all offsets: bad ones leave all assignments without a row
+    e = tl.arange(0, EXPERTS)
+    live = e < experts
+    end = tl.load(offsets + e, mask=live, other=0)
+    start = tl.load(offsets + e - 1, mask=live & (e > 0), other=0)
+    bad = live & ((end < start) | ((e == experts - 1) & (end != total)))
+    whole = tl.sum(bad.to(tl.int32)) == 0
+    rows = tl.where(whole, total, 0)
+    if tl.program_id(0) == 0:
+        tl.store(ends + e, tl.where(whole, end, total), mask=live)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < total
+    assignment = tl.load(permutation + i, mask=inside, other=-1)
+    known = (assignment >= 0) & (assignment < total)
+    tl.store(safe + i, tl.where(known, assignment, 0), mask=inside)
+    expert = tl.load(index + assignment, mask=known, other=-1)
+    known &= (expert >= 0) & (expert < experts)
+    low = tl.load(offsets + expert - 1, mask=known & (expert > 0), other=0)
+    high = tl.load(offsets + expert, mask=known, other=0)
+    tl.store(row + assignment, i, mask=known & (low <= i) & (i < high) & (i < rows))
 
 
 @triton.jit
@@ -109,8 +135,9 @@ def _combine_kernel(
         live = c < columns
         total = tl.zeros([BLOCK], dtype)
         for k in tl.static_range(TOP_K):
-            source = rows + tl.load(row + k).to(tl.int64) * columns
-            part = tl.load(source + c, mask=live, other=0.0).to(dtype)
+            place = tl.load(row + k).to(tl.int64)
+            known = c < tl.where(place >= 0, columns, 0)
+            part = tl.load(rows + place * columns + c, mask=known, other=float("nan")).to(dtype)
             if weight is not None:
                 part *= tl.load(weight + token * TOP_K + k)
             total += part
@@ -128,6 +155,20 @@ def backward_registers(dtype: torch.dtype) -> int:
 def _tile(tensor: Tensor) -> tuple[dict[str, int], int]:
     tile = TILES[architecture(tensor.device)]
     return {"BLOCK": tile.columns}, tile.num_warps
+
+
+def safe_order(index: Tensor, offsets: Tensor, permutation: Tensor) -> Order:
+    """Returns the order without waiting for the device; a wrong assignment has no row."""
+    total, experts = permutation.shape[0], offsets.shape[0]
+    order = Order.empty(experts, total, offsets)
+    order.row.fill_(-1)
+    block = 1024
+    with torch.cuda.device_of(offsets):
+        _order_kernel[(max(1, triton.cdiv(total, block)),)](
+            index.contiguous(), offsets.contiguous(), permutation.contiguous(), *order, total, experts,
+            EXPERTS=triton.next_power_of_2(experts), BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return order
 
 
 def gather(x: Tensor, permutation: Tensor, top_k: int) -> Tensor:
@@ -161,7 +202,8 @@ def swiglu_backward(
     total, columns = pre.shape[0], pre.shape[1] // 2
     grad_pre = pre.new_empty(pre.shape) if needs[0] else None
     weighted = pre.new_empty(total, columns) if needs[1] else None
-    grad_weight = weight.new_empty(weight.shape) if needs[2] else None
+    # an assignment without a row keeps NaN
+    grad_weight = torch.full_like(weight, torch.nan) if needs[2] else None
     if total:
         block, num_warps = _tile(pre)
         with torch.cuda.device_of(pre):
@@ -173,9 +215,8 @@ def swiglu_backward(
     return grad_pre, weighted, grad_weight
 
 
-def combine(rows: Tensor, permutation: Tensor, weight: Tensor | None, tokens: int, top_k: int) -> Tensor:
+def combine(rows: Tensor, row: Tensor, weight: Tensor | None, tokens: int, top_k: int) -> Tensor:
     """Returns the sum over each token's K rows of rows (N, D), weighted with weight (T, K) if given: (T, D)."""
-    row = inverse_permutation(permutation)
     out = rows.new_empty(tokens, rows.shape[1])
     if out.numel():
         block, num_warps = _tile(rows)

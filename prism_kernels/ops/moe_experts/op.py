@@ -5,6 +5,7 @@ ordered by expert; offsets (E,) says where each expert's rows end, the last at N
 """
 
 from collections.abc import Iterator
+from operator import sub
 from types import ModuleType
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
-from prism_kernels.library import register_op
+from prism_kernels import check
+from prism_kernels.library import native_reason, register_op
 from prism_kernels.ops.moe_experts import eager
+from prism_kernels.ops.moe_experts.eager import Order
 
 NAME = "moe_experts"
 
@@ -24,12 +27,11 @@ def _product_dtype(a: Tensor) -> torch.dtype:
     return torch.float32 if a.device.type == "cpu" and a.dtype != torch.float64 else a.dtype
 
 
-def _experts(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Yields each expert and where its rows begin and end; reads the offsets on the host."""
-    start = 0
-    for e, end in enumerate(offsets.tolist()):
-        yield e, start, end
-        start = end
+def _by_expert(offsets: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the rows of each expert in each of the tensors; reads the offsets on the host."""
+    ends = offsets.tolist()
+    sizes = list(map(sub, ends, [0, *ends[:-1]]))
+    return zip(*(x.split_with_sizes(sizes) for x in rows))
 
 
 def _fits_grouped_mm(*operands: Tensor) -> bool:
@@ -57,13 +59,13 @@ def rows_by_expert(a: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return grouped_mm(a, weight, offs=offsets).contiguous()
     out = a.new_empty(a.shape[0], weight.shape[2])
     dtype = _product_dtype(a)
-    for e, start, end in _experts(offsets):
-        if start == end:
+    for (part, result), matrix in zip(_by_expert(offsets, a, out), weight.unbind()):
+        if part.shape[0] == 0:
             continue
         if dtype == a.dtype:
-            torch.mm(a[start:end], weight[e], out=out[start:end])
+            torch.mm(part, matrix, out=result)
         else:
-            out[start:end].copy_(torch.mm(a[start:end].to(dtype), weight[e].to(dtype)))
+            result.copy_(torch.mm(part.to(dtype), matrix.to(dtype)))
     return out
 
 
@@ -78,18 +80,18 @@ def outer_by_expert(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
         return out
     out = a.new_empty(offsets.shape[0], a.shape[1], b.shape[1])
     dtype = _product_dtype(a)
-    for e, start, end in _experts(offsets):
-        if start == end:
-            out[e].zero_()
+    for (left, right), result in zip(_by_expert(offsets, a, b), out.unbind()):
+        if left.shape[0] == 0:
+            result.zero_()
         elif dtype == a.dtype:
-            torch.mm(a[start:end].t(), b[start:end], out=out[e])
+            torch.mm(left.t(), right, out=result)
         else:
-            out[e].copy_(torch.mm(a[start:end].to(dtype).t(), b[start:end].to(dtype)))
+            result.copy_(torch.mm(left.to(dtype).t(), right.to(dtype)))
     return out
 
 
 def _steps(backend: str) -> ModuleType:
-    """Returns the module with gather, swiglu, swiglu_backward and combine."""
+    """Returns the module with safe_order, gather, swiglu, swiglu_backward and combine."""
     if backend == "torch":
         return eager
     from prism_kernels.ops.moe_experts import kernels
@@ -97,20 +99,43 @@ def _steps(backend: str) -> ModuleType:
     return kernels
 
 
+def _checked_order(index: Tensor, offsets: Tensor, permutation: Tensor) -> Order:
+    # as moe_route makes them: for these, one call in C++ takes the place of fifteen in torch
+    usual = (index.dtype, offsets.dtype, permutation.dtype) == (torch.int64, torch.int32, torch.int32)
+    if usual and permutation.device.type == "cpu" and native_reason["_C"] is None:
+        order, bad = Order.empty(offsets.shape[0], permutation.shape[0], index), index.new_empty(1)
+        given = (index.reshape(-1), offsets.contiguous(), permutation.contiguous())
+        _order_cpu(*given, ends=order.offsets, assignment=order.permutation, row=order.row, bad=bad)
+        if not int(bad):
+            return order
+    return eager.checked_order(NAME, index, offsets, permutation)
+
+
 def _forward(
-    x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, permutation: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    offsets: Tensor,
+    permutation: Tensor,
+    backend: str,
+) -> tuple[Tensor, ...]:
     tokens, top_k = weight.shape
     steps = _steps(backend)
+    find_order = _checked_order if check.reads_values(permutation) else steps.safe_order
+    order = find_order(index, offsets, permutation)
     # a surrounding autocast must not lower the precision of these products
     with torch.autocast(x.device.type, enabled=False):
-        pre = rows_by_expert(steps.gather(x, permutation, top_k), gate_up.transpose(1, 2), offsets)
-        rows = rows_by_expert(steps.swiglu(pre), down.transpose(1, 2), offsets)
-        return steps.combine(rows, permutation, weight, tokens, top_k), pre
+        pre = rows_by_expert(steps.gather(x, order.permutation, top_k), gate_up.transpose(1, 2), order.offsets)
+        rows = rows_by_expert(steps.swiglu(pre), down.transpose(1, 2), order.offsets)
+        return steps.combine(rows, order.row, weight, tokens, top_k), pre, *order
 
 
-def _forward_fake(x: Tensor, weight: Tensor, gate_up: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(weight.shape[0] * weight.shape[1], gate_up.shape[1])
+def _forward_fake(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    assignments = weight.shape[0] * weight.shape[1]
+    order = Order.empty(gate_up.shape[0], assignments, x)
+    return x.new_empty(x.shape), x.new_empty(assignments, gate_up.shape[1]), *order
 
 
 def _backward(
@@ -119,9 +144,10 @@ def _backward(
     weight: Tensor,
     gate_up: Tensor,
     down: Tensor,
+    pre: Tensor,
     offsets: Tensor,
     permutation: Tensor,
-    pre: Tensor,
+    row: Tensor,
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,7 +172,7 @@ def _backward(
             grad_gate_up = outer_by_expert(grad_pre, steps.gather(x, permutation, top_k), offsets)
         if needs_x:
             assert grad_pre is not None
-            grad_x = steps.combine(rows_by_expert(grad_pre, gate_up, offsets), permutation, None, tokens, top_k)
+            grad_x = steps.combine(rows_by_expert(grad_pre, gate_up, offsets), row, None, tokens, top_k)
     return grad_x, weight.new_empty(0) if grad_weight is None else grad_weight, grad_gate_up, grad_down
 
 
@@ -157,15 +183,21 @@ def _backward_fake(
     return tuple(t.new_empty(t.shape if n else 0) for t, n in zip((x, weight, gate_up, down), needs))
 
 
+# csrc/cpu; `bad` is 1 where the order does not belong to the index
+_order_cpu = register_op(
+    "moe_experts_order.out(Tensor index, Tensor offsets, Tensor permutation, *, Tensor(a!) ends, "
+    "Tensor(b!) assignment, Tensor(c!) row, Tensor(d!) bad) -> ()"
+)
 moe_experts_fwd = register_op(
-    "moe_experts_fwd(Tensor x, Tensor weight, Tensor gate_up, Tensor down, Tensor offsets, Tensor permutation, "
-    "str backend) -> (Tensor, Tensor)",
+    "moe_experts_fwd(Tensor x, Tensor index, Tensor weight, Tensor gate_up, Tensor down, Tensor offsets, "
+    "Tensor permutation, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
     eager=_forward,
 )
+# the order is the forward's last three results
 moe_experts_bwd = register_op(
-    "moe_experts_bwd(Tensor grad, Tensor x, Tensor weight, Tensor gate_up, Tensor down, Tensor offsets, "
-    "Tensor permutation, Tensor pre, bool[4] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "moe_experts_bwd(Tensor grad, Tensor x, Tensor weight, Tensor gate_up, Tensor down, Tensor pre, Tensor offsets, "
+    "Tensor permutation, Tensor row, bool[4] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     eager=_backward,
 )
@@ -181,14 +213,14 @@ class MoeExpertsFunction(torch.autograd.Function):
         weight: Tensor,
         gate_up: Tensor,
         down: Tensor,
-        offsets: Tensor,
-        permutation: Tensor,
+        order: tuple[Tensor, Tensor, Tensor],
         backend: str,
     ) -> Tensor:
-        """Returns the weighted sum of the experts' outputs."""
-        tensors = (x.contiguous(), weight.contiguous(), gate_up, down, offsets, permutation)
-        out, pre = moe_experts_fwd(*tensors, backend)
-        ctx.save_for_backward(*tensors, pre)
+        """Returns the weighted sum of the experts' outputs; `order` is the routing's index, offsets and permutation."""
+        index, *rest = order
+        x, weight = x.contiguous(), weight.contiguous()
+        out, pre, *checked = moe_experts_fwd(x, index, weight, gate_up, down, *rest, backend)
+        ctx.save_for_backward(x, weight, gate_up, down, pre, *checked)
         ctx.backend = backend
         return out
 
@@ -198,7 +230,7 @@ class MoeExpertsFunction(torch.autograd.Function):
         """Returns the gradients that are needed."""
         needs = list(ctx.needs_input_grad[:4])
         if not any(needs):
-            return (None,) * 7
+            return (None,) * 6
         # the gradient of a sum, for example, is expanded: its rows have stride 0
         grads = moe_experts_bwd(grad.contiguous(), *ctx.saved_tensors, needs, ctx.backend)
-        return *(g if needed else None for g, needed in zip(grads, needs)), None, None, None
+        return *(g if needed else None for g, needed in zip(grads, needs)), None, None

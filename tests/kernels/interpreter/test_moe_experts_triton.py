@@ -23,6 +23,10 @@ def routed(T, K, E, dtype, seed=1):
     return Routing.from_topk(index, weight.to(torch.float64 if dtype == torch.float64 else torch.float32), E)
 
 
+def order_of(routing):
+    return routing.index, routing.offsets, routing.permutation
+
+
 def close(ours, theirs):
     # both are computed in the accumulator's dtype and rounded once
     eps = torch.finfo(ours.dtype).eps
@@ -46,8 +50,9 @@ def test_every_step_is_its_specification(T, K, E, columns, dtype):
                 close(a, b)
     _, ours, _ = kernels.swiglu_backward(pre, None, weight, permutation, (False, True, False))
     close(ours, eager.swiglu_backward(pre, None, weight, permutation, (False, True, False))[1])
+    row = eager.checked_order("test", *order_of(routing)).row
     for share in (weight, None):
-        close(kernels.combine(grad, permutation, share, T, K), eager.combine(grad, permutation, share, T, K))
+        close(kernels.combine(grad, row, share, T, K), eager.combine(grad, row, share, T, K))
 
 
 def test_large_gates_are_finite():
@@ -62,10 +67,11 @@ def test_large_gates_are_finite():
 def test_a_broken_row_stays_alone():
     routing = routed(6, 2, 3, torch.float32)
     broken = rows(12, 40, torch.float32)
-    clean = kernels.combine(broken, routing.permutation, routing.weight, 6, 2)
+    row = kernels.safe_order(*order_of(routing)).row
+    clean = kernels.combine(broken, row, routing.weight, 6, 2)
     broken[3] = NAN
     token = int(routing.permutation[3]) // 2
-    out = kernels.combine(broken, routing.permutation, routing.weight, 6, 2)
+    out = kernels.combine(broken, row, routing.weight, 6, 2)
     others = torch.arange(6) != token
     assert torch.equal(out[others], clean[others]) and out[token].isnan().all()
 
@@ -99,3 +105,38 @@ def test_experts_on_triton_match_float64(T, E, K, D, F):
         assert_close(*three, name=name)
     again = torch.autograd.grad(ours(*leaves), leaves, upstream)
     assert all(torch.equal(a, b) for a, b in zip(again, grads[0]))
+
+
+DAMAGE = {
+    "none": lambda index, offsets, permutation: (index, offsets, permutation),
+    "offsets of 0": lambda index, offsets, permutation: (index, offsets * 0, permutation),
+    "negated offsets": lambda index, offsets, permutation: (index, -offsets, permutation),
+    "reversed offsets": lambda index, offsets, permutation: (index, offsets.flip(0), permutation),
+    "offsets too large": lambda index, offsets, permutation: (index, offsets + 5, permutation),
+    "huge offsets": lambda index, offsets, permutation: (index, offsets.long() + 2**40, permutation),
+    "shifted assignments": lambda index, offsets, permutation: (index, offsets, permutation + 1),
+    "huge assignments": lambda index, offsets, permutation: (index, offsets, permutation.long() * 2**40 - 2**50),
+    "repeated assignments": lambda index, offsets, permutation: (index, offsets, permutation // 2 * 2),
+    "reversed assignments": lambda index, offsets, permutation: (index, offsets, permutation.flip(0)),
+    "experts too high": lambda index, offsets, permutation: (index + 2**40, offsets, permutation),
+    "another index": lambda index, offsets, permutation: ((index + 1) % 5, offsets, permutation),
+}
+
+
+@pytest.mark.parametrize("T", [0, 1, 7, 700])
+@pytest.mark.parametrize("name", DAMAGE)
+def test_no_order_leaves_its_bounds(name, T):
+    routing = routed(T, 2, 5, torch.float32)
+    total, damaged = 2 * T, DAMAGE[name](*order_of(routing))
+    offsets, permutation, row = kernels.safe_order(*damaged)
+    assert offsets[-1] == total and (offsets.diff(prepend=offsets.new_zeros(1)) >= 0).all()
+    assert ((permutation >= 0) & (permutation < max(total, 1))).all()
+    has = row >= 0
+    assert torch.equal(permutation[row[has].long()].long(), has.nonzero()[:, 0])
+    wanted = eager.safe_order(*damaged).row
+    assert torch.equal(has, wanted >= 0)
+    if name == "none":
+        sound = eager.checked_order("test", *damaged)
+        assert all(map(torch.equal, (offsets, permutation, row), sound))
+    out = kernels.combine(torch.ones(total, 3), row, None, T, 2)
+    assert torch.equal(out.isnan().any(1), (row.view(T, 2) < 0).any(1))
