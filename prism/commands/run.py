@@ -6,7 +6,8 @@ from prism.commands.doctor import check_inputs
 from prism.config import Config
 from prism.runtime.disk import system_errors
 from prism.runtime.lock import locked
-from prism.runtime.runtime import InterruptedRunError, Runtime
+from prism.runtime.runtime import Runtime
+from prism.runtime.signals import InterruptedRunError, stop_signals
 from prism.runtime.stalls import StallWatch
 from prism.stages.align import align
 from prism.stages.distill import distill
@@ -38,7 +39,7 @@ def run(config: Config) -> int:
 def run_stages(rt: Runtime) -> None:
     """Runs the stages that are left."""
     rt.restore()
-    with rt.interruptible():
+    with stop_signals(rt.ask_to_stop):
         rt.start()
         for name in rt.config.run.stages:
             if name not in rt.done:

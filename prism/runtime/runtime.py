@@ -10,12 +10,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any, Self
 
 import torch
@@ -42,21 +40,10 @@ from prism.runtime.log import RunLog
 from prism.runtime.memory import begin_peak, peak_bytes
 from prism.runtime.optimiser import StageOptimiser, freeze_vision
 from prism.runtime.resuming import DISCRIMINATES, resume
+from prism.runtime.signals import InterruptedRunError
 from prism.runtime.stalls import waiting_for
 
 Metrics = dict[str, Any]
-
-
-class InterruptedRunError(Exception):
-    """The run was asked to stop, and has saved what a checkpoint holds.
-
-    Args:
-        number: the signal that asked for it.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 class Step:
@@ -346,26 +333,6 @@ class Runtime:
         self.log.note(f"{written}, the figures in {self.folder / 'evaluations.json'}")
         self.log.close()
         self.log.note(f"the report is {write_report(self.folder)}")
-
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Stops the run after its step at the first Ctrl-C or SIGTERM, and at once at the second."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            restore()
-            self.ask_to_stop(number)
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in before:
-            signal.signal(number, handle)
-        try:
-            yield
-        finally:
-            restore()
 
     def ask_to_stop(self, number: int = signal.SIGINT) -> None:
         """Stops the run after its present step, with a checkpoint.

@@ -8,7 +8,8 @@ from test_run import SMALL
 from prism.commands.run import run_stages
 from prism.config import load_config
 from prism.runtime import checkpoint
-from prism.runtime.runtime import InterruptedRunError, Runtime
+from prism.runtime.runtime import Runtime
+from prism.runtime.signals import InterruptedRunError
 
 CHANGES = {**SMALL, "run.stages": ["sft", "rlvr"], "optimiser.sft.steps": 2, "optimiser.rlvr.steps": 2}
 

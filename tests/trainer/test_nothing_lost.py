@@ -18,7 +18,8 @@ from prism.config import load_config
 from prism.models import tiny
 from prism.rollout import engine
 from prism.runtime import checkpoint
-from prism.runtime.runtime import InterruptedRunError, Runtime, Step
+from prism.runtime.runtime import Runtime, Step
+from prism.runtime.signals import InterruptedRunError
 from prism.stages import align, rlvr, sft
 from prism.worlds.shapes.world import ShapesWorld
 

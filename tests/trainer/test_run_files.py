@@ -22,7 +22,8 @@ from prism.models.prompts import PromptEncoder
 from prism.models.sizes import TinyMoeSize
 from prism.models.tiny import save_tiny, tiny_discriminator_base, tiny_image_processor, tiny_policy, train_tokenizer
 from prism.runtime.log import read_metrics
-from prism.runtime.runtime import InterruptedRunError, Runtime
+from prism.runtime.runtime import Runtime
+from prism.runtime.signals import InterruptedRunError
 from prism.worlds.shapes.world import ShapesWorld
 
 STAGES = ("sft", "warmup", "align", "rlvr")

@@ -27,7 +27,8 @@ from prism.models import tiny
 from prism.runtime import checkpoint
 from prism.runtime.disk import RunFolderError, write_whole
 from prism.runtime.lock import locked
-from prism.runtime.runtime import InterruptedRunError, Runtime
+from prism.runtime.runtime import Runtime
+from prism.runtime.signals import InterruptedRunError
 
 ROOT = Path(__file__).parents[2]
 
