@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from prism.rewards.grade import TIMEOUT_S, Verdict, score_batch
+from prism.rewards.grade import FAILURES, TIMEOUT_S, Verdict, score_batch
 from prism.rewards.workers import Workers, shared_workers
 from prism.runtime.disk import write_whole
 from prism_kernels.grammar import Sections, split_response
@@ -117,11 +117,16 @@ class Rewards(NamedTuple):
         )
 
     def metrics(self) -> dict[str, Any]:
-        """Returns each custom reward's mean where it applies, and the number of failures by cause."""
+        """Returns each custom reward's mean where it applies, and the number of failures by cause.
+
+        Failures of the built-in verifier are named only where there are any.
+        """
+        failed = dict(Counter(verdict.reason for verdict in self.verdicts if verdict.reason in FAILURES))
+        built_in = {"failed_verdicts": failed} if failed else {}
         if not self.by_name:
-            return {}
+            return built_in
         means = {f"reward_{name}": _mean(values) for name, values in self.by_name.items()}
-        return {**means, "failed_rewards": dict(Counter(failure.cause for failure in self.failures))}
+        return {**built_in, **means, "failed_rewards": dict(Counter(failure.cause for failure in self.failures))}
 
     def write_failures(self, path: Path) -> None:
         """Writes the first MOST_KEPT failures with their samples, one a line."""

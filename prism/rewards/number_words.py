@@ -49,8 +49,8 @@ class SpeltNumber(NamedTuple):
 def read_spelt_number(text: str) -> SpeltNumber | None:
     """Returns the number in words at the start of a text, or None."""
     if match := _CHINESE_NUMBER.match(text):
-        plain = _CHINESE[match[1]] if match[1] else 10 * _CHINESE.get(match[2], 1) + _CHINESE.get(match[3], 0)
-        return SpeltNumber(Fraction(plain), None, match.end())
+        chinese = _CHINESE[match[1]] if match[1] else 10 * _CHINESE.get(match[2], 1) + _CHINESE.get(match[3], 0)
+        return SpeltNumber(Fraction(chinese), None, match.end())
     words = _words(text)
     whole = _integer(words)
     if whole is None:
@@ -105,40 +105,34 @@ def _digits(words: list[tuple[str, int]]) -> str:
 
 def _integer(words: list[tuple[str, int]]) -> tuple[Fraction, int] | None:
     """Returns the integer in words, and how many words it takes: one hundred and five, a dozen; or None."""
+    first = words[0][0] if words else ""
+    if first in _ARTICLES and (len(words) < 2 or words[1][0] not in _COUNTS):
+        return None
+    # current is below the next scale, which must be smaller than the last: two million three thousand
     total = current = used = 0
-    # the next scale must be smaller: two million three thousand
     scale = 10**15
     for i, (word, _) in enumerate(words):
-        if i and word == "and" and current + total >= 100 and (current + total) % 100 == 0:
-            continue
+        value = next((table[word] for table in (_SMALL, _TENS, _JOINED) if word in table), None)
+        room = 10 if current % 100 >= 20 and current % 10 == 0 else 100 if current % 100 == 0 else 0
+        size = _COUNTS.get(word, 0)
         if i == 0 and word in _ARTICLES:
-            if len(words) < 2 or words[1][0] not in _COUNTS:
-                return None
             current = 1
-        elif word in _SMALL or word in _TENS or word in _JOINED:
-            value = _SMALL.get(word) or _TENS.get(word) or _JOINED.get(word) or 0
-            room = 10 if current % 100 >= 20 and current % 10 == 0 else 100 if current % 100 == 0 else 0
-            # zero stands alone
-            if (i and not 0 < value < room) or (i and words[0][0] == "zero"):
-                break
+        elif i and word == "and" and total + current >= 100 and (total + current) % 100 == 0:
+            # counted only with the word after it
+            continue
+        elif i and first == "zero":
+            break
+        elif value is not None and (i == 0 or 0 < value < room):
             current += value
-        elif word in _COUNTS and (current or i == 0) and words[0][0] != "zero":
-            current, size = current or 1, _COUNTS[word]
-            if word in _SCALES:
-                if size >= scale:
-                    break
-                total, current, scale = total + current * size, 0, size
-            elif word == "hundred":
-                if current >= 100:
-                    break
-                current *= 100
-            elif word in ("pair", "couple") and words[0][0] not in ("a", "one", word):
-                # two pairs are counted pairs
-                break
-            else:
-                current *= size
-                used = i + 1
-                break
+        elif word in _SCALES and size < scale and (current or i == 0):
+            total, current, scale = total + (current or 1) * size, 0, size
+        elif word == "hundred" and current < 100 and (current or i == 0):
+            current = (current or 1) * size
+        elif word == "dozen" and (current or i == 0):
+            return Fraction(total + (current or 1) * size), i + 1
+        elif word in ("pair", "couple") and (i == 0 or (i == 1 and first in ("a", "one"))):
+            # two pairs are counted pairs
+            return Fraction(size), i + 1
         else:
             break
         used = i + 1
