@@ -29,6 +29,7 @@ from prism.rewards.forms import (
     read_options,
     read_ratio,
 )
+from prism.rewards.number_words import with_digits_of_ordinals
 from prism.rewards.quantities import NO_UNIT, Unit, equal_quantities, is_counted_thing, read_quantity, read_unit
 from prism.rewards.spelling import clean
 from prism.rewards.wording import read_statement, read_truth, same_subject, takes_back
@@ -71,6 +72,8 @@ _MATHEMATICS = re.compile(r"[\d\\+*/^=<>|!√π∞≤≥≠∪∩∅_]|-(?=\S)")
 # 12 in base 5, and 000 of 5-000
 _NO_ARITHMETIC = re.compile(r"\d\)?\s*_|(?<![\d.,])0\d")
 _NUMBER = re.compile(r"\d+")
+# a length or an angle: AB, \angle ABC
+_POINTS = re.compile(r"(?:m ?)?(?:(?:\\angle|∠) ?\{?[A-Z]{1,3}\}?|(?:\\overline ?)?\{?[A-Z]{2}\}?)")
 # 6 (six)
 _RESTATED = re.compile(r"([^()]+?)\s+\(([^()]+)\)")
 _SUBSCRIPT = re.compile(r"_\s*\{(\w+)\}")
@@ -129,6 +132,8 @@ def _same(gold: str, answer: str, algebra: Algebra | None) -> bool | None:
         return False
     if gold == answer:
         return True
+    if answer.endswith("?") and "?" not in gold:
+        return False
 
     if _SENTENCE.fullmatch(gold) and _SENTENCE.fullmatch(answer) and _words(gold) == _words(answer):
         return True
@@ -149,6 +154,12 @@ def _same(gold: str, answer: str, algebra: Algebra | None) -> bool | None:
         # the text of an option is no option itself: "A) B" chooses two
         return False if read_option(clean(given.text)) else _same(gold, clean(given.text), algebra)
 
+    # one word: the reason in "No, it is smaller" matters if the right answer gives it
+    if " " not in gold and (truth := read_truth(gold)) is not None:
+        statement = read_statement(answer)
+        # "The claim is false" has a subject, "Yes because ..." none
+        said = read_truth(statement.value if statement and statement.subject else answer)
+        return said is truth
     values = _stated(gold, answer)
     if values:
         return _same(clean(values[0]), clean(values[1]), algebra)
@@ -156,10 +167,6 @@ def _same(gold: str, answer: str, algebra: Algebra | None) -> bool | None:
         return False
     if options := read_options(gold):
         return read_options(answer) == options
-
-    # one word: the reason in "No, it is smaller" matters if the right answer gives it
-    if " " not in gold and (truth := read_truth(gold)) is not None:
-        return read_truth(answer) is truth
 
     dates = read_date(gold), read_date(answer)
     if any(dates):
@@ -179,7 +186,8 @@ def _same(gold: str, answer: str, algebra: Algebra | None) -> bool | None:
     quantities = read_quantity(gold), read_quantity(answer)
     if quantities[0] and quantities[1] and equal_quantities(quantities[0], quantities[1]):
         return True
-    if (restated := _RESTATED.fullmatch(answer)) and not _NUMBER.fullmatch(restated[2]):
+    restated = _RESTATED.fullmatch(answer)
+    if restated and not all(_NUMBER.fullmatch(text) for text in restated.groups()):
         twice = _all(_same(gold, clean(text), algebra) for text in restated.groups())
         # otherwise the brackets belong to it: 2 (x + 1)
         if twice is not False:
@@ -238,6 +246,8 @@ def _steps(gold: str, answer: str) -> list[str] | None:
     # x = 2 or x = 3
     if (group := read_group(answer)) and group.kind is GroupKind.LIST:
         return None
+    if _POINTS.fullmatch(steps[0]):
+        return steps[1:]
     if _is_named(steps[0]):
         return steps[1:] if len(steps) > 2 else None
     if len(steps) == 2 and _is_named(steps[1]):
@@ -331,4 +341,4 @@ def _words(text: str) -> str:
         text = _INITIALS.sub(lambda m: m[0].replace(".", ""), text)
         text = _WITH_APOSTROPHE.sub(lambda m: m[0] if _PRIMED.fullmatch(m[0]) else m[0].replace("'", ""), text)
         text = _ARTICLE.sub("", _PUNCTUATION.sub(" ", text.casefold()))
-    return " ".join(_SUBSCRIPT.sub(r"_\1", text.casefold()).split())
+    return " ".join(_SUBSCRIPT.sub(r"_\1", with_digits_of_ordinals(text.casefold())).split())

@@ -25,6 +25,10 @@ _PARTS = {word: i + 3 for i, word in enumerate(_PART_NAMES.split())}
 _PARTS |= {"half": 2, "quarter": 4, "twentieth": 20, "hundredth": 100, "thousandth": 1000, "millionth": 10**6}
 _SEVERAL_PARTS = {"halves" if word == "half" else word + "s": below for word, below in _PARTS.items()}
 _MANY = {"tens", *(word + "s" for word in MAGNITUDES if word.isascii())}
+_ORDINALS = {"first": "1st", "second": "2nd", "third": "3rd", "twentieth": "20th"}
+_ORDINALS |= {word: f"{below}th" for word, below in _PARTS.items() if 4 <= below <= 16 and word != "quarter"}
+_ORDINALS |= {word + "th": f"{_SMALL[word]}th" for word in ("seventeen", "eighteen", "nineteen")}
+_ORDINAL = re.compile(rf"\b(?:{'|'.join(_ORDINALS)})\b")
 _ARTICLES = frozenset(("a", "an"))
 
 # no name of a thing that is counted starts with one of these, and none contains one
@@ -66,6 +70,11 @@ def read_spelt_number(text: str) -> SpeltNumber | None:
     if value and (below := parts_of_one(following, value)):
         return SpeltNumber(value / below, None, _end(words, used + 1))
     return SpeltNumber(value, None, _end(words, used))
+
+
+def with_digits_of_ordinals(text: str) -> str:
+    """Returns a text in lower case with 3rd for third."""
+    return _ORDINAL.sub(lambda match: _ORDINALS[match[0]], text)
 
 
 def read_and_fraction(text: str) -> tuple[Fraction, str] | None:

@@ -33,6 +33,12 @@ _CIRCLED = re.compile(r"([①-⑳])(?=\s*[^\s①-⑳,;、，；.。])")
 _UNDERSCORED = re.compile(r"(?<![\w.])\d{1,3}(?:_\d{3})+(?![\w])")
 # sinx
 _FUNCTION_OF_X = re.compile(r"(?<![a-zA-Z])((?:arc)?(?:sin|cos|tan|cot|sec|csc)|ln|log)(?=[xθ](?![a-z]))")
+_ANGLE = re.compile(r"\b(?:sin|cos|tan|cot|sec|csc)\b")
+_IN_DEGREES = re.compile(r"(?<=\d)\s*degrees?\b", re.IGNORECASE)
+_POWERS = (
+    (re.compile(r"(?<=[\w)])\s+squared\b", re.IGNORECASE), "^2"),
+    (re.compile(r"(?<=[\w)])\s+cubed\b", re.IGNORECASE), "^3"),
+)
 # spaces that group digits, but never separate two numbers
 _THIN_SPACE = re.compile(r"(?<=\d)(?:[\u2009\u202f\u00a0]|\\,|\\!|\{,\}\s?|\\;)(?=\d{3}(?!\d))")
 _DRESS = (
@@ -85,8 +91,9 @@ def clean(answer: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
     text = _UNDERSCORED.sub(lambda m: m[0].replace("_", ""), text)
     text = _FUNCTION_OF_X.sub(r"\1 ", text)
+    text = _IN_DEGREES.sub("°", text) if _ANGLE.search(text) else text
     text = _boxed(text)
-    for pattern, spelt in _DRESS:
+    for pattern, spelt in _DRESS + _POWERS:
         text = pattern.sub(spelt, text)
     for _ in range(_MOST_LAYERS):
         before = text

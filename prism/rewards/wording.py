@@ -44,7 +44,7 @@ _VERBS = (
 )
 _VERB = re.compile(rf"(?<![\w'\\])(?:{_VERBS}(?![\w'])|=)", re.IGNORECASE)
 _WE_GET = re.compile(
-    rf"{_SO}(?:we|i|you)\s+(?:get|got|have|had|obtain|obtained|find|found|see|count|counted)\s+(?:that\s+)?(?P<value>\S.*)",
+    rf"{_SO}(?:we|i|you)\s+(?:get|got|have|had|obtain|obtained|find|found|see|count|counted|choose|chose|pick|select)\s+(?:that\s+)?(?P<value>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _IS_THE_ANSWER = re.compile(
@@ -54,6 +54,7 @@ _IS_THE_ANSWER = re.compile(
     r"|(?P<short>[(\[]?[A-J][)\]]?|[-+$(]?\d\S*)\s+is\s+(?:correct|right)",
     re.IGNORECASE | re.DOTALL,
 )
+_BECAUSE = re.compile(r"(?P<value>\S.*?),?\s+(?:because|since)\s+(?P<reason>.*)", re.IGNORECASE | re.DOTALL)
 _SUBJECT = re.compile(r"[^,;:?!=<>\n]{1,120}")
 # "Area = 12" and "Area: 12"; what algebra can read is left to it
 _LABEL = re.compile(r"[^\W\d_]+(?:\s+[^\W\d_]+){0,7}")
@@ -65,13 +66,20 @@ _NAME = re.compile(r"[a-zA-Z]")
 def read_statement(text: str) -> Statement | None:
     """Returns the subject and the value of a sentence that gives an answer, or None.
 
-    There is one verb only, and the subject denies, doubts and asks nothing. The value may still be no answer.
+    There is one verb only, and the subject denies, doubts and asks nothing. The value may still be no answer. A reason
+    after it is dropped unless it doubts.
     """
+    if match := _BECAUSE.fullmatch(text):
+        doubted = _has(match["reason"], _UNSETTLED) or _UNSETTLED_PHRASE.search(match["reason"].lower())
+        return None if doubted else read_statement(match["value"]) or Statement("", match["value"])
     if match := _WE_GET.fullmatch(text):
         return Statement("", match["value"])
     if (match := _IS_THE_ANSWER.fullmatch(text)) and not _has(match["value"] or "", _NO_SUBJECT):
         return Statement("", match["value"] or match["short"])
     verbs = list(_VERB.finditer(text))
+    # "The area is 3*4 = 12"
+    if len(verbs) > 1 and all(verb[0] == "=" for verb in verbs[1:]) and verbs[0][0] != "=":
+        verbs = verbs[:1]
     if len(verbs) == 1:
         subject, value = text[: verbs[0].start()].strip(), text[verbs[0].end() :].strip()
         label = verbs[0][0] == "="
@@ -98,6 +106,8 @@ def same_subject(one: Statement, other: Statement) -> bool:
 
 
 _TRUTH = {
+    **dict.fromkeys(("yeah", "yep", "yup", "absolutely", "definitely", "certainly", "of course", "indeed"), True),
+    **dict.fromkeys(("nope", "nah", "not at all", "absolutely not", "definitely not", "of course not"), False),
     **dict.fromkeys(("yes", "true", "correct", "是", "是的", "对", "正确"), True),
     **dict.fromkeys(("no", "false", "incorrect", "wrong", "否", "不是", "错", "错误"), False),
 }
@@ -141,23 +151,29 @@ _MENTION = r"(?-i:[(\[]\s*(?P<boxed>[A-J])\s*[)\]]|(?P<bare>[A-HJ])(?![\w']))"
 _FILLER = (
     r"(?:not|no|never|nope|wait|actually|hmm+|oops|sorry|or|and|but|nor|rather|instead|maybe|perhaps|probably|possibly"
     r"|also|then|either|correction|scratch that|i mean|i meant|i think|i guess|i believe|it is|it's|its"
-    r"|(?:it|that|this)? ?(?:should|could|might|may|can|must) be|(?:the )?(?:\w+ )?(?:answer|option|choice)(?: is)?)"
+    r"|is|was|(?:it|that|this)? ?(?:should|could|might|may|can|must|cannot|can't) be"
+    r"|(?:the )?(?:\w+ )?(?:answer|option|choice)(?: is)?)"
 )
 _VERDICT = (
-    r"(?:a |an |the |my )?(?P<verdict>\w*correct|right|true|wrong|false|untrue|mistaken|answer|choice|option)(?!\w)"
+    r"(?:a |an |the |my )?(?P<verdict>\w*correct|right|true|wrong|false|untrue|mistaken|possible|plausible|answer"
+    r"|choice|option)(?!\w)"
 )
-_ONLY_OPTIONS = re.compile(r"[(\[]?[A-J][)\]]?(?:\s*(?:,\s*and|,\s*or|,|;|/|&|and|or)?\s*[(\[]?[A-J][)\]]?)*[\s.!?]*")
+# not the point (A, B)
+_OPTION = r"(?:\([A-J]\)|\[[A-J]\]|[A-J][)\]]?)"
+_ONLY_OPTIONS = re.compile(rf"{_OPTION}(?:\s*(?:,\s*and|,\s*or|,|;|/|&|and|or)?\s*{_OPTION})*[\s.!?]*")
+_SMALL_OPTION = re.compile(r"[(\[]?[a-j][)\]]")
 _FIRST_WORDS = re.compile(
     rf"[\s,.;:(-]*(?P<fillers>(?:{_FILLER}\b[\s,.;:!?-]*)+){_MENTION}"
     r"\s*(?:$|[,.;:!?)]|(?:or|and|is|was|because|since|instead|too|as)\b)",
     re.IGNORECASE,
 )
 _OTHER_IS_RIGHT = re.compile(
-    rf"[\s,.;:(-]*{_MENTION}\s+(?:is|was|seems|looks)\s+(?:not\s+)?{_VERDICT}",
+    rf"[\s,.;:(-]*{_MENTION}\s+(?:is|was|seems|looks|may be|might be|could be)\s+(?:not\s+)?"
+    rf"(?:also\s+|\w+ly\s+)?{_VERDICT}"
 )
 _IS_VERDICT = re.compile(rf"(?:is|was|seems|looks)(?P<negated>n't|\s+not)?\s+(?:\w+ly\s+)?{_VERDICT}", re.IGNORECASE)
 _DOUBT = re.compile(
-    r"(?:might|may|could|can't|cannot|can not)\s+be\b|(?:or|nor|versus|vs)\b|\?"
+    r"(?:might|may|could)\s+be\b|(?:or|nor|versus|vs)\b|\?"
     r"|(?:(?:i|i'm|im|am|just|only|a|my)\s+)*(?:guess|think|believe|suppose|not sure|unsure|idk)[\s.!?]*$",
     re.IGNORECASE,
 )
@@ -169,13 +185,15 @@ _SECOND_THOUGHT = re.compile(
 # further labelled options, as in "A) 1 B) 2" and "A. 1 or B. 2"; of those with points alone only a listing counts
 _BRACKETED = re.compile(r"\((?![A-J]\))[^()]*\)")
 _NEXT_LABEL = re.compile(
-    r"(?<![\w\\^_)])(?:\((?P<boxed>[A-J])\)|(?P<closed>[A-J])\))|(?:[,;/]|\bor\b|\band\b)\s*(?P<joined>[A-J])[.:](?=\s)"
+    r"(?<![\w\\^_()])(?:\((?P<boxed>[A-J])\)|(?P<closed>[A-J])\))|(?:[,;/]|\bor\b|\band\b)\s*(?P<joined>[A-J])[.:](?=\s)"
 )
 _LISTED = re.compile(r"(?<!\S)([A-J])[.:]\s")
 
 
 def takes_back(letter: str, text: str) -> bool:
     """Returns whether the text after a chosen option takes the choice back: "not B", "or C", "wait, it is A", "D"."""
+    if _SMALL_OPTION.fullmatch(text):
+        text = text.upper()
     if _ONLY_OPTIONS.fullmatch(text):
         return set(re.findall("[A-J]", text)) != {letter}
     if match := _FIRST_WORDS.match(text):
@@ -185,7 +203,8 @@ def takes_back(letter: str, text: str) -> bool:
         return (match["boxed"] or match["bare"]) != letter or not _approves(match)
     if match := _IS_VERDICT.match(text):
         return bool(match["negated"]) or not _approves(match)
-    if _DOUBT.match(text) or _SECOND_THOUGHT.search(text):
+    reason = re.match(r"(?:because|since)\b", text)
+    if _DOUBT.match(text) or _SECOND_THOUGHT.search(text) or (reason and _has(text, _UNSETTLED)):
         return True
     labels = {m["boxed"] or m["closed"] or m["joined"] for m in _NEXT_LABEL.finditer(_BRACKETED.sub("", text))}
     return bool(labels - {letter}) or len(set(_LISTED.findall(text)) - {letter}) > 1
