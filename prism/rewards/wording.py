@@ -151,8 +151,8 @@ _MENTION = r"(?-i:[(\[]\s*(?P<boxed>[A-J])\s*[)\]]|(?P<bare>[A-HJ])(?![\w']))"
 _FILLER = (
     r"(?:not|no|never|nope|wait|actually|hmm+|oops|sorry|or|and|but|nor|rather|instead|maybe|perhaps|probably|possibly"
     r"|also|then|either|correction|scratch that|i mean|i meant|i think|i guess|i believe|it is|it's|its"
-    r"|is|was|(?:it|that|this)? ?(?:should|could|might|may|can|must|cannot|can't) (?:also )?be"
-    r"|(?:the )?(?:\w+ )?(?:answer|option|choice)(?: is)?)"
+    r"|is|was|(?:(?:it|that|this) )?(?:should|could|might|may|can|must|cannot|can't) (?:also )?be"
+    r"|(?:the )?(?:(?:correct|right|real|actual|final|best) )?(?:answer|option|choice))"
 )
 _VERDICT = (
     r"(?:a |an |the |my )?(?P<verdict>\w*correct|right|true|wrong|false|untrue|mistaken|possible|plausible|answer"
@@ -163,7 +163,8 @@ _OPTION = r"(?:\([A-J]\)|\[[A-J]\]|[A-J][)\]]?)"
 _ONLY_OPTIONS = re.compile(rf"{_OPTION}(?:\s*(?:,\s*and|,\s*or|,|;|/|&|and|or)?\s*{_OPTION})*[\s.!?]*")
 _SMALL_OPTION = re.compile(r"[(\[]?[a-j][)\]]")
 _FIRST_WORDS = re.compile(
-    rf"[\s,.;:(-]*(?P<fillers>(?:{_FILLER}\b[\s,.;:!?-]*)+){_MENTION}"
+    # possessive, or the time would grow without bound with the number of fillers
+    rf"[\s,.;:(-]*(?P<fillers>(?:{_FILLER}\b[\s,.;:!?-]*+)++){_MENTION}"
     r"\s*(?:$|[,.;:!?)]|(?:or|and|is|was|because|since|instead|too|as)\b)",
     re.IGNORECASE,
 )
