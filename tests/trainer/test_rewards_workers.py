@@ -245,3 +245,23 @@ def test_an_error_in_the_pool_is_counted_and_costs_its_sample_alone(caplog):
         verdicts = score_batch([response(a) for a in answers], [r"\frac{\sqrt{36}}{2}"] * 3, workers=pool)
     assert [v.reason for v in verdicts] == ["right", "right", "wrong"]
     assert sum("error" in record.getMessage() for record in caplog.records) == 3
+
+
+# each repeated word or sign may be read in several ways, and the time must not grow with the number of readings
+REPEATED = """
+the answer |answer is |not |or |could be |i mean |wait, |is |because |and five |five hundred and |no, it is |(A) |A. |
+a.|B) |(1) |1. |1-|0_|x - |x'|' |, |1 |1,|= |x = |[|\\frac{|^|$|\\text{a} |May 5 |the |it is |U.|so |we get |: |half a |
+- |!"""
+
+
+def test_no_text_of_an_answer_takes_long_to_read():
+    texts = [
+        (f"{start}{unit * 500}")[:499]
+        for unit in REPEATED.replace("\n", "").split("|")
+        for start in ("B) ", "Yes, ", "")
+    ]
+    calls = [(["B", "yes", "12", "(1) 5 (2) 7", "The area is 12"], text, None) for text in texts]
+    calls += [([text], "The area is 12", None) for text in texts]
+    with Workers(1, preload=["prism.rewards.equivalence"]) as pool:
+        results = pool.map("prism.rewards.equivalence:equivalent", calls, 8)
+    assert [(call[:2], result.reason) for call, result in zip(calls, results) if result.reason] == []
