@@ -49,6 +49,8 @@ _NOT_FREE_TEXT = re.compile(r"[\d\\^<>=+*/|√]")
 # words and the signs between them, which carry no meaning
 _SENTENCE = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_\n]+(?:[\s,.;:!?'\"-]+[^\W\d_\n]+)*[\s,.;:!?'\"-]*")
 _INITIALS = re.compile(r"(?<![\w.])(?:[^\W\d_]\.)+[^\W\d_](?!\w)")
+# we'll and I'd are other words than well and id
+_APOSTROPHE = re.compile(r"'(?!(?:ll|re|ve|d|m)(?!\w))", re.IGNORECASE)
 # P' and B'C' are other points than P and BC
 _PRIMED = re.compile(r"(?:[A-Z]'*){1,4}|[a-z]'+")
 _WITH_APOSTROPHE = re.compile(r"[^\W_]*'[^\W_']*(?:'[^\W_']*)*")
@@ -74,6 +76,7 @@ _NO_ARITHMETIC = re.compile(r"\d\)?\s*_|(?<![\d.,])0\d")
 _NUMBER = re.compile(r"\d+")
 # a length or an angle: AB, \angle ABC
 _POINTS = re.compile(r"(?:m ?)?(?:(?:\\angle|∠) ?\{?[A-Z]{1,3}\}?|(?:\\overline ?)?\{?[A-Z]{2}\}?)")
+_RATIO_IN_WORDS = re.compile(r"(\d+(?:\.\d+)?) to (\d+(?:\.\d+)?)")
 # 6 (six)
 _RESTATED = re.compile(r"([^()]+?)\s+\(([^()]+)\)")
 _SUBSCRIPT = re.compile(r"_\s*\{(\w+)\}")
@@ -175,7 +178,9 @@ def _same(gold: str, answer: str, algebra: Algebra | None) -> bool | None:
         reading = read_clock(answer)
         return reading is not None and clock.agrees(reading)
     if read_ratio(gold) or read_ratio(answer):
-        return _ratio(gold) is not None and _ratio(gold) == _ratio(answer)
+        # a range is none: 3 to 4 answers 3:4 only if a ratio is asked for
+        given_ratio = _ratio(_RATIO_IN_WORDS.sub(r"\1:\2", answer) if read_ratio(gold) else answer)
+        return _ratio(gold) is not None and _ratio(gold) == given_ratio
 
     values = _assigned(gold, answer)
     if values:
@@ -276,7 +281,7 @@ def _without_unit(text: str) -> tuple[str, Unit | None]:
     """Returns a constant such as 4\\pi without the unit after it, and the unit."""
     for space in re.finditer(" ", text):
         head, unit = text[: space.start()], read_unit(text[space.end() :])
-        if unit and unit.dimension and not is_counted_thing(unit) and not _LETTER.search(_COMMAND.sub("", head)):
+        if unit and unit.dimension and not is_counted_thing(unit) and not _is_named(head):
             return head, unit
     return text, None
 
@@ -335,10 +340,15 @@ def _is_mathematics(text: str) -> bool:
     return len(text) == 1 or named or _MATHEMATICS.search(text) is not None
 
 
+def _joined(match: re.Match[str]) -> str:
+    """Returns a word without its apostrophes, where they make no other word of it."""
+    return match[0] if _PRIMED.fullmatch(match[0]) else _APOSTROPHE.sub("", match[0])
+
+
 def _words(text: str) -> str:
     """Returns free text without case, articles and punctuation; a text with digits or operators loses case only."""
     if not _NOT_FREE_TEXT.search(text):
         text = _INITIALS.sub(lambda m: m[0].replace(".", ""), text)
-        text = _WITH_APOSTROPHE.sub(lambda m: m[0] if _PRIMED.fullmatch(m[0]) else m[0].replace("'", ""), text)
+        text = _WITH_APOSTROPHE.sub(_joined, text)
         text = _ARTICLE.sub("", _PUNCTUATION.sub(" ", text.casefold()))
     return " ".join(_SUBSCRIPT.sub(r"_\1", with_digits_of_ordinals(text.casefold())).split())

@@ -31,8 +31,11 @@ _ORDINALS |= {word + "th": f"{_SMALL[word]}th" for word in ("seventeen", "eighte
 _ORDINAL = re.compile(rf"\b(?:{'|'.join(_ORDINALS)})\b")
 _ARTICLES = frozenset(("a", "an"))
 
+_PLURALS = {word.removesuffix("y") + "ies" if word in _TENS else word + "s" for word in (*_SMALL, *_TENS)} | {"sixes"}
+
 # no name of a thing that is counted starts with one of these, and none contains one
-NUMBER_WORDS = frozenset((*_SMALL, *_TENS, *_JOINED, *_COUNTS, *_PARTS, *_SEVERAL_PARTS, *_MANY)) - {"pair", "couple"}
+_NUMBER_WORDS = (*_SMALL, *_TENS, *_JOINED, *_PLURALS, *_COUNTS, *_PARTS, *_SEVERAL_PARTS, *_MANY)
+NUMBER_WORDS = frozenset(_NUMBER_WORDS) - {"pair", "couple"}
 
 _CHINESE = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
 _CHINESE_NUMBER = re.compile(r"([零〇一二两三四五六七八九])|([一二三四五六七八九]?)十([一二三四五六七八九]?)")
@@ -156,7 +159,8 @@ def _part(words: list[tuple[str, int]], start: int) -> tuple[Fraction, int] | No
     if names[0] in ("half", "quarter"):
         # half an hour; half the area is none
         return Fraction(1, _PARTS[names[0]]), start + (2 if names[1] in _ARTICLES else 1)
-    if names[0] in _ARTICLES and names[1] in _PARTS:
+    # a third time is the one after the second
+    if names[0] in _ARTICLES and names[1] in _PARTS and (names[1] in ("half", "quarter") or not names[2]):
         return Fraction(1, _PARTS[names[1]]), start + 2
     count = _SMALL.get(names[0], 0)
     if count and (below := parts_of_one(names[1], Fraction(count))):

@@ -98,7 +98,9 @@ def clean(answer: str) -> str:
     for _ in range(_MOST_LAYERS):
         before = text
         text = text.strip().rstrip(_TRAILING)
-        text = _CHINESE_PHRASE.sub("", _PHRASE.sub("", text, count=1), count=1) if _starts_with_phrase(text) else text
+        if _starts_with_phrase(text):
+            # a phrase alone is the answer
+            text = _CHINESE_PHRASE.sub("", _PHRASE.sub("", text, count=1), count=1) or text
         for wrapper in _WRAPPERS:
             if match := wrapper.fullmatch(text):
                 text = match[1]

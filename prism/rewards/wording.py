@@ -20,7 +20,7 @@ _NO_SUBJECT = NEGATIONS | CONDITIONS | SECOND_THOUGHTS | HEDGES | CONTRASTS | FA
 _UNSETTLED = CONDITIONS | SECOND_THOUGHTS | HEDGES
 _UNSETTLED_PHRASE = re.compile(
     r"\bnot\s+(?:\w+ly\s+|so\s+|very\s+|quite\s+)?(?:sure|certain)\b|\b(?:do not|don't|dont) know\b|\bno idea\b"
-    r"|\bhard to (?:say|tell)\b|\bon second thoughts?\b|\?"
+    r"|\bi\s+(?:\w+ly\s+)?(?:doubt|disagree)\b|\bhard to (?:say|tell)\b|\bon second thoughts?\b|\?"
 )
 _SPOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 
@@ -151,12 +151,12 @@ _MENTION = r"(?-i:[(\[]\s*(?P<boxed>[A-J])\s*[)\]]|(?P<bare>[A-HJ])(?![\w']))"
 _FILLER = (
     r"(?:not|no|never|nope|wait|actually|hmm+|oops|sorry|or|and|but|nor|rather|instead|maybe|perhaps|probably|possibly"
     r"|also|then|either|correction|scratch that|i mean|i meant|i think|i guess|i believe|it is|it's|its"
-    r"|is|was|(?:(?:it|that|this) )?(?:should|could|might|may|can|must|cannot|can't) be"
+    r"|is|was|(?:(?:it|that|this) )?(?:should|could|might|may|can|must|cannot|can't) (?:also )?be"
     r"|(?:the )?(?:(?:correct|right|real|actual|final|best) )?(?:answer|option|choice))"
 )
 _VERDICT = (
     r"(?:a |an |the |my )?(?P<verdict>\w*correct|right|true|wrong|false|untrue|mistaken|possible|plausible|answer"
-    r"|choice|option)(?!\w)"
+    r"|choice|option|(?:it|one)(?=[\s.!]*$))(?!\w)"
 )
 # not the point (A, B)
 _OPTION = r"(?:\([A-J]\)|\[[A-J]\]|[A-J][)\]]?)"
@@ -212,6 +212,6 @@ def takes_back(letter: str, text: str) -> bool:
 
 
 def _approves(match: re.Match[str]) -> bool:
-    return match["verdict"].lower() in ("correct", "right", "true", "answer", "choice", "option") and (
+    return match["verdict"].lower() in ("correct", "right", "true", "answer", "choice", "option", "it", "one") and (
         " not " not in match[0].lower()
     )
