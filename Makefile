@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-op reproduce test test-all test-real test-peers bench bench-kept bench-patches gpu lint wheel clean
+.PHONY: help demo demo-op reproduce test test-all test-real fuzz test-peers bench bench-kept bench-patches gpu lint wheel \
+	clean
 
 help: ## lists the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +49,18 @@ test-all: $(VENV)/install.stamp ## runs the tests with the whole of every grid
 # one process: it starts the runs, two at a time
 test-real: $(VENV)/install.stamp ## trains a small Qwen3-VL in the form of a published one; stops, resumes, compares
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/real --durations=5
+
+# half of SECONDS for each pass. ASAN_OPTIONS: Python leaks at its end, and torch throws through code without ASan
+SECONDS := 120
+FUZZ := FUZZ_SECONDS=$$(($(SECONDS) / 2)) OMP_NUM_THREADS=1
+ASAN := build/asan
+
+fuzz: $(VENV)/install.stamp ## tries random and damaged inputs for SECONDS=120, then again under AddressSanitizer
+	$(FUZZ) $(BIN)/python -m pytest tests/fuzz -s
+	PRISM_KERNELS_SANITIZE=address PRISM_KERNELS_CUDA=0 PRISM_KERNELS_REQUIRE=1 \
+		$(BIN)/python setup.py -q build --build-base $(ASAN) --build-lib $(ASAN)/lib
+	$(FUZZ) LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest tests/fuzz/test_ops.py tests/fuzz/test_native.py -s -o pythonpath=$(ASAN)/lib
 
 # the peers get their own environment: they pin other versions than the package needs
 PEERS := .venv-peers

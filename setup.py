@@ -2,7 +2,8 @@
 
 `pip install --no-build-isolation .` builds prism_kernels/_C.so with a C++ compiler and _C_cuda.so with nvcc. Without
 one of them its library is left out, and a message says what to install. PRISM_KERNELS_REQUIRE=1 makes that an error,
-PRISM_KERNELS_SKIP_BUILD=1 builds nothing, PRISM_KERNELS_CUDA=0 builds no CUDA code.
+PRISM_KERNELS_SKIP_BUILD=1 builds nothing, PRISM_KERNELS_CUDA=0 builds no CUDA code, PRISM_KERNELS_SANITIZE=address
+builds the C++ code with that sanitizer, for `make fuzz`.
 """
 
 import os
@@ -108,6 +109,11 @@ def extensions() -> list[Extension]:
     cxx = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden", ABI]
     # the running process has torch's libraries loaded, so that no path to them is recorded
     link = [] if sys.platform == "darwin" else ["-Wl,--no-as-needed"]
+    sanitizer = os.environ.get("PRISM_KERNELS_SANITIZE")
+    if sanitizer:
+        # -O1: at -O3 the compiler may drop accesses that the sanitizer would report
+        cxx += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizer}"]
+        link += [f"-fsanitize={sanitizer}"]
     cpu = extension("prism_kernels._C", "cpu", extra_compile_args={"cxx": cxx}, extra_link_args=[*link, "-ltorch"])
     unwanted = os.environ.get("PRISM_KERNELS_CUDA") == "0" or sys.platform == "darwin"
     if unwanted or not list(Path("csrc/cuda").glob("*.cu")):

@@ -96,6 +96,12 @@ def number(
 _NUMBERS = (Real, torch.SymFloat, torch.SymInt)
 
 
+def memory(op: str, name: str, value: Tensor) -> None:
+    """Checks that a tensor has values, unlike one of the device meta."""
+    if value.is_meta:
+        fail(op, f"{name} on a device with memory", value.device)
+
+
 def positive(op: str, name: str, value: object, largest: float = LARGEST) -> float:
     """Returns a number as a float, after checking that it is positive, neither tiny nor huge."""
     plain = number(op, name, value, -torch.inf, torch.inf, f"{name} > 0 and finite")

@@ -87,20 +87,26 @@ class Layout(NamedTuple):
     branches: tuple[int, ...]
 
 
-def layout_of(cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, tokens: int, op: str = NAME) -> Layout:
-    """Returns the layout of a pack from its three tensors, whose values it reads and checks.
+def layout_of(
+    cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, last_index: Tensor, tokens: int, op: str = NAME
+) -> Layout:
+    """Returns the layout of a pack from its tensors, whose values it reads and checks.
 
     Args:
         cu_prefix: see `PrefixPack`.
         cu_branch: see `PrefixPack`.
         branch_group: see `PrefixPack`.
+        last_index: see `PrefixPack`; it tells a branch that is in the wrong group.
         tokens: T.
         op: the name of the caller in errors.
     """
-    for name, value in (("cu_prefix", cu_prefix), ("cu_branch", cu_branch), ("branch_group", branch_group)):
+    named = {"cu_prefix": cu_prefix, "cu_branch": cu_branch, "branch_group": branch_group, "last_index": last_index}
+    for name, value in named.items():
+        check.tensor(op, name, value)
+        check.memory(op, name, value)
         check.dtype(op, name, value, (torch.int32, torch.int64))
-        check.shape(op, name, value, ("S",) if name == "branch_group" else ("N + 1",))
-    ends, branch_ends, group = cu_prefix.tolist(), cu_branch.tolist(), branch_group.tolist()
+        check.shape(op, name, value, ("N + 1",) if name.startswith("cu_") else ("S",))
+    ends, branch_ends, group, last = (x.tolist() for x in named.values())
     for name, bounds in (("cu_prefix", ends), ("cu_branch", branch_ends)):
         if bounds[:1] != [0] or any(map(lt, bounds[1:], bounds)):
             check.fail(op, f"{name} to begin with 0 and not to decrease", _shortened(bounds))
@@ -109,8 +115,13 @@ def layout_of(cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, tokens
         check.fail(op, f"cu_prefix and cu_branch to cover the pack's {tokens} tokens", total)
     groups = len(ends) - 1
     check.shape(op, "branch_group", branch_group, (len(branch_ends) - 1,))
+    check.shape(op, "last_index", last_index, (len(branch_ends) - 1,))
     if group and (group[0] < 0 or group[-1] >= groups or any(map(lt, group[1:], group))):
         check.fail(op, f"branch_group in [0, {groups}) and not to decrease", _shortened(group))
+    expected = [ends[g + 1] + end - 1 for g, end in zip(group, branch_ends[1:])]
+    if last != expected:
+        s = next(s for s, (a, b) in enumerate(zip(last, expected)) if a != b)
+        check.fail(op, f"last_index {expected[s]} of branch {s}, by the lengths and branch_group", last[s])
     counts = [0] * groups
     for g in group:
         counts[g] += 1
@@ -153,7 +164,12 @@ class PrefixPack:
     @cached_property
     def layout(self) -> Layout:
         """The lengths on the host. Packs that are made here have them from the start and read no device."""
-        return layout_of(self.cu_prefix, self.cu_branch, self.branch_group, self.input_ids.shape[0])
+        return layout_of(*self.lengths, self.input_ids.shape[0])
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tensors that `layout_of` takes."""
+        return self.cu_prefix, self.cu_branch, self.branch_group, self.last_index
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PrefixPack":
         """Returns the pack on a device."""

@@ -244,12 +244,12 @@ def test_the_other_ways_compile_around_a_break(way):
 def test_opcheck():
     pack = make_pack(SHAPES)
     (q, k, v), upstream = make(pack)
-    lengths = (pack.cu_prefix, pack.cu_branch, pack.branch_group)
     forward = torch.ops.prism_kernels.prefix_attention_fwd
     plain = [x.detach() for x in (q, k, v)]
-    torch.library.opcheck(forward, (*plain, *lengths, 0.3))
-    out, lse = forward(*plain, *lengths, 0.3)
-    torch.library.opcheck(torch.ops.prism_kernels.prefix_attention_bwd, (upstream, *plain, out, lse, *lengths, 0.3))
+    rest = (*pack.lengths, 0.3)
+    torch.library.opcheck(forward, (*plain, *rest))
+    out, lse = forward(*plain, *rest)
+    torch.library.opcheck(torch.ops.prism_kernels.prefix_attention_bwd, (upstream, *plain, out, lse, *rest))
 
 
 def test_expansion_copies_the_prefix_before_each_branch():
@@ -330,6 +330,14 @@ BAD_PACKS = {
     "groups that decrease": ({"branch_group": DECREASING}, "branch_group in [0, 5) and not to decrease, got [0, 0,"),
     "fewer groups than branches": ({"branch_group": GROUPS[:-1]}, "branch_group of shape (10,), got (9,)"),
     "more groups than branches": ({"branch_group": GROUPS.repeat_interleave(2)}, "branch_group of shape (10,)"),
+    "branches in the next group": (
+        {"branch_group": torch.tensor([0, 0, 0, 0, 2, 2, 3, 3, 4, 4])},
+        "last_index 37 of branch 7, by the lengths and branch_group, got 46",
+    ),
+    "the last tokens of other branches": (
+        {"last_index": make_pack(SHAPES).last_index.flip(0)},
+        "last_index 9 of branch 0, by the lengths and branch_group, got",
+    ),
     "groups as floats": ({"branch_group": GROUPS.double()}, "branch_group of dtype int32, int64, got float64"),
     "groups in a matrix": ({"branch_group": GROUPS[None]}, "branch_group of shape (S,), got (1, 10)"),
     "short prefixes": ({"cu_prefix": PREFIX - PREFIX.clamp(max=1)}, "cu_prefix and cu_branch to cover the pack's 57"),

@@ -133,8 +133,8 @@ def patched(monkeypatch):
 
     def rewarded(batch, config):
         result = reward(batch, config)
-        total = [float(rollout.token_ids[0] % 7 == 0) for rollout in batch.rollouts]
-        return result._replace(total=torch.tensor(total))
+        total = torch.tensor([float(rollout.token_ids[0] % 7 == 0) for rollout in batch.rollouts])
+        return result._replace(total=total, compared=total)
 
     monkeypatch.setattr(engine.Engine, "_stops", stops)
     monkeypatch.setattr(rlvr, "reward_rollouts", rewarded)

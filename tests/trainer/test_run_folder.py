@@ -1,6 +1,5 @@
 """The folder of a run: one process at a time, whole files, a full disk, and signals."""
 
-import functools
 import json
 import os
 import random
@@ -23,7 +22,6 @@ from prism import cli
 from prism.commands import run as run_command
 from prism.commands.run import run, run_stages
 from prism.config import load_config
-from prism.models import tiny
 from prism.runtime import checkpoint
 from prism.runtime.disk import RunFolderError, write_whole
 from prism.runtime.lock import locked
@@ -31,28 +29,11 @@ from prism.runtime.runtime import Runtime
 from prism.runtime.signals import InterruptedRunError
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_tokenizer():
-    """Trains the tiny tokenizer once, which takes most of a small run's start."""
-    before = tiny.train_tokenizer
-    tiny.train_tokenizer = functools.cache(before)
-    yield
-    tiny.train_tokenizer = before
+pytestmark = pytest.mark.usefixtures("one_tokenizer")
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """The folder of a run that was stopped in its last stage, with two checkpoints."""
-    folder = tmp_path_factory.mktemp("stopped") / "run"
-    stop_in(folder, "rlvr", 1)
-    assert len(list(checkpoint.checkpoints(folder / "checkpoints"))) == 2
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(one_tokenizer, tmp_path_factory):
     """The folder of the same run without a stop."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert run(load_config(None, {**CHANGES, "run.folder": str(folder)})) == 0

@@ -1,6 +1,5 @@
 """Whatever a run's folder holds, a command ends well or with an error that names the path."""
 
-import functools
 import json
 import os
 import shutil
@@ -9,31 +8,14 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from run_cases import flags, rewritten, snapshot, stop_in
+from run_cases import flags, rewritten, snapshot
 
 from prism import cli
 from prism.commands import run as run_command
-from prism.models import tiny
 from prism.runtime import checkpoint
 from prism.runtime.disk import FILES, FOLDERS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_tokenizer():
-    """Trains the tiny tokenizer once, which takes most of a small run's start."""
-    before = tiny.train_tokenizer
-    tiny.train_tokenizer = functools.cache(before)
-    yield
-    tiny.train_tokenizer = before
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """The folder of a run that was stopped in its last stage, with two checkpoints."""
-    folder = tmp_path_factory.mktemp("stopped") / "run"
-    stop_in(folder, "rlvr", 1)
-    assert len(list(checkpoint.checkpoints(folder / "checkpoints"))) == 2
-    return folder
+pytestmark = pytest.mark.usefixtures("one_tokenizer")
 
 
 DAMAGES = {

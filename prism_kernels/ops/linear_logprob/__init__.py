@@ -118,6 +118,7 @@ def head_arguments(
         weight = whole(weight)
     for name, value in (("hidden", hidden), ("weight", weight), ("target", target)):
         check.tensor(op, name, value)
+    check.memory(op, "hidden", hidden)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if hidden.dim() not in (2, 3):

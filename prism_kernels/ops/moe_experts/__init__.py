@@ -38,6 +38,7 @@ def moe_experts(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, *, b
     check.tensor(NAME, "x", x)
     check.shape(NAME, "x", x, ("T", "D"))
     check.dtype(NAME, "x", x, FLOATS)
+    check.memory(NAME, "x", x)
     if not isinstance(routing, Routing):
         check.fail(NAME, "routing to be a Routing", type(routing).__name__, TypeError)
     T, D = x.shape

@@ -113,6 +113,8 @@ def moe_route(
     if kind_bias is not None:
         check.tensor(NAME, "kind_bias", kind_bias)
         check.shape(NAME, "kind_bias", kind_bias, (1 if kind is None else "kinds", experts))
+        if kind_bias.shape[0] == 0:
+            check.fail(NAME, "kind_bias of shape (kinds, E) with kinds > 0", tuple(kind_bias.shape))
         check.dtype(NAME, "kind_bias", kind_bias, FLOATS)
         check.device(NAME, "kind_bias", kind_bias, x, "x")
         kinds = kind_bias.shape[0]

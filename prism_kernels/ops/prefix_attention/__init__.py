@@ -8,7 +8,7 @@ from prism_kernels.ops.prefix_attention.eager import attend_pieces
 from prism_kernels.ops.prefix_attention.op import NAME, PrefixAttentionFunction
 from prism_kernels.ops.prefix_attention.varlen import attend_expanded, flash_takes
 from prism_kernels.ops.rows import FLOATS
-from prism_kernels.packing import PrefixPack
+from prism_kernels.packing import PrefixPack, layout_of
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale: float | None = None) -> Tensor:
@@ -39,7 +39,9 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale
         check.device(NAME, name, value, q, "q")
     if not isinstance(pack, PrefixPack):
         check.fail(NAME, "pack to be a PrefixPack (prism_kernels.packing)", type(pack).__name__, TypeError)
-    check.device(NAME, "pack", pack.cu_prefix, q, "q")
+    for value in pack.lengths:
+        check.tensor(NAME, "pack's lengths and groups", value)
+        check.device(NAME, "pack", value, q, "q")
     if q.dim() != 3 or 0 in q.shape[1:]:
         check.fail(NAME, "q of shape (T, H, d) with H, d > 0", tuple(q.shape))
     tokens, heads, width = q.shape
@@ -51,11 +53,11 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale
     check.shape(NAME, "v", v, tuple(k.shape))
     scale = check.optional(NAME, "scale", scale) or width**-0.5
     if tokens == 0:
+        layout_of(*pack.lengths, tokens, NAME)
         # empty, but a part of the graph
         return q + 0 * (k.sum() + v.sum())
     if q.device.type == "cpu":
-        lengths = (pack.cu_prefix, pack.cu_branch, pack.branch_group)
-        return PrefixAttentionFunction.apply(q, k, v, lengths, scale)
+        return PrefixAttentionFunction.apply(q, k, v, pack.lengths, scale)
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and flash_takes(q):
         return attend_expanded(q, k, v, pack, scale)
     return attend_pieces(q, k, v, pack.layout, scale)

@@ -17,27 +17,18 @@ from prism_kernels.packing import layout_of
 NAME = "prefix_attention"
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    return eager.forward(q, k, v, layout_of(cu_prefix, cu_branch, branch_group, q.shape[0], NAME), scale)
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    cu_prefix, cu_branch, group, last, scale = rest
+    layout = layout_of(cu_prefix, cu_branch, group, last, q.shape[0], NAME)
+    return eager.forward(q, k, v, layout, scale)
 
 
 def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_prefix: Tensor,
-    cu_branch: Tensor,
-    branch_group: Tensor,
-    scale: float,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return eager.backward(
-        grad, q, k, v, out, lse, layout_of(cu_prefix, cu_branch, branch_group, q.shape[0], NAME), scale
-    )
+    cu_prefix, cu_branch, group, last, scale = rest
+    layout = layout_of(cu_prefix, cu_branch, group, last, q.shape[0], NAME)
+    return eager.backward(grad, q, k, v, out, lse, layout, scale)
 
 
 def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -48,7 +39,8 @@ def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tu
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_PACK = "Tensor cu_prefix, Tensor cu_branch, Tensor branch_group, float scale"
+# `PrefixPack.lengths`
+_PACK = "Tensor cu_prefix, Tensor cu_branch, Tensor branch_group, Tensor last_index, float scale"
 prefix_attention_fwd = register_op(
     f"prefix_attention_fwd(Tensor q, Tensor k, Tensor v, {_PACK}) -> (Tensor, Tensor)",
     fake=_forward_fake,
@@ -66,9 +58,7 @@ class PrefixAttentionFunction(torch.autograd.Function):
     """The attention's output, differentiable in q, k and v."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, Tensor, Tensor], scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, ...], scale: float) -> Tensor:
         """Returns the output."""
         out, lse = prefix_attention_fwd(q, k, v, *lengths, scale)
         ctx.save_for_backward(q, k, v, out, lse, *lengths)

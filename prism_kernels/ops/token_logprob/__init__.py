@@ -51,7 +51,8 @@ def token_logprob(
     tau = row_temperature(NAME, temperature, target, accumulator(logits.dtype))
     flat = logits.reshape(-1, logits.shape[-1])
     if flat.stride(1) != 1:
-        flat = flat.contiguous()
+        # not contiguous(), which leaves the strides of an empty tensor
+        flat = flat.clone(memory_format=torch.contiguous_format)
     # an expanded tensor, or a window over one that is shorter than its rows
     if inplace_backward and flat.shape[0] > 1 and flat.stride(0) < flat.shape[1]:
         got = f"logits of shape {tuple(logits.shape)} and strides {logits.stride()}"
