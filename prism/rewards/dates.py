@@ -45,16 +45,16 @@ def read_date(text: str) -> Date | None:
     """Returns the date that a text is, or None."""
     text = text.strip()
     if match := _DAY_AND_MONTH.fullmatch(text):
-        first, second = int(match[1]), int(match[3])
+        first, second, year = int(match[1]), int(match[3]), int(match[4])
         if first > 12 or first == second:
-            return _date(int(match[4]), second, first)
-        return _date(int(match[4]), first, second) if second > 12 else None
+            return _date(year, second, first)
+        return _date(year, first, second) if second > 12 else None
     for form in _FORMS:
         if match := form.fullmatch(text):
             said = match.groupdict()
             month = _MONTHS[said["name"].lower()] if "name" in said else int(said["month"])
-            year, day = said.get("year"), said.get("day")
-            return _date(int(year) if year else None, month, int(day) if day else None)
+            numbers = {part: int(said[part]) for part in ("year", "day") if said.get(part)}
+            return _date(numbers.get("year"), month, numbers.get("day"))
     return None
 
 

@@ -103,11 +103,13 @@ def equivalent(golds: Sequence[str], answer: str, algebra: Algebra | None) -> bo
 
 
 def _is_too_large(text: str) -> bool:
+    if len(text) > MOST_CHARACTERS:
+        return True
     depth = deepest = 0
     for character in text:
         depth += (character in "([{（［｛") - (character in ")]}）］｝")
         deepest = max(deepest, depth)
-    return len(text) > MOST_CHARACTERS or deepest > MOST_BRACKETS
+    return deepest > MOST_BRACKETS
 
 
 def _any(verdicts: Iterable[bool | None]) -> bool | None:
