@@ -198,7 +198,8 @@ def head_logprob(
         cache_bytes=cache_bytes,
     )
     # views would lose FSDP2's hooks where a caller writes into them
-    return TokenLogProbs(*(x.clone() if x is not None and x._is_view() else x for x in result))
+    entropies = None if result.entropy is None else result.entropy.clone()
+    return result._replace(logp=result.logp.clone(), entropy=entropies)
 
 
 def _plain(op: str, module: nn.Module | None) -> Head:

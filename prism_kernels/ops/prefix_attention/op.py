@@ -19,14 +19,14 @@ NAME = "prefix_attention"
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *lengths, scale = rest
-    return eager.forward(q, k, v, layout_of(*lengths, q.shape[0], NAME), scale)
+    return eager.forward(q, k, v, layout_of(*lengths, tokens=q.shape[0], op=NAME), scale)
 
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *lengths, scale = rest
-    return eager.backward(grad, q, k, v, out, lse, layout_of(*lengths, q.shape[0], NAME), scale)
+    return eager.backward(grad, q, k, v, out, lse, layout_of(*lengths, tokens=q.shape[0], op=NAME), scale)
 
 
 def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
