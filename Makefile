@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-op reproduce test test-all fuzz test-peers bench bench-kept bench-patches gpu lint wheel clean
+.PHONY: help demo demo-op reproduce test test-all test-real fuzz test-peers bench bench-kept bench-patches gpu lint wheel \
+	clean
 
 help: ## lists the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +45,10 @@ test: $(VENV)/install.stamp ## installs everything and runs the tests
 
 test-all: $(VENV)/install.stamp ## runs the tests with the whole of every grid
 	$(PYTEST)
+
+# one process: it starts the runs, two at a time
+test-real: $(VENV)/install.stamp ## trains a small Qwen3-VL in the form of a published one; stops, resumes, compares
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/real --durations=5
 
 # half of SECONDS for each pass. ASan must find libstdc++ when it starts, to see exceptions; Python leaks at its end
 SECONDS := 120

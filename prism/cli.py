@@ -27,6 +27,36 @@ class Option(NamedTuple):
     type: Callable[[str], Any] = str
     required: bool = True
     default: Any = None
+    choices: tuple[str, ...] | None = None
+    # "+": one value or more
+    nargs: str | None = None
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the flag to a command."""
+        parser.add_argument(f"--{self.name}", **{key: value for key, value in self._asdict().items() if key != "name"})
+
+
+class Switch(NamedTuple):
+    """A flag without a value."""
+
+    name: str
+    help: str
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the flag to a command."""
+        parser.add_argument(f"--{self.name}", action="store_true", help=self.help)
+
+
+class Operands(NamedTuple):
+    """Arguments without a flag, one or more."""
+
+    name: str
+    metavar: str
+    help: str
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the arguments to a command."""
+        parser.add_argument(self.name, nargs="+", metavar=self.metavar, help=self.help)
 
 
 class Command(NamedTuple):
@@ -37,7 +67,7 @@ class Command(NamedTuple):
     summary: str
     # whether the function takes the settings; otherwise it takes the options
     configured: bool = True
-    options: tuple[Option, ...] = ()
+    options: tuple[Option | Switch | Operands, ...] = ()
     # the only stage that the command runs
     stage: str | None = None
 
@@ -101,7 +131,50 @@ COMMANDS = {
         (RUN, Option("to", "DIR", "folder to write; it must not exist yet")),
     ),
     "report": Command("prism.report:report", "write a run's report as one HTML file, finished or not", False, (RUN,)),
-    "doctor": Command("prism.cli:doctor", "show versions, devices and kernels, and why any is missing", False),
+    "data check": Command(
+        "prism.cli:check",
+        "check data files without a model: count the rows that a run would skip, by cause",
+        False,
+        (
+            Operands("files", "FILE", "data file, JSONL or parquet, or a folder of them"),
+            Option(
+                "schema",
+                "SCHEMA",
+                "chat (sft), warmup, or problem (align, rlvr, validation, test); default: by the file's fields",
+                required=False,
+                choices=("chat", "warmup", "problem"),
+            ),
+            Option("image_root", "DIR", "folder that image paths are relative to; default: the file's", required=False),
+            Option("model", "DIR", "policy, whose tokens are counted; default: no tokens", required=False),
+            Option("prompt_tokens", "N", "the longest prompt, with --model; default: any", positive, False),
+            Option("response_tokens", "N", "the longest response, with --model; default: any", positive, False),
+            Switch("remote_images", "download images at http and https addresses"),
+        ),
+    ),
+    "score": Command(
+        "prism.commands.rescore:rescore",
+        "score the rollouts that a run recorded again, and compare",
+        False,
+        (
+            Option("rollouts", "FILE", "a file of a run's folder `rollouts`, or the folder"),
+            Option("reward", "PATH", "custom rewards, as package.module:function", required=False, nargs="+"),
+            Option("out", "FILE", "JSONL file for the old and new values of each rollout", required=False),
+        ),
+    ),
+    "doctor": Command(
+        "prism.cli:doctor",
+        "show versions, devices and kernels, and why any is missing; or compare a model's inputs with transformers'",
+        False,
+        (
+            Option("model", "DIR", "with --data: folder or hub id of a model", required=False),
+            Option(
+                "data",
+                "FILE",
+                "with --model: rows, of which some are encoded by us and by transformers",
+                required=False,
+            ),
+        ),
+    ),
 }
 
 # splits of the embedded world whose problems have answers
@@ -109,14 +182,14 @@ EVALUATED = ("test", "validation", "rl", "alignment", "sft")
 # packages that doctor shows besides those of the kernels
 PACKAGES = ("pydantic", "rich", "safetensors", "tokenizers", "pillow", "pyarrow", "math-verify")
 # errors that are shown without a traceback; by name, since importing their modules takes long
-SHOWN = ("ConfigError", "CheckpointError", "NotFiniteError")
+SHOWN = ("ConfigError", "CheckpointError", "RunFolderError", "NotFiniteError", "NotSavedError")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status.
 
-    The status is 0; 1 if training cannot continue; 2 for bad settings, data or checkpoints; 130 after Ctrl-C; 141 if
-    the reader of the output has closed it.
+    The status is 0; 1 if training cannot continue; 2 for bad settings, data, checkpoints or folders; 130 after Ctrl-C;
+    143 if SIGTERM ended a run after its step; 141 if the reader of the output has closed it.
     """
     # argparse does not know the settings: they stay in `flags`
     parsed, flags = _parser().parse_known_args(arguments)
@@ -158,16 +231,31 @@ def _run(command: Command, parsed: argparse.Namespace, flags: Sequence[str]) -> 
 
 def _output_is_closed() -> bool:
     """Returns whether the standard output is closed, as by `| head`, and if so discards the rest of the output."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    closed = True
+    # Windows has no poll
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        closed = any(event & select.POLLERR for _, event in poll.poll(0))
     if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return closed
 
 
-def doctor() -> int:
-    """Prints versions, devices and kernels; returns 1 if a package of the extra [train] is missing."""
+def doctor(model: str | None = None, data: str | None = None) -> int:
+    """Prints versions, devices and kernels; returns 1 if a package of the extra [train] is missing.
+
+    With a model and data it prints instead how their inputs compare with those of transformers.
+    """
+    if model is not None and data is not None:
+        _check_model("--model", model)
+        if not Path(data).exists():
+            raise DataError(f"--data: expected a file or folder of rows, there is no {data!r}")
+        from prism.commands.doctor import show_inputs
+
+        return show_inputs(model, data)
+    if model is not None or data is not None:
+        raise DataError("doctor: expected --model and --data together, got one of them")
     from importlib.metadata import PackageNotFoundError, version
 
     from prism_kernels.__main__ import main as kernels
@@ -192,9 +280,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.summary, description=command.summary, allow_abbrev=False)
+        group, _, action = name.partition(" ")
+        beside = commands
+        if action:
+            outer = commands.add_parser(group, help=f"{name}: {command.summary}", allow_abbrev=False)
+            beside = outer.add_subparsers(dest="action", required=True, metavar="action")
+        sub = beside.add_parser(action or name, help=command.summary, description=command.summary, allow_abbrev=False)
+        sub.set_defaults(command=name)
         for option in command.options:
-            sub.add_argument(f"--{option.name}", **{k: v for k, v in option._asdict().items() if k != "name"})
+            option.add_to(sub)
         if command.configured:
             sub.usage = f"prism {name} [--config FILE] [--dry-run] [--section.key VALUE ...]"
             sub.add_argument("--config", metavar="FILE", help="TOML file of settings; default: the embedded world")
@@ -232,16 +326,19 @@ def _called(command: Command, *arguments: Any, **named: Any) -> int:
 def upcycle(config: "Config") -> int:
     """Writes the discriminator that the settings describe."""
     from prism.config import ConfigError
+    from prism.runtime.disk import system_errors
+    from prism.runtime.lock import locked
 
     folder = Path(config.run.folder)
     if config.discriminator.dense:
         raise ConfigError("discriminator.dense: expected false, a dense one has no experts, got true")
-    for name in ("config.json", "metrics.jsonl", "discriminator"):
-        if (folder / name).exists():
-            raise ConfigError(f"run.folder: expected one without {name}, got {str(folder)!r}; name another one")
-    from prism.commands.make_discriminator import write_discriminator
+    with system_errors(folder), locked(folder):
+        for name in ("config.json", "metrics.jsonl", "discriminator"):
+            if (folder / name).exists():
+                raise ConfigError(f"run.folder: expected one without {name}, got {str(folder)!r}; name another one")
+        from prism.commands.make_discriminator import write_discriminator
 
-    write_discriminator(config)
+        write_discriminator(config)
     return 0
 
 
@@ -264,16 +361,39 @@ def evaluate(
     return 0
 
 
+def check(
+    files: Sequence[str],
+    schema: str | None,
+    image_root: str | None,
+    model: str | None,
+    prompt_tokens: int | None,
+    response_tokens: int | None,
+    remote_images: bool,
+) -> int:
+    """Prints which rows of data files a run would skip; returns 1 if there is one."""
+    if model is not None:
+        _check_model("--model", model)
+    else:
+        for name, limit in (("prompt_tokens", prompt_tokens), ("response_tokens", response_tokens)):
+            if limit is not None:
+                raise DataError(f"--{name}: expected with --model, whose tokens are counted, got {limit}")
+    from prism.commands.check_data import check_data
+
+    return check_data(files, schema, image_root, model, prompt_tokens, response_tokens, remote_images)
+
+
 def export(run: str, to: str) -> int:
     """Writes a run's policy as a Hugging Face folder."""
     from prism.report.run_folder import read_run
+    from prism.runtime.disk import system_errors
 
-    record = read_run(run)
-    if Path(to).exists():
-        raise DataError(f"--to: expected a folder that does not exist yet, got {to!r}")
-    from prism.commands.export import write_export
+    with system_errors(Path(run)), system_errors(Path(to)):
+        record = read_run(run)
+        if Path(to).exists():
+            raise DataError(f"--to: expected a folder that does not exist yet, got {to!r}")
+        from prism.commands.export import write_export
 
-    write_export(record, Path(to))
+        write_export(record, Path(to))
     return 0
 
 
@@ -311,7 +431,11 @@ def _check_model(key: str, model: str) -> None:
     inside = Path(model) / ("discriminator" if key.endswith("discriminator") else "policy")
     if (inside / "config.json").is_file():
         raise ConfigError(f"{key}: expected the folder of a model, got that of a run; did you mean {str(inside)!r}?")
-    if folder and not (Path(model) / "config.json").is_file():
+    if (Path(model) / "config.json").is_file():
+        from prism.models.families import DENSE, MOE, family_of
+
+        family_of(key, Path(model), (DENSE,) if key == "model.policy" else (DENSE, MOE))
+    elif folder:
         raise ConfigError(f"{key}: expected a folder with a config.json, got {model!r}")
 
 
@@ -334,7 +458,7 @@ def _read_data(config: "Config") -> int:
         if not files:
             continue
         # with the checks of the run
-        take = None if encoder is None else problem_reader(name, encoder, data)
+        take = None if encoder is None else problem_reader(name, encoder, data, patches=False)
         read = dry_run(files, SCHEMAS[name], options, take=take)
         print(f"\n# data.files.{name}: {read.accepted} of {read.rows} rows can be used")
         for cause, count in read.rejected.items():
@@ -347,14 +471,9 @@ def _read_data(config: "Config") -> int:
 
 def _encoder(config: "Config") -> "PromptEncoder | None":
     """Returns the encoder of prompts for the policy; None if it is a hub's model that is not on this machine."""
-    from prism.models.building import load_encoder
-    from prism.models.prompts import PromptEncoder
-    from prism.models.tiny import tiny_image_processor, train_tokenizer
+    from prism.models.building import policy_encoder
 
-    if config.model.policy == "tiny":
-        tokenizer = train_tokenizer(vocab_size=config.model.tiny.vocab_size)
-        return PromptEncoder(tokenizer, tiny_image_processor(config.model.tiny))
     try:
-        return load_encoder(config.model.policy, config.model.max_image_pixels, local_files_only=True)
-    except OSError:
+        return policy_encoder(config, download=False)
+    except FileNotFoundError:
         return None

@@ -1,6 +1,8 @@
 """Prints the versions, the devices, and for each op and backend whether it is available, or why not."""
 
+import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -35,4 +37,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        # a closed reader, as of `| head`, shows here, rather than when the interpreter exits
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the interpreter flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -38,7 +38,7 @@ class Reason(IntEnum):
     TEXT_OUTSIDE = 5
     # a section without text, or of white space alone
     EMPTY_SEGMENT = 6
-    # a section's text lies inside a token that begins in a tag: `find_segments` alone gives this
+    # reserved, no longer given: a section with text has tokens, wherever they are cut
     NO_TOKEN = 7
 
 

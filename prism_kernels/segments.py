@@ -48,14 +48,22 @@ SINGLE_BYTES = TokenBytes(np.arange(256, dtype=np.uint8), np.arange(257, dtype=n
 
 
 class Segments(NamedTuple):
-    """The tokens [start, end) of each segment's text, without its tags, as indices into the packed batch."""
+    """Each segment's text, which is all between its tags: its tokens [start, end), its bytes [byte_start, byte_end).
 
-    # [S, k], int64; start and end are 0 in invalid responses
+    Tokens are indices into the packed batch. Bytes are indices into the batch's text: the bytes of all its tokens, one
+    after the other. Special tokens have none.
+    """
+
+    # [S, k], int64; start, end, byte_start and byte_end are 0 in invalid responses
     start: Tensor
     # [S, k], int64
     end: Tensor
     # [S], int64: `Reason`
     reason: Tensor
+    # [S, k], int64
+    byte_start: Tensor
+    # [S, k], int64
+    byte_end: Tensor
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -109,9 +117,10 @@ def find_segments(
 
     A valid response is `<tag>text</tag>` for each tag in order: each tag once, no text empty or white space, and only
     white space around them; white space is ASCII's. Tags are searched in the bytes of the whole batch, so tokens may
-    cut them anywhere. A token belongs to the segment of its first byte: one that ends an opening tag and begins the
-    text belongs to the tag, one that ends the text and begins the closing tag belongs to the text. Special tokens have
-    no bytes: they neither disturb a segment nor begin or end one.
+    cut them anywhere. A segment's text is all between its tags, white space included, and its tokens are those that
+    hold at least one byte of the text: `>B` and `)</` belong to the text, although they end or begin a tag too. A token
+    with bytes of several texts, such as `a</caption><think>b`, belongs to each of their segments, which then overlap.
+    Special tokens have no bytes: they neither disturb a segment nor begin or end one.
 
     Args:
         token_ids: (T,), the responses one after the other.
@@ -154,13 +163,8 @@ def find_segments(
     gap_end = np.concatenate((begin[:, ::2], edges[1:, None]), 1)
     outside = texts_before[gap_end] - texts_before[gap_begin]
 
-    with_bytes = np.flatnonzero(lengths)
-    first = np.searchsorted(starts[with_bytes], finish[:, ::2])
-    after = np.searchsorted(starts[with_bytes], begin[:, 1::2])
-
     # from the last reason to the first, which overwrites the others
     reason = np.full(responses, Reason.VALID, dtype=np.int64)
-    reason[(first >= after).any(1)] = Reason.NO_TOKEN
     reason[(inner == 0).any(1)] = Reason.EMPTY_SEGMENT
     reason[(outside != 0).any(1)] = Reason.TEXT_OUTSIDE
     reason[(np.diff(begin) <= 0).any(1)] = Reason.WRONG_ORDER
@@ -169,10 +173,12 @@ def find_segments(
     reason[(number == 0).any(1)] = Reason.MISSING_TAG
 
     valid = reason == Reason.VALID
-    start, end = np.zeros((2, responses, count), dtype=np.int64)
-    start[valid] = with_bytes[first[valid]]
-    end[valid] = with_bytes[after[valid] - 1] + 1
-    return Segments(torch.from_numpy(start), torch.from_numpy(end), torch.from_numpy(reason))
+    start, end, byte_start, byte_end = np.zeros((4, responses, count), dtype=np.int64)
+    byte_start[valid], byte_end[valid] = finish[valid, ::2], begin[valid, 1::2]
+    # by where tokens end: a token without bytes is never the first to reach a byte
+    start[valid] = np.searchsorted(starts[1:], byte_start[valid], side="right")
+    end[valid] = np.searchsorted(starts[1:], byte_end[valid], side="left") + 1
+    return Segments(*map(torch.from_numpy, (start, end, reason, byte_start, byte_end)))
 
 
 def _occurrences(text: NDArray[np.uint8], brackets: Ints, mark: bytes) -> Ints:

@@ -332,7 +332,8 @@ def run(found, names, told, at_once=2, seeds=(0,)):
 def test_finished_arms_are_not_run_again_and_changed_settings_are_refused(tmp_path, without_training):
     told = []
     assert run(experiment(tmp_path), ["long_rlvr"], told, seeds=(0, 1))
-    assert len(told) == 10 and told[-1].startswith("10/10  seed 1")
+    # two run at once, so either seed may be the last
+    assert len(told) == 10 and told[-1].startswith("10/10  seed ")
     names = ["sft", "rlvr-grpo", "align", "prism-grpo", "long_rlvr-grpo"]
     assert sorted(without_training) == sorted(2 * names)
     # only the interrupted arm and the new one run

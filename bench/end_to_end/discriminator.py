@@ -20,9 +20,9 @@ from transformers import AutoModel, Qwen3VLMoeConfig
 from prism.discriminator.model import Discriminator
 from prism.discriminator.score import PreparedGroups, ScorePack
 from prism.discriminator.training import discriminator_step
-from prism.models.prompts import IMAGE_TOKEN
 from prism.models.sizes import TinyMoeSize
 from prism.models.tiny import tiny_discriminator_base
+from prism.models.vocabulary import IMAGE_TOKEN
 from prism.runtime.optimiser import GuardedOptimiser
 from prism_kernels.packing import Branch, Kind, PrefixGroup, pack_groups
 

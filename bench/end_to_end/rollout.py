@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bench.timing import Timed, interleave
 from prism.models.packed import batch_images
-from prism.models.prompts import IMAGE_TOKEN, EncodedPrompt, join_images
+from prism.models.prompts import EncodedPrompt, join_images
 from prism.models.tiny import tiny_policy
+from prism.models.vocabulary import IMAGE_TOKEN
 from prism.rollout.engine import Engine
 from prism.rollout.options import Sampling
 

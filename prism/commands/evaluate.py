@@ -52,9 +52,9 @@ def examine(
         max_new_tokens: length of the longest response.
         seed: seed of the sampling.
     """
+    encoder = load_encoder("--model", model)
     policy = Policy(load_causal("--model", model, "auto"))
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = load_encoder(model)
     engine = Engine(policy.model, encoder.tokenizer)
     positions = policy.model.config.get_text_config().max_position_embeddings
     room = positions - max_new_tokens

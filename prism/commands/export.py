@@ -14,6 +14,8 @@ from prism.models.building import plain_policy
 from prism.models.tiny import save_processor
 from prism.report.run_folder import Row, RunRecord
 from prism.runtime import checkpoint
+from prism.runtime.disk import delete
+from prism.runtime.resuming import state_of
 
 CARD = "README.md"
 STAGES = {
@@ -36,12 +38,10 @@ def write_export(record: RunRecord, to: Path) -> Path:
         to: the folder, which does not exist yet.
     """
     aside = to.with_name(f".aside-{to.name}")
-    if aside.exists():
-        # left by an export that was killed
-        shutil.rmtree(aside)
-    finished = (record.folder / "evaluations.json").is_file()
-    state = "finished" if finished else _write_checkpoint(record, aside)
-    if finished:
+    # left by an export that was killed
+    delete(aside)
+    state = "finished" if record.finished else _write_checkpoint(record, aside)
+    if record.finished:
         _copy_policy(record.folder / "policy", aside)
     (aside / CARD).write_text(card(record, state), encoding="utf-8")
     aside.rename(to)
@@ -124,18 +124,18 @@ def _write_checkpoint(record: RunRecord, to: Path) -> str:
         raise DataError(
             f"{record.folder}: expected a finished run or a checkpoint in {folder}, got neither; resume the run"
         )
+    state = state_of(checkpoint.read(whole))
     try:
-        config = Config.model_validate(record.settings)
+        # with these the weights were trained, whatever is in config.json now
+        config = Config.model_validate(state.settings)
     except ValidationError as error:
-        raise DataError(f"{record.folder / 'config.json'}: expected settings that can be used here: {error}") from error
+        raise DataError(f"{whole / checkpoint.STATE}: expected settings that can be used here: {error}") from error
     on_cpu = config.run.model_copy(update={"device": "cpu"})
     model, encoder = plain_policy(config.model_copy(update={"run": on_cpu}))
     load_model(model, str(whole / "policy.safetensors"))
     model.save_pretrained(to)
-    save_processor(to, encoder.tokenizer, encoder.image_processor)
-    extra = json.loads((whole / "state.json").read_text())["extra"]
-    where = f"step {extra['step']} of {extra['stage']}" if extra["stage"] else f"the end of {extra['done'][-1]}"
-    return f"not finished: this is its checkpoint of {where}"
+    save_processor(to, encoder)
+    return f"not finished: this is its checkpoint of {state.where}"
 
 
 def _figures(record: RunRecord) -> str:

@@ -15,7 +15,8 @@ from prism.discriminator.model import Discriminator
 from prism.discriminator.storage import save_discriminator
 from prism.discriminator.upcycle import UpcycleReport, measure_upcycle, upcycle
 from prism.models.building import device_of, load_dense, load_encoder, plain_policy
-from prism.models.prompts import PLACEHOLDER, Message, PromptEncoder
+from prism.models.prompts import Message, PromptEncoder
+from prism.models.vocabulary import PLACEHOLDER
 from prism.worlds.shapes.problems import problem_of
 from prism.worlds.shapes.world import ShapesWorld
 
@@ -55,7 +56,7 @@ def _dense(config: Config) -> tuple[Qwen3VLForConditionalGeneration, PromptEncod
         return plain_policy(config)
     dense = load_dense("model.discriminator", name, getattr(torch, config.model.dtype))
     torch.nn.Module.to(dense, device_of(config))
-    return dense, load_encoder(name, config.model.max_image_pixels)
+    return dense, load_encoder("model.discriminator", name, config.model.max_image_pixels)
 
 
 def _batch(encoder: PromptEncoder) -> dict[str, torch.Tensor]:

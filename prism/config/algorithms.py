@@ -116,8 +116,8 @@ class AlignAlgorithm(PolicyLoss):
     """Alignment's loss and advantages. `prism_kernels.prism_advantage` has the formulas of the advantages.
 
     Args:
-        mode: The formula that combines the discriminator's scores with format and accuracy. Alignment knows no
-            accuracy, which the modes other than `align` need.
+        mode: The formula that combines the discriminator's scores with format and accuracy. Only `align` can be used:
+            the others need an accuracy, which alignment does not know.
         alpha: Share of perception in the mixture of both advantages; the rest is reasoning's.
         normalize: `channel` takes z-scores of each channel and then the mixture; `sum` takes z-scores of the mixture.
         invalid: Scores of responses in a bad format: `exclude` leaves them out of the statistics; `below_min`, as
@@ -127,7 +127,7 @@ class AlignAlgorithm(PolicyLoss):
         wrong_penalty: Subtracted for a wrong answer in modes other than `align`.
         w_acc: Weight of the accuracy in `rlvr`, `rlvr_v2` and `sign_align`.
         w_fmt: Weight of a good format in `rlvr`, `rlvr_v2` and `sign_align`.
-        token_credit: Whether descriptions are credited with perception's advantage and the other tokens with
+        token_credit: Whether captions are credited with perception's advantage, and thinking and answers with
             reasoning's, instead of all tokens with the mixture.
     """
 
@@ -144,10 +144,12 @@ class AlignAlgorithm(PolicyLoss):
     token_credit: bool = False
 
     @model_validator(mode="after")
-    def _check_credit(self) -> Self:
-        if self.token_credit and (self.mode != "align" or self.normalize != "channel"):
-            wanted = "mode = 'align' and normalize = 'channel'"
-            raise ValueError(f"token_credit: expected false without {wanted}, which keep the channels apart, got true")
+    def _check_mode(self) -> Self:
+        if self.mode != "align":
+            raise ValueError(f"mode: expected 'align', {self.mode!r} needs an accuracy, which alignment does not know")
+        if self.token_credit and self.normalize != "channel":
+            wanted = "normalize = 'channel', which keeps the channels apart"
+            raise ValueError(f"token_credit: expected false without {wanted}, got true")
         return self
 
     def advantage_options(self) -> dict[str, Any]:
@@ -157,7 +159,10 @@ class AlignAlgorithm(PolicyLoss):
 
 
 class DynamicSampling(Section):
-    """DAPO's dynamic sampling: groups whose rewards are all equal are replaced by those of other prompts.
+    """DAPO's dynamic sampling: groups that are all right or all wrong are replaced by those of other prompts.
+
+    Accuracy decides, not the reward with its parts for format and length. Where verifier_weight is 0, the sum of the
+    custom rewards decides.
 
     Args:
         generate: Prompts of each try; none: three times rollout.rlvr.prompts, which are kept.
@@ -233,12 +238,21 @@ class RlvrAlgorithm(PolicyLoss):
 class AlgorithmSettings(Section):
     """The algorithm of each RL stage.
 
-    The defaults are for the embedded world, and hold only if no key of the table is given: a table with any key starts
-    from the preset of its name instead.
+    The defaults are for the embedded world. A table that is given in part keeps them for its other keys, unless it
+    names another algorithm: then its other keys are those of that algorithm's preset.
     """
 
     align: AlignAlgorithm = AlignAlgorithm(token_credit=True, kl_coef=0.1, kl_estimator="k3")
     rlvr: RlvrAlgorithm = RlvrAlgorithm(kl_coef=0.05, kl_estimator="k3")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        names = {table: field.default.name for table, field in cls.model_fields.items()}
+        same = {t: v for t, v in given.items() if isinstance(v, dict) and v.get("name", names.get(t)) == names.get(t)}
+        return {**given, **over_defaults(cls, same)}
 
 
 class Adam(Section):

@@ -117,8 +117,8 @@ class ModelSettings(Section):
         discriminator: The model to make the discriminator of: `policy` (as it is before the first stage), or a folder
             or hub id. A dense Qwen3-VL is upcycled; a Mixture-of-Experts or a discriminator is used unchanged.
         dtype: Data type of weights and activations.
-        max_image_pixels: Larger images are scaled down to this width times height; none: the processor's own limit.
-            Lower it to save image tokens.
+        max_image_pixels: No image takes more than this width times height after scaling; none: the processor's own
+            limit. Lower it to save image tokens.
         tiny: Sizes of the policy `tiny`.
     """
 
@@ -312,10 +312,13 @@ class LogSettings(Section):
         console: `auto` shows a progress bar on a terminal and a line per step elsewhere; `lines` always shows lines;
             `quiet` shows nothing.
         rollouts_every: Steps between the steps whose rollouts are written to rollouts/; 0: never.
+        stall_seconds: A step, an evaluation or a checkpoint that takes longer says on the console what it waits for,
+            once for each such time.
     """
 
     console: Literal["auto", "lines", "quiet"] = "auto"
     rollouts_every: Natural = 1
+    stall_seconds: Annotated[float, Field(gt=0)] = 600.0
 
 
 class EvaluationSettings(Section):

@@ -78,8 +78,12 @@ def _positions(config: Config) -> int | None:
     path = Path(config.model.policy) / "config.json"
     if not path.is_file():
         return None
-    model = json.loads(path.read_text())
-    positions = model.get("text_config", model).get("max_position_embeddings")
+    try:
+        model = json.loads(path.read_text())
+        positions = model.get("text_config", model).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        # `prism.models.families` says what is wrong with the file
+        return None
     return positions if isinstance(positions, int) else None
 
 

@@ -1,18 +1,34 @@
 """Data files, read one row at a time from any position, and the errors that name a file and a row."""
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+import stat
+from collections.abc import Collection, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, NamedTuple
 
-# longer lines are skipped and never held in memory
-MAX_LINE = 64 * 2**20
-# rows of a parquet file that are decoded at once
-_BATCH = 64
+# the greatest size of a row: of a line, or of the values of a parquet row. longer ones are skipped
+MAX_BYTES = 64 * 2**20
+# the greatest number of values of a line; each takes up to 250 bytes once it is parsed
+MAX_VALUES = 10**6
+# files are read in pieces of this size
+PIECE = 2**20
+_SUFFIXES = (".jsonl", ".parquet")
 # long enough to recognise a value, short enough for a log
 _SHOWN = 60
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 2 * _SHOWN
 # the schema of the files under each key of data.files
 SCHEMAS = {"sft": "chat", "warmup": "warmup"} | dict.fromkeys(("align", "rlvr", "validation", "test"), "problem")
+_KINDS = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
 
 
 class DataError(ValueError):
@@ -41,7 +57,8 @@ def shown(value: Any) -> str:
     """Returns a value as error messages show it, shortened."""
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
-    text = repr(value)
+    # a value may have millions of parts
+    text = repr(value[:_SHOWN]) if isinstance(value, str) else _REPR.repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
@@ -54,6 +71,8 @@ class Raw(NamedTuple):
     end: int
     # a line, a parsed row, or the reason why there is neither
     content: bytes | dict[str, Any] | RowError
+    # in bytes, about
+    size: int
 
 
 def data_files(paths: Sequence[str | Path] | str | Path) -> tuple[Path, ...]:
@@ -61,25 +80,73 @@ def data_files(paths: Sequence[str | Path] | str | Path) -> tuple[Path, ...]:
     files: list[Path] = []
     for path in [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix in _READERS)
+            inside = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
             if not inside:
-                raise DataError(f"{path}: expected files ending in {' or '.join(_READERS)}, got none")
+                raise DataError(f"{path}: expected files ending in {' or '.join(_SUFFIXES)}, got none")
             files += inside
         elif not path.exists():
             raise DataError(f"{path}: expected a data file, there is none")
-        elif path.suffix not in _READERS:
+        elif path.suffix not in _SUFFIXES:
             hint = "; write one object a line, as .jsonl" if path.suffix == ".json" else ""
-            raise DataError(f"{path}: expected a file ending in {' or '.join(_READERS)}, got {path.suffix!r}{hint}")
+            raise DataError(f"{path}: expected a file ending in {' or '.join(_SUFFIXES)}, got {path.suffix!r}{hint}")
         else:
             files.append(path)
     if not files:
         raise DataError("data files: expected at least one, got none")
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"{path}: {_not_a_file(path.stat().st_mode)}")
     return tuple(files)
 
 
-def read_rows(path: Path, row: int = 0, offset: int = 0) -> Iterator[Raw]:
-    """Yields the rows of a file after the first `row` rows, which end at `offset`."""
-    return _READERS[path.suffix](path, row, offset)
+def open_regular(path: Path) -> BufferedReader:
+    """Opens a file to read; raises `OSError` for anything else, such as a FIFO, which could keep the reader waiting."""
+    # opening a FIFO waits for its writer without O_NONBLOCK, which Windows does not have
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(_not_a_file(mode))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _not_a_file(mode: int) -> str:
+    return f"expected a regular file, got a {_KINDS.get(stat.S_IFMT(mode), 'special file')}"
+
+
+def extent(path: Path) -> int:
+    """Returns where the last row ends, in the unit of `Raw.end`."""
+    if path.suffix == ".jsonl":
+        return path.stat().st_size
+    from prism.data.parquet_rows import number_of_rows
+
+    return number_of_rows(path)
+
+
+def read_rows(
+    path: Path, row: int = 0, offset: int = 0, *, columns: Collection[str] | None = None, max_bytes: int = MAX_BYTES
+) -> Iterator[Raw]:
+    """Yields the rows of a file after the first `row` rows, which end at `offset`.
+
+    Args:
+        path: the file.
+        row: number of rows before.
+        offset: where they end, see `Raw`.
+        columns: the columns that a parquet file is read for; None: all of them.
+        max_bytes: the greatest size of a row; a longer one is a `RowError`.
+    """
+    try:
+        if path.suffix == ".jsonl":
+            yield from _lines(path, row, offset, max_bytes)
+        else:
+            from prism.data.parquet_rows import parquet_rows
+
+            yield from parquet_rows(path, row, offset, columns, max_bytes)
+    except OSError as error:
+        raise DataError(f"{path}: expected a file that can be read: {error.strerror or error}") from None
 
 
 def parse(content: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
@@ -88,8 +155,11 @@ def parse(content: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
         raise content
     if isinstance(content, dict):
         return content
+    if content.count(b",") > MAX_VALUES:
+        raise RowError("too long", "", f"expected a row of at most {MAX_VALUES} values")
     try:
-        value = json.loads(content)
+        # json itself also accepts UTF-16, and halves of surrogate pairs as bytes
+        value = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         # UnicodeDecodeError is a ValueError
         raise RowError("not JSON", "", f"expected a JSON object: {error}") from None
@@ -104,48 +174,16 @@ def parse(content: bytes | dict[str, Any] | RowError) -> dict[str, Any]:
     return value
 
 
-def _jsonl(path: Path, row: int, offset: int) -> Iterator[Raw]:
-    with path.open("rb") as file:
+def _lines(path: Path, row: int, offset: int, max_bytes: int) -> Iterator[Raw]:
+    with open_regular(path) as file:
         file.seek(offset)
-        while line := file.readline(MAX_LINE + 1):
+        while line := file.readline(max_bytes + 1):
             row += 1
             content: bytes | RowError = line
-            if len(line) > MAX_LINE:
-                content = RowError("too long", "", f"expected a line of at most {MAX_LINE} bytes")
-                while not line.endswith(b"\n") and (line := file.readline(MAX_LINE)):
+            if len(line) > max_bytes:
+                content = RowError("too long", "", f"expected a line of at most {max_bytes} bytes")
+                while not line.endswith(b"\n") and (line := file.readline(PIECE)):
                     pass
             # an empty line is not a lost row
             if isinstance(content, RowError) or content.strip():
-                yield Raw(row, file.tell(), content)
-
-
-def _parquet(path: Path, row: int, offset: int) -> Iterator[Raw]:
-    try:
-        import pyarrow as arrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f"{path}: expected pyarrow, to read parquet: pip install pyarrow ({error})") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            groups, skip = _groups_from(file.metadata, offset)
-            for batch in file.iter_batches(batch_size=_BATCH, row_groups=groups):
-                kept = batch.slice(skip)
-                skip -= batch.num_rows - kept.num_rows
-                for content in kept.to_pylist():
-                    row, offset = row + 1, offset + 1
-                    yield Raw(row, offset, content)
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a parquet file, row {row + 1} cannot be read: {error}") from None
-
-
-def _groups_from(metadata: Any, offset: int) -> tuple[list[int], int]:
-    """Returns the row groups from the one with row `offset` on, and how many rows of it to skip."""
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        if offset < rows:
-            return list(range(group, metadata.num_row_groups)), offset
-        offset -= rows
-    return [], 0
-
-
-_READERS = {".jsonl": _jsonl, ".parquet": _parquet}
+                yield Raw(row, file.tell(), content, 0 if isinstance(content, RowError) else len(content))

@@ -8,10 +8,12 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from prism.data.files import DataError, Raw, RowError, data_files, parse, read_rows
+from prism.data.files import MAX_BYTES, DataError, Raw, RowError, data_files, parse, read_rows
 from prism.data.images import ImageLimits
-from prism.data.rows import READERS
+from prism.data.rows import COLUMNS, READERS
 
+# the size at which a block of rows ends before it has `buffer` rows
+BLOCK_BYTES = 512 * 2**20
 # after fewer rows the share of skipped ones says little
 _MIN_ROWS = 200
 
@@ -22,13 +24,15 @@ class LoadOptions:
 
     Args:
         seed: seed of the order of files and rows.
-        buffer: number of rows, not yet decoded, that are shuffled together; 0 keeps the order of the files.
+        buffer: number of rows, not yet decoded, that are shuffled together, fewer if they are large (512 MiB together);
+            0 keeps the order of the files.
         epochs: how often all files are read; None for no end.
         on_error: `skip` counts an unusable row and reads on, `raise` stops.
         max_skipped: greatest share of skipped rows; the stream stops above it. It is checked from the 200th row of an
             epoch on, and at the epoch's end.
         skipped: a JSONL file, written by this stream only, that records file, row, field, cause and reason of each
             skipped row once. Lines of an older run are dropped. None records nothing.
+        max_bytes: greatest size of a row, without images that it names by their paths.
         image_root: the folder to which paths of images are relative; None for the folder of the data file.
         images: which images are accepted.
     """
@@ -39,6 +43,7 @@ class LoadOptions:
     on_error: str = "skip"
     max_skipped: float = 0.05
     skipped: Path | None = None
+    max_bytes: int = MAX_BYTES
     image_root: Path | None = None
     images: ImageLimits = field(default_factory=ImageLimits)
 
@@ -150,6 +155,16 @@ class RowStream:
             self._next = state["next"]
         self._cut_log()
 
+    @property
+    def place(self) -> str:
+        """The file and the row after the last row returned; a block of rows is read at once."""
+        if self._next < len(self._block):
+            path, raw = self._block[self._next]
+            return f"{path}, row {raw.row}"
+        if self._end.file < len(self._order):
+            return f"{self.files[self._order[self._end.file]]}, after row {self._end.row}"
+        return "the end of all files"
+
     def _identity(self) -> dict[str, Any]:
         options = self.options
         sizes = [[file.name, file.stat().st_size] for file in self.files]
@@ -171,7 +186,7 @@ class RowStream:
         row, offset = position.row, position.offset
         for file in range(position.file, len(self._order)):
             path = self.files[self._order[file]]
-            for raw in read_rows(path, row, offset):
+            for raw in _read(path, self.schema, self.options, row, offset):
                 yield Position(file, raw.row, raw.end), path, raw
             row = offset = 0
 
@@ -179,10 +194,12 @@ class RowStream:
         """Reads the next block and returns whether there was one."""
         self._number += 1
         self._start, self._block, self._next = self._end, [], 0
+        size = 0
         for position, path, raw in self._rows:
             self._block.append((path, raw))
             self._end = position
-            if len(self._block) >= max(self.options.buffer, 1):
+            size += raw.size
+            if len(self._block) >= max(self.options.buffer, 1) or size >= BLOCK_BYTES:
                 break
         if self.options.buffer:
             _shuffle(self._block, f"{self.options.seed}/{self.epoch}/{self._number}")
@@ -231,9 +248,10 @@ class RowStream:
         path = self.options.skipped
         if path is None or not path.exists():
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # as bytes: whatever is in it, the run needs only its lines
+        lines = path.read_bytes().splitlines(keepends=True)
         if len(lines) > self.distinct_skipped:
-            path.write_text("".join(lines[: self.distinct_skipped]), encoding="utf-8")
+            path.write_bytes(b"".join(lines[: self.distinct_skipped]))
 
     def _check_share(self, at_end: bool) -> None:
         if at_end and self.read == self.skipped:
@@ -272,6 +290,7 @@ def dry_run(
     options: LoadOptions | None = None,
     *,
     take: Callable[[Any], Any] | None = None,
+    at: Callable[[Path, Raw], None] | None = None,
 ) -> DryRun:
     """Reads all files once and returns how many rows they have, and how many would be rejected, by cause.
 
@@ -280,6 +299,7 @@ def dry_run(
         schema: see `RowStream`.
         options: see `RowStream`; those of order and log have no effect.
         take: see `RowStream`.
+        at: is called with each row that was checked, and its file.
     """
     options = options or LoadOptions()
     if schema not in READERS:
@@ -288,7 +308,7 @@ def dry_run(
     first: dict[str, str] = {}
     rows = 0
     for path in data_files(files):
-        for raw in read_rows(path):
+        for raw in _read(path, schema, options):
             rows += 1
             try:
                 row = READERS[schema](parse(raw.content), "", options.image_root or path.parent, options.images)
@@ -297,7 +317,13 @@ def dry_run(
             except RowError as error:
                 rejected[error.cause] += 1
                 first.setdefault(error.cause, error.at(path, raw.row))
+            if at is not None:
+                at(path, raw)
     return DryRun(rows, rows - sum(rejected.values()), dict(rejected.most_common()), first)
+
+
+def _read(path: Path, schema: str, options: LoadOptions, row: int = 0, offset: int = 0) -> Iterator[Raw]:
+    return read_rows(path, row, offset, columns=COLUMNS[schema], max_bytes=options.max_bytes)
 
 
 def _shuffle(entries: list[Any], seed: str) -> None:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from prism.config import STAGES, DataSettings
 from prism.data.files import RowError
-from prism.data.rows import PLACEHOLDER, ChatRow, ProblemRow, WarmupRow
+from prism.data.rows import ChatRow, ProblemRow, WarmupRow
 from prism.models.policy import response_ids
-from prism.models.prompts import IMAGE_TOKEN, VIDEO_TOKEN, EncodedPrompt, Message, PromptEncoder, chat_messages
+from prism.models.prompts import EncodedPrompt, ImageSizeError, Message, Picture, PromptEncoder
+from prism.models.vocabulary import PLACEHOLDER
 
 if TYPE_CHECKING:
     from prism.worlds.shapes.world import ShapesSample
@@ -26,7 +26,7 @@ class Problem:
 
     name: str
     prompt: str | Sequence[Message]
-    images: tuple[Image.Image, ...] = ()
+    images: tuple[Picture, ...] = ()
     answer: str | None = None
     equivalent_answers: tuple[str, ...] = ()
     teacher: str | None = None
@@ -41,6 +41,13 @@ class Problem:
     # the row's, for custom rewards
     data_source: str = ""
 
+    @property
+    def question(self) -> str:
+        """The prompt as one text; of a chat all messages, as lines `role: text`."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
+
     def encoded(self, encoder: PromptEncoder) -> EncodedPrompt:
         """Returns the prompt as tokens and patches."""
         if self.encoding is not None:
@@ -54,13 +61,16 @@ def step_random(seed: int, stage: str, step: int) -> np.random.Generator:
     return np.random.default_rng([seed, STAGES.index(stage), step])
 
 
-def problem_reader(use: str, encoder: PromptEncoder, data: DataSettings) -> Callable[[Any], Problem]:
+def problem_reader(
+    use: str, encoder: PromptEncoder, data: DataSettings, *, patches: bool = True
+) -> Callable[[Any], Problem]:
     """Returns a function that makes a problem of a row, or raises `RowError`.
 
     Args:
         use: the stage, or the held-out split.
         encoder: encodes prompts for the policy.
         data: settings with the longest prompt and response.
+        patches: whether the images are cut into patches; a row that is only checked needs none.
     """
 
     def read(row: Any) -> Problem:
@@ -68,13 +78,27 @@ def problem_reader(use: str, encoder: PromptEncoder, data: DataSettings) -> Call
             problem, responses = _problem(row, use)
         else:
             problem, responses = _chat(row) if isinstance(row, ChatRow) else _pair(row)
-        _check_text(problem)
-        encoding = problem.encoded(encoder)
-        _check_length("prompt", len(encoding.input_ids), data.prompt_tokens, "prompt_tokens")
-        for field, ids in zip(responses, response_ids(list(responses.values()), encoder) if responses else ()):
-            _check_length(field, len(ids), data.response_tokens, "response_tokens")
-        # with its encoding, so that images are cut into patches once
-        return replace(problem, encoding=encoding)
+        texts = [("prompt", text) for text in _texts(problem.prompt)] + list(responses.items())
+        whole = {"prompt": "".join(_texts(problem.prompt)), **responses}
+        for field, text in whole.items():
+            key = "prompt_tokens" if field == "prompt" else "response_tokens"
+            # a text of megabytes would be tokenised for minutes
+            if encoder.is_longer(text, limit := getattr(data, key)):
+                raise _too_long(field, key, limit, f"{len(text)} characters")
+        for field, text in texts:
+            _check_text(field, text, encoder)
+        try:
+            ids = encoder.token_ids(problem.prompt, [image.size for image in problem.images], name=problem.name)
+        except ImageSizeError as error:
+            raise RowError("image size", "images", str(error)) from None
+        if len(ids) > data.prompt_tokens:
+            raise _too_long("prompt", "prompt_tokens", data.prompt_tokens, len(ids))
+        for field, tokens in zip(responses, response_ids(list(responses.values()), encoder) if responses else ()):
+            if len(tokens) > data.response_tokens:
+                raise _too_long(field, "response_tokens", data.response_tokens, len(tokens))
+        encoding = encoder.with_patches(ids, problem.images if patches else ())
+        # with its encoding, so that images are cut into patches once; the decoded images are as large as the patches
+        return replace(problem, encoding=encoding, images=row.stored)
 
     return read
 
@@ -117,7 +141,7 @@ def _pair(row: WarmupRow) -> WithResponses:
     if not row.teacher.answer:
         needed = "expected <answer>…</answer> in both responses, with which reasoning is scored in alignment too"
         raise RowError("response form", "teacher_cot", needed)
-    problem = Problem(row.id, row.question, row.images, teacher=row.teacher.text, student=row.student.text)
+    problem = Problem(row.id, _prompt(row.prompt), row.images, teacher=row.teacher.text, student=row.student.text)
     return problem, {"teacher_response": row.teacher.text, "student_response": row.student.text}
 
 
@@ -128,15 +152,16 @@ def _prompt(turns: Sequence[tuple[str, str]]) -> str | tuple[Message, ...]:
     return tuple({"role": role, "content": text} for role, text in turns)
 
 
-def _check_text(problem: Problem) -> None:
-    """Raises `RowError` if a text spells a token that stands for part of an image."""
-    for message in chat_messages(problem.prompt, len(problem.images)):
-        for item in message["content"]:
-            for token in (IMAGE_TOKEN, VIDEO_TOKEN):
-                if token in item.get("text", ""):
-                    raise RowError("vision token", "prompt", f"expected {PLACEHOLDER} where an image goes, got {token}")
+def _texts(prompt: str | Sequence[Message]) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
 
 
-def _check_length(field: str, tokens: int, limit: int, key: str) -> None:
-    if tokens > limit:
-        raise RowError("too long", field, f"expected at most data.{key} = {limit} tokens, got {tokens}")
+def _check_text(field: str, text: str, encoder: PromptEncoder) -> None:
+    """Raises `RowError` if a text spells a special token of the tokenizer, with its images or without them."""
+    for form in (text, text.replace(PLACEHOLDER, "")):
+        if (token := encoder.special_token(form)) is not None:
+            raise RowError("special token", field, f"expected text without {token}, which steers the model; remove it")
+
+
+def _too_long(field: str, key: str, limit: int, got: object) -> RowError:
+    return RowError("too long", field, f"expected at most data.{key} = {limit} tokens, got {got}")

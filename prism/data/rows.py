@@ -4,25 +4,38 @@ Of each kind there is a schema, which is what a file may say, a row, and a funct
 says.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from prism.data.files import RowError, shown
-from prism.data.images import ImageLimits, open_image
+from prism.data.images import ImageLimits, StoredImage, decode, read_images
+from prism.models.vocabulary import PLACEHOLDER, special_token
 from prism_kernels.grammar import Sections, split_response
 
-# stands in a text where an image goes
-PLACEHOLDER = "<image>"
+# columns of videos and sound, whose rows are refused
+MEDIA = ("videos", "video", "audios", "audio")
+# stands in a text where a video goes
+VIDEO_PLACEHOLDER = "<video>"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 Role = Literal["system", "user", "assistant"]
 Images = tuple[Image.Image, ...]
+Stored = tuple[StoredImage, ...]
 
 
 def _flat(content: Any) -> Any:
@@ -54,6 +67,15 @@ def _filled(value: Any) -> Any:
     return value
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, str) and (token := special_token(value)) is not None:
+        advice = f"remove it, or write {PLACEHOLDER} where an image goes"
+        raise PydanticCustomError(
+            "special token", "expected text without {token}, which steers the model; " + advice, {"token": token}
+        )
+    return value
+
+
 def _number_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
@@ -63,6 +85,8 @@ def _tuple(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_filled)]
+# text that a model reads or learns
+Said = Annotated[str, BeforeValidator(_plain), BeforeValidator(_filled)]
 Answer = Annotated[str, BeforeValidator(_filled), BeforeValidator(_number_as_text)]
 
 
@@ -75,10 +99,12 @@ class Turn(_Schema):
     """A turn of a chat, as `role` and `content` or as `from` and `value`."""
 
     role: Annotated[Role, BeforeValidator(_role)] = Field(validation_alias=AliasChoices("role", "from"))
-    content: Annotated[Text, BeforeValidator(_flat)] = Field(validation_alias=AliasChoices("content", "value"))
+    content: Annotated[Said, BeforeValidator(_flat)] = Field(validation_alias=AliasChoices("content", "value"))
 
 
-Turns = Annotated[tuple[Turn, ...], BeforeValidator(_tuple)]
+# the first error says enough, and a row may have a million
+Turns = Annotated[tuple[Turn, ...], FailFast(), BeforeValidator(_tuple)]
+System = Annotated[str | None, BeforeValidator(_plain)]
 ImageSources = Annotated[tuple[Any, ...], BeforeValidator(_tuple)]
 
 
@@ -92,6 +118,13 @@ def _check_chat(turns: tuple[Turn, ...], last: Role) -> None:
         raise PydanticCustomError("order of messages", "expected a user's message")
     if roles[-1] != last:
         raise PydanticCustomError("order of messages", f"expected the last message to be of {last}")
+
+
+def _led(system: str | None, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Returns the messages, led by the field `system` where it is set and they have no system's message."""
+    if not system or not system.strip() or turns[0].role == "system":
+        return turns
+    return (Turn(role="system", content=system), *turns)
 
 
 def _check_placeholders(turns: tuple[Turn, ...], images: int) -> None:
@@ -110,28 +143,14 @@ class ChatSchema(_Schema):
 
     messages: Turns = Field(validation_alias=AliasChoices("messages", "conversations"))
     images: ImageSources = ()
-    system: str | None = None
-    videos: Any = None
-    audios: Any = None
+    system: System = None
     id: Any = None
 
     @model_validator(mode="after")
     def _whole(self) -> "ChatSchema":
-        for name in ("videos", "audios"):
-            if getattr(self, name):
-                raise PydanticCustomError(
-                    "unsupported field", "expected no {name}: only images are read", {"name": name}
-                )
         _check_chat(self.messages, "assistant")
-        _check_placeholders(self.messages, len(self.images))
+        _check_placeholders(_led(self.system, self.messages), len(self.images))
         return self
-
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        """The messages, led by the field `system` where it is set."""
-        if not self.system or self.messages[0].role == "system":
-            return self.messages
-        return (Turn(role="system", content=self.system), *self.messages)
 
 
 @dataclass(frozen=True)
@@ -142,6 +161,8 @@ class ChatRow:
     # role and text, with a placeholder where an image goes
     messages: tuple[tuple[str, str], ...]
     images: Images
+    # the images as their files have them
+    stored: Stored
 
 
 def read_chat(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits) -> ChatRow:
@@ -154,36 +175,51 @@ def read_chat(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimits
         limits: which images are accepted.
     """
     row = validate(ChatSchema, raw)
-    return ChatRow(_id(row.id, name), _pairs(row.turns), _open(row.images, "images", root, limits))
+    images = _open(row.images, "images", root, limits)
+    return ChatRow(_id("id", row.id, name), _pairs(_led(row.system, row.messages)), *images)
+
+
+def _asked(value: Any) -> Any:
+    """Returns a question as a chat."""
+    return [{"role": "user", "content": _plain(_filled(value))}] if isinstance(value, str) else value
 
 
 class WarmupSchema(_Schema):
     """A question with a caption and a reasoning by a teacher and by a student.
 
     A missing caption or reasoning is taken from `teacher_response` or `student_response`, a missing `question` from
-    `prompt`.
+    `prompt`. Either may be a chat.
     """
 
     id: Any = None
     image: Any = None
     images: ImageSources = ()
-    question: Text = Field(validation_alias=AliasChoices("question", "prompt"))
-    teacher_caption: Text | None = None
-    teacher_cot: Text | None = None
-    student_caption: Text | None = None
-    student_cot: Text | None = None
-    teacher_response: Text | None = None
-    student_response: Text | None = None
+    system: System = None
+    question: Annotated[Turns, BeforeValidator(_asked)] = Field(validation_alias=AliasChoices("question", "prompt"))
+    teacher_caption: Said | None = None
+    teacher_cot: Said | None = None
+    student_caption: Said | None = None
+    student_cot: Said | None = None
+    teacher_response: Said | None = None
+    student_response: Said | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> "WarmupSchema":
         if self.image is not None and self.images:
             raise PydanticCustomError("image count", "expected image or images, got both")
-        placeholders, images = self.question.count(PLACEHOLDER), len(self.pictures)
-        # without a placeholder, the images come before the question
-        if placeholders not in (0, images):
-            raise _wrong_count(placeholders, images)
+        _check_chat(self.question, "user")
+        _check_placeholders(self.turns, len(self.pictures))
         return self
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The question as messages; without a placeholder, the images come before the first text of the user."""
+        turns = _led(self.system, self.question)
+        if any(PLACEHOLDER in turn.content for turn in turns):
+            return turns
+        first = [turn.role for turn in turns].index("user")
+        led = PLACEHOLDER * len(self.pictures) + turns[first].content
+        return (*turns[:first], Turn(role="user", content=led), *turns[first + 1 :])
 
     @property
     def pictures(self) -> tuple[Any, ...]:
@@ -214,8 +250,10 @@ class WarmupRow:
     """A question with a teacher's and a student's response; without answers in the row, both have an empty one."""
 
     id: str
-    question: str
+    # role and text, with a placeholder where an image goes
+    prompt: tuple[tuple[str, str], ...]
     images: Images
+    stored: Stored
     teacher: Sections
     student: Sections
 
@@ -229,7 +267,7 @@ def read_warmup(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLimi
         unanswered = "student_cot" if teacher.answer else "teacher_cot"
         raise RowError("response form", unanswered, "expected an answer in both responses or in neither, it has none")
     images = _open(row.pictures, "image" if row.image is not None else "images", root, limits)
-    return WarmupRow(_id(row.id, name), row.question, images, teacher, student)
+    return WarmupRow(_id("id", row.id, name), _pairs(row.turns), *images, teacher, student)
 
 
 def join_sections(caption: str, cot: str, who: str) -> Sections:
@@ -255,7 +293,7 @@ class RewardModel(_Schema):
 
     ground_truth: Answer
     style: str = "rule"
-    equivalent_answers: tuple[Answer, ...] = ()
+    equivalent_answers: Annotated[tuple[Answer, ...], FailFast()] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -272,19 +310,20 @@ class ProblemSchema(_Schema):
     """A problem for alignment and RLVR; the teacher's response is optional."""
 
     data_source: Text
+    system: System = None
     prompt: Turns
     reward_model: RewardModel
     images: ImageSources = ()
-    teacher_caption: str | None = None
-    teacher_cot: str | None = None
-    teacher_response: Text | None = None
+    teacher_caption: Annotated[str | None, BeforeValidator(_plain)] = None
+    teacher_cot: Annotated[str | None, BeforeValidator(_plain)] = None
+    teacher_response: Said | None = None
     answer: Answer | None = None
     extra_info: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> "ProblemSchema":
         _check_chat(self.prompt, "user")
-        _check_placeholders(self.prompt, len(self.images))
+        _check_placeholders(_led(self.system, self.prompt), len(self.images))
         return self
 
     @property
@@ -310,6 +349,7 @@ class ProblemRow:
     # role and text, with a placeholder where an image goes
     prompt: tuple[tuple[str, str], ...]
     images: Images
+    stored: Stored
     data_source: str
     ground_truth: str
     equivalent_answers: tuple[str, ...]
@@ -323,9 +363,9 @@ def read_problem(raw: Mapping[str, Any], name: str, root: Path, limits: ImageLim
     teacher = row.teacher
     extra = {key: value for key, value in (row.extra_info or {}).items() if value is not None}
     return ProblemRow(
-        _id(extra.get("id", extra.get("index")), name),
-        _pairs(row.prompt),
-        _open(row.images, "images", root, limits),
+        _id("extra_info.id", extra.get("id", extra.get("index")), name),
+        _pairs(_led(row.system, row.prompt)),
+        *_open(row.images, "images", root, limits),
         row.data_source,
         row.reward_model.ground_truth,
         row.reward_model.equivalent_answers,
@@ -339,6 +379,20 @@ READERS: dict[str, Callable[[Mapping[str, Any], str, Path, ImageLimits], Any]] =
     "problem": read_problem,
 }
 
+
+def _columns(schema: type[_Schema]) -> frozenset[str]:
+    aliases = [field.validation_alias for field in schema.model_fields.values()]
+    choices = [str(name) for alias in aliases if isinstance(alias, AliasChoices) for name in alias.choices]
+    return frozenset([*schema.model_fields, *choices, *MEDIA])
+
+
+# the columns that are looked at in the rows of each schema
+COLUMNS = {
+    "chat": _columns(ChatSchema),
+    "warmup": _columns(WarmupSchema),
+    "problem": _columns(ProblemSchema),
+}
+
 Schema = TypeVar("Schema", bound=_Schema)
 
 _CAUSES = {"missing": "missing field", "literal_error": "wrong type", "extra_forbidden": "wrong type"}
@@ -349,6 +403,7 @@ def validate(schema: type[Schema], row: Any) -> Schema:
     if isinstance(row, Mapping):
         # a null field is a missing field: in parquet every row has every column
         row = {key: value for key, value in row.items() if value is not None}
+        _check_media(row)
     try:
         return schema.model_validate(row)
     except ValidationError as error:
@@ -363,16 +418,39 @@ def validate(schema: type[Schema], row: Any) -> Schema:
     raise RowError(cause, field, problem if not field else f"{problem}, got {shown(first['input'])}")
 
 
-def _open(sources: Iterable[Any], field: str, root: Path, limits: ImageLimits) -> Images:
-    single = field == "image"
-    return tuple(
-        open_image(source, field if single else f"{field}.{i}", root, limits) for i, source in enumerate(sources)
-    )
+def _open(sources: Sequence[Any], field: str, root: Path, limits: ImageLimits) -> tuple[Images, Stored]:
+    """Returns images, and the images as their files have them."""
+    fields = [field if field == "image" else f"{field}.{i}" for i in range(len(sources))]
+    stored = read_images(sources, fields, root, limits)
+    return tuple(map(decode, stored, fields)), tuple(stored)
+
+
+def _check_media(row: Mapping[str, Any]) -> None:
+    """Raises `RowError` for videos and sound, in a column of their own or inside a prompt."""
+    for field in MEDIA:
+        if row.get(field):
+            raise _unsupported(field, field)
+    for field in ("messages", "conversations", "prompt", "question"):
+        turns = row.get(field)
+        for turn in turns if isinstance(turns, list) else [turns]:
+            content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else turn
+            for item in content if isinstance(content, list) else [content]:
+                kind, text = (item.get("type"), item.get("text")) if isinstance(item, Mapping) else (None, item)
+                if isinstance(kind, str) and kind.startswith(("video", "audio")):
+                    raise _unsupported(field, kind)
+                if isinstance(text, str) and VIDEO_PLACEHOLDER in text:
+                    raise _unsupported(field, "video")
+
+
+def _unsupported(field: str, kind: str) -> RowError:
+    return RowError("unsupported field", field, f"expected no {kind[:5]}s, got some; only images are read")
 
 
 def _pairs(turns: Iterable[Turn]) -> tuple[tuple[str, str], ...]:
     return tuple((turn.role, turn.content) for turn in turns)
 
 
-def _id(given: Any, name: str) -> str:
+def _id(field: str, given: Any, name: str) -> str:
+    if isinstance(given, (list, dict)):
+        raise RowError("wrong type", field, f"expected a text or a number, got {shown(given)}")
     return name if given is None or given == "" else str(given)

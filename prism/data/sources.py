@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from prism.config import STAGES, Config
 from prism.data.files import SCHEMAS, DataError
+from prism.data.fingerprint import FilePrint
 from prism.data.images import ImageLimits
 from prism.data.loader import LoadOptions, RowStream
 from prism.data.problem import Problem, problem_reader
@@ -41,6 +42,9 @@ class Problems(Protocol):
     def go_to(self, stage: str, position: dict[str, Any]) -> None:
         """Moves a stage to a position in its data."""
 
+    def reading(self, stage: str) -> str:
+        """Returns where a stage is in its data, in words."""
+
 
 def problems_of(config: Config, encoder: PromptEncoder) -> Problems:
     """Returns the problems that the settings name.
@@ -66,9 +70,11 @@ class FileProblems:
     def __init__(self, config: Config, encoder: PromptEncoder) -> None:
         self.config, self.encoder = config, encoder
         self._streams: dict[str, RowStream] = {}
+        self._prints: dict[str, list[FilePrint]] = {}
 
     def batches(self, stage: str, step: int, count: int, most: int = 1) -> Iterator[list[Problem]]:
         """Yields the next rows; a batch that is not taken is left for the next step."""
+        self._contents(stage)
         for _ in range(most):
             yield list(islice(self._stream(stage), count))
 
@@ -87,16 +93,31 @@ class FileProblems:
         return {"epoch": stream.epoch + 1, "rows_skipped": stream.distinct_skipped}
 
     def position(self, stage: str) -> dict[str, Any]:
-        """Returns the position in the stage's files."""
-        return self._stream(stage).state_dict()
+        """Returns the position in the stage's files, and their content."""
+        return {**self._stream(stage).state_dict(), "content": [one.state() for one in self._contents(stage)]}
 
     def go_to(self, stage: str, position: dict[str, Any]) -> None:
         """Moves to a position; raises `DataError` if it is a position in other files."""
+        stream, key = self._stream(stage), f"data.files.{self._files_of(stage)}"
         try:
-            self._stream(stage).load_state_dict(position)
+            stream.load_state_dict(position)
+            self._prints[stage] = [
+                FilePrint(file, one) for file, one in zip(stream.files, position["content"], strict=True)
+            ]
         except DataError as error:
-            advice = "put the old files back, or take another run.folder"
-            raise DataError(f"data.files.{self._files_of(stage)}: {error}; {advice}") from None
+            raise DataError(f"{key}: {error}; put the old files back, or take another run.folder") from None
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise DataError(f"{key}: expected a position as a checkpoint has it, got {error!r}") from None
+
+    def reading(self, stage: str) -> str:
+        """Returns the file and the row that come next."""
+        stream = self._streams.get(stage)
+        return f"data.files.{self._files_of(stage)}, {'not opened yet' if stream is None else stream.place}"
+
+    def _contents(self, stage: str) -> list[FilePrint]:
+        if stage not in self._prints:
+            self._prints[stage] = [FilePrint(file) for file in self._stream(stage).files]
+        return self._prints[stage]
 
     def _stream(self, stage: str) -> RowStream:
         if stage not in self._streams:

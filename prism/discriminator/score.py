@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from prism.discriminator.model import Discriminator
-from prism.models.prompts import EncodedPrompt, Message, PromptEncoder, chat_messages, join_images, without_images
+from prism.models.prompts import (
+    EncodedPrompt,
+    Message,
+    Picture,
+    PromptEncoder,
+    chat_messages,
+    join_images,
+    without_images,
+)
 from prism_kernels import check
 from prism_kernels.grammar import TAGS, ParsedResponse, parse_response
 from prism_kernels.packing import Branch, Kind, PrefixGroup, PrefixPack, pack_groups
@@ -91,7 +98,6 @@ class TextBranches:
         # normalised as the tokenizer does it, so that text and tokens have the same tags
         normalizer = self.encoder.tokenizer.backend_tokenizer.normalizer
         texts = [normalizer.normalize_str(text) for text in texts] if normalizer else texts
-        # of the text, not the tokens: where a vocabulary has a token for ">B", "<answer>B" is an answer all the same
         parsed = [parse_response(text) for text in texts]
         branches: list[tuple[Segment, ...] | str] = list(self._reasons(texts, parsed, names))
         valid = [s for s, reason in enumerate(branches) if not reason]
@@ -146,7 +152,7 @@ class Sample:
 
     prompt: str | Sequence[Message] | EncodedPrompt
     responses: Sequence[str]
-    images: Sequence[Image.Image] = ()
+    images: Sequence[Picture] = ()
     teacher: str | None = None
     name: str | None = None
 

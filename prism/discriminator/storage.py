@@ -81,7 +81,7 @@ def load_discriminator(
         images: whether prompts hold images; None: as config.json says, or true if it does not say.
     """
     folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     tensors = read_tensors(folder)
     head = value_weight(tensors, folder)
     backbone = {backbone_name(name): tensor for name, tensor in tensors.items()}
@@ -117,7 +117,7 @@ def build_backbone(config: PreTrainedConfig, state: Mapping[str, Tensor], dtype:
         expected = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
     _check_tensors(expected, state, cls.__name__)
     chosen = dtype or config.dtype or torch.float32
-    model = cls.from_pretrained(None, config=config, state_dict=dict(state), dtype=chosen)
+    model = cls.from_pretrained(None, config=config, state_dict=dict(state), dtype=chosen, trust_remote_code=False)
     return cast(Backbone, model)
 
 

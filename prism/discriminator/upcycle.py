@@ -72,7 +72,7 @@ def upcycle(
     """
     source: Any
     if isinstance(dense, str | Path):
-        source = AutoConfig.from_pretrained(dense)
+        source = AutoConfig.from_pretrained(dense, trust_remote_code=False)
         tensors = {backbone_name(name): t for name, t in read_tensors(dense).items() if not name.startswith("lm_head.")}
         dtype, device, training = source.dtype, torch.device("cpu"), False
     else:

@@ -8,6 +8,7 @@ The package ships weights for the tiny policy of the default sizes: a base that 
 import copy
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
+    Qwen2Tokenizer,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeForConditionalGeneration,
 )
@@ -25,15 +26,17 @@ from prism.config import Config, ConfigError
 from prism.discriminator.model import Discriminator
 from prism.discriminator.storage import IMAGES_KEY, has_value_head, load_discriminator
 from prism.discriminator.upcycle import upcycle
+from prism.models.families import DENSE, MOE, family_of
 from prism.models.policy import CausalModel, Policy
-from prism.models.prompts import PromptEncoder
+from prism.models.prompts import PromptEncoder, limited_size
 from prism.models.sizes import TinySize
-from prism.models.tiny import tiny_image_processor, tiny_policy
+from prism.models.tiny import VIDEOS, tiny_image_processor, tiny_policy, train_tokenizer
 from prism_kernels import check
 
-FAMILIES = {"qwen3_vl": Qwen3VLForConditionalGeneration, "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration}
+CLASSES = {DENSE: Qwen3VLForConditionalGeneration, MOE: Qwen3VLMoeForConditionalGeneration}
 # files of a checkpoint; the other files of a hub repository are not downloaded
-FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "value_head.pt")
+SMALL_FILES = ("*.json", "*.txt", "*.jinja")
+FILES = (*SMALL_FILES, "*.safetensors", "value_head.pt")
 TINY_BASE = "tiny base"
 BASE_PATH = Path(__file__).parent / "tiny_base.safetensors"
 
@@ -65,19 +68,36 @@ def build_policy(config: Config) -> Built:
 def plain_policy(config: Config) -> tuple[Qwen3VLForConditionalGeneration, PromptEncoder]:
     """Returns the initial policy as a plain transformers model, not set to packs, and its encoder."""
     dtype = getattr(torch, config.model.dtype)
+    encoder = policy_encoder(config)
     if config.model.policy == "tiny":
         size = config.model.tiny
-        model, tokenizer = tiny_policy(size, seed=config.run.seed)
+        assert isinstance(encoder.tokenizer, Qwen2Tokenizer)
+        model, _ = tiny_policy(size, tokenizer=encoder.tokenizer, seed=config.run.seed)
         # other sizes have no shipped weights: they start at random, or with the stage `base`
         if size == TinySize() and "base" not in config.run.stages:
             load_tiny_base(model)
-        encoder = PromptEncoder(tokenizer, tiny_image_processor(size))
     else:
         model = load_dense("model.policy", config.model.policy, dtype)
-        encoder = load_encoder(config.model.policy, config.model.max_image_pixels)
     # the annotation of the model's own `to` has no device
     torch.nn.Module.to(model, device_of(config), dtype)
     return model, encoder
+
+
+def policy_encoder(config: Config, *, download: bool = True) -> PromptEncoder:
+    """Returns the encoder of prompts for the policy.
+
+    Args:
+        config: the settings.
+        download: whether to download the files of a model of the hub; False: raises FileNotFoundError if they are not
+            on this machine.
+    """
+    name, most = config.model.policy, config.model.max_image_pixels
+    if name == "tiny":
+        size = config.model.tiny
+        return PromptEncoder(
+            train_tokenizer(vocab_size=size.vocab_size), limit_images(tiny_image_processor(size), most)
+        )
+    return load_encoder("model.policy", name, most, families=(DENSE,), download=download)
 
 
 def build_discriminator(config: Config, base: CausalModel) -> Discriminator:
@@ -142,44 +162,56 @@ def _load_saved(config: Config, folder: Path, dtype: torch.dtype) -> Discriminat
     return model
 
 
-def checkpoint_folder(key: str, name: str) -> Path:
-    """Returns the folder of a model; a model of the hub is downloaded.
+def checkpoint_folder(
+    key: str, name: str, families: Sequence[str] = (DENSE, MOE), *, weights: bool = True, download: bool = True
+) -> Path:
+    """Returns the folder of a model of a supported family; a model of the hub is downloaded, its weights last.
 
     Args:
         key: setting or flag that names the model, for errors.
         name: folder or hub id.
+        families: the supported families.
+        weights: whether to download the weights.
+        download: whether to download anything; False: raises FileNotFoundError if the files are not on this machine.
     """
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
             raise ConfigError(f"{key}: expected a folder with a config.json, got {name!r}")
-        return Path(name)
+        family_of(key, folder, families)
+        return folder
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        folder = Path(snapshot_download(name, allow_patterns=list(SMALL_FILES), local_files_only=not download))
+        family_of(key, folder, families, name=name)
+        if weights and download:
+            # the snapshot's folder has the name of its commit, so that both downloads are of one version
+            folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=list(FILES)))
+        return folder
     except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError) or (isinstance(error, FileNotFoundError) and not download):
+            raise
         # every error of huggingface_hub is one of the two
         raise ConfigError(
             f"{key}: expected a folder with a config.json or a model of the hub, got {name!r}: {_first_line(error)}"
         ) from error
 
 
-def load_causal(key: str, name: str, dtype: torch.dtype | str) -> CausalModel:
+def load_causal(key: str, name: str, dtype: torch.dtype | str, families: Sequence[str] = (DENSE, MOE)) -> CausalModel:
     """Returns a Qwen3-VL, dense or Mixture-of-Experts, with its language-model head; any other is a `ConfigError`.
 
     Args:
         key: setting or flag that names the model, for errors.
         name: folder or hub id.
         dtype: dtype of the weights; `auto`: as in the checkpoint.
+        families: the supported families.
     """
-    folder = checkpoint_folder(key, name)
+    folder = checkpoint_folder(key, name, families)
     try:
-        kind = AutoConfig.from_pretrained(folder).model_type
-        if kind not in FAMILIES:
-            raise ConfigError(f"{key}: expected a model of type {' or '.join(FAMILIES)}, {name!r} is of type {kind!r}")
         # the annotation has no pair, which output_loading_info returns
-        loaded: Any = FAMILIES[kind].from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = CLASSES[family_of(key, folder)].from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{key}: expected a Qwen3-VL checkpoint, got {name!r}: {_first_line(error)}") from error
     model: CausalModel
     model, info = loaded
@@ -193,26 +225,56 @@ def load_causal(key: str, name: str, dtype: torch.dtype | str) -> CausalModel:
 
 def load_dense(key: str, name: str, dtype: torch.dtype | str) -> Qwen3VLForConditionalGeneration:
     """Returns a dense Qwen3-VL with its language-model head; see `load_causal`."""
-    model = load_causal(key, name, dtype)
-    if not isinstance(model, Qwen3VLForConditionalGeneration):
-        raise ConfigError(f"{key}: expected a dense Qwen3-VL, {name!r} is a Mixture-of-Experts")
+    model = load_causal(key, name, dtype, (DENSE,))
+    assert isinstance(model, Qwen3VLForConditionalGeneration)
     return model
 
 
-def load_encoder(name: str, max_image_pixels: int | None = None, *, local_files_only: bool = False) -> PromptEncoder:
+def load_encoder(
+    key: str,
+    name: str,
+    max_image_pixels: int | None = None,
+    *,
+    families: Sequence[str] = (DENSE, MOE),
+    download: bool = True,
+) -> PromptEncoder:
     """Returns the encoder of a model's prompts.
 
     Args:
+        key: setting or flag that names the model, for errors.
         name: folder or hub id.
-        max_image_pixels: larger images are scaled down to this width times height; None: the processor's limit.
-        local_files_only: whether to download nothing.
+        max_image_pixels: see `limit_images`.
+        families: the supported families.
+        download: see `checkpoint_folder`.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    processor = Qwen2VLImageProcessorPil.from_pretrained(name, local_files_only=local_files_only)
-    if max_image_pixels is not None:
-        processor.size = {**processor.size, "longest_edge": max_image_pixels}
-    return PromptEncoder(AutoTokenizer.from_pretrained(name, local_files_only=local_files_only), processor)
+    folder = checkpoint_folder(key, name, families, weights=False, download=download)
+    try:
+        processor = Qwen2VLImageProcessorPil.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        videos = json.loads((folder / VIDEOS).read_text()) if (folder / VIDEOS).is_file() else None
+    except (OSError, ValueError) as error:
+        wanted = f"the files of a tokenizer and an image processor in {str(folder)!r}"
+        raise ConfigError(f"{key}: expected {wanted}: {_first_line(error)}") from error
+    return PromptEncoder(tokenizer, limit_images(processor, max_image_pixels), videos)
+
+
+def limit_images(processor: Any, most: int | None) -> Any:
+    """Sets an image processor to scale larger images down to `most` pixels, and returns it.
+
+    Args:
+        processor: `Qwen2VLImageProcessorPil` or its torchvision twin.
+        most: width times height after scaling; None: the processor's limit.
+    """
+    if most is None:
+        return processor
+    factor = processor.patch_size * processor.merge_size
+    if most < factor**2:
+        wanted = f"at least {factor**2}, the pixels of one image token"
+        raise ConfigError(f"model.max_image_pixels: expected {wanted}, got {most}")
+    processor.size = limited_size(dict(processor.size), most, factor)
+    return processor
 
 
 def load_tiny_base(model: torch.nn.Module) -> None:

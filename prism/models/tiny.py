@@ -12,7 +12,6 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
-    PreTrainedTokenizerBase,
     Qwen2Tokenizer,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -21,32 +20,18 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from prism.models.prompts import IMAGE_TOKEN, VIDEO_TOKEN
+from prism.models.prompts import PromptEncoder
 from prism.models.sizes import TinyMoeSize, TinySize
+from prism.models.vocabulary import IMAGE_TOKEN, SPECIAL_TOKENS, VIDEO_TOKEN
 from prism.worlds.shapes.carelessness import Carelessness
 from prism.worlds.shapes.world import ShapesWorld
 from prism_kernels import check
 
-# in the order of Qwen's vocabulary
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 # single tokens that a decoder prints as text
 TEXT_TOKENS = ("<think>", "</think>")
 TERMINAL_TOKEN = "<|im_end|>"
+# the file of a model's settings of videos
+VIDEOS = "video_preprocessor_config.json"
 BYTES = 256
 
 CHAT_TEMPLATE = """\
@@ -121,26 +106,25 @@ def tiny_image_processor(size: TinySize | None = None) -> Qwen2VLImageProcessorP
     )
 
 
-def save_processor(
-    folder: str | Path, tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil
-) -> None:
+def save_processor(folder: str | Path, encoder: PromptEncoder) -> None:
     """Writes the files of tokenizer, chat template and processors.
 
     AutoTokenizer and the image processor load them anywhere, AutoProcessor only if torchvision is installed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    image = {key: value for key, value in image_processor.to_dict().items() if key != "image_processor_type"}
+    encoder.tokenizer.save_pretrained(folder)
+    image = {key: value for key, value in encoder.image_processor.to_dict().items() if key != "image_processor_type"}
     image = {**image, "processor_class": "Qwen3VLProcessor"}
+    # written by hand: importing the class needs torchvision
+    videos = encoder.videos or {
+        **{key: image[key] for key in ("patch_size", "temporal_patch_size", "merge_size", "size")},
+        **{key: image[key] for key in ("image_mean", "image_std", "processor_class")},
+        "video_processor_type": "Qwen3VLVideoProcessor",
+    }
     files = {
         "preprocessor_config.json": {**image, "image_processor_type": "Qwen2VLImageProcessor"},
-        # written by hand: importing the class needs torchvision
-        "video_preprocessor_config.json": {
-            **{key: image[key] for key in ("patch_size", "temporal_patch_size", "merge_size", "size")},
-            **{key: image[key] for key in ("image_mean", "image_std", "processor_class")},
-            "video_processor_type": "Qwen3VLVideoProcessor",
-        },
+        VIDEOS: videos,
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -155,7 +139,7 @@ def save_tiny(
     """Writes a folder that plain transformers and vLLM load, and returns it."""
     folder = Path(folder)
     model.save_pretrained(folder)
-    save_processor(folder, tokenizer, image_processor or tiny_image_processor())
+    save_processor(folder, PromptEncoder(tokenizer, image_processor or tiny_image_processor()))
     return folder
 
 

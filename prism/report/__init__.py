@@ -5,6 +5,7 @@ from pathlib import Path
 from prism.report.page import page
 from prism.report.run_folder import RunRecord, read_run
 from prism.report.summary import summary
+from prism.runtime.disk import system_errors, write_whole
 
 NAME = "report.html"
 
@@ -20,8 +21,9 @@ def write_report(folder: str | Path) -> Path:
 
 def report(run: str) -> int:
     """Writes the report of a run's folder, prints a summary and the file's name, and returns the exit status."""
-    record = read_run(run)
-    path = _write(record)
+    with system_errors(Path(run)):
+        record = read_run(run)
+        path = _write(record)
     if text := summary(record.evaluations):
         print(f"{text}\n")
     print(f"the report: {path}")
@@ -29,8 +31,6 @@ def report(run: str) -> int:
 
 
 def _write(record: RunRecord) -> Path:
-    path = record.folder / NAME
-    # written under another name and renamed: a reader never sees half a file
-    part = path.with_suffix(".html.part")
-    part.write_text(page(record), encoding="utf-8")
-    return part.replace(path)
+    # a file may spell half of a surrogate pair, which UTF-8 cannot express
+    text = page(record).encode("utf-8", "xmlcharrefreplace").decode()
+    return write_whole(record.folder / NAME, text)

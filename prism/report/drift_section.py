@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prism.data.drift import COUNTS, wasserstein
 from prism.report.charts import Series, column_chart, dot_chart, figure, legend, table
-from prism.report.run_folder import RunProblems, RunRecord, mean, number, read_rows
+from prism.report.run_folder import RunProblems, RunRecord, mean, number, read_rollouts
 from prism.report.summary import CHANNELS
 from prism_kernels.grammar import split_response
 
@@ -110,9 +110,9 @@ def _numbers(files: Iterable[Path], world: RunProblems) -> list[tuple[Counter[in
     policy, teachers = [], []
     for path in files:
         asked = {}
-        for row in read_rows(path):
+        for row in read_rollouts(path):
             policy.append(split_response(str(row.get("response"))))
-            asked[row.get("problem")] = row
+            asked[str(row.get("problem"))] = row
         teachers += [split_response(sample.response.text) for row in asked.values() if (sample := world.problem(row))]
     return [
         (Counter(map(COUNTS[channel], filter(None, policy))), Counter(map(COUNTS[channel], filter(None, teachers))))

@@ -128,7 +128,9 @@ def _chart(title: str, how: str, evaluations: dict[str, Row]) -> str:
 
 def _standard_error(one: Row, key: str) -> float | None:
     share, count = number(one.get(key)), number(one.get("samples"))
-    return math.sqrt(share * (1 - share) / count) if share is not None and count else None
+    if share is None or not count or not 0 <= share <= 1 or count < 0:
+        return None
+    return math.sqrt(share * (1 - share) / count)
 
 
 def _line(after: str, how: str, one: Row) -> list[str]:

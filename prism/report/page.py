@@ -150,13 +150,21 @@ def _troubles(record: RunRecord) -> str:
 
 
 def _settings(record: RunRecord) -> str:
-    if not record.changed:
-        return "<p>None.</p>"
-    lines = [
-        [f"<code>{escape(key)}</code>", escape(json.dumps(value)), escape(json.dumps(default))]
-        for key, value, default in record.changed
-    ]
-    return table(("setting", "this run", "default"), lines)
+    parts = ["<p>None.</p>"]
+    if record.changed:
+        lines = [
+            [f"<code>{escape(key)}</code>", escape(json.dumps(value)), escape(json.dumps(default))]
+            for key, value, default in record.changed
+        ]
+        parts = [table(("setting", "this run", "default"), lines)]
+    if record.changes:
+        lines = [
+            [escape(one.after), f"<code>{escape(one.key)}</code>", *(escape(json.dumps(x)) for x in (one.old, one.new))]
+            for one in record.changes
+        ]
+        heads = ("after", "setting", "until then", "from then on")
+        parts.append(f"<h3>Changed when the run was resumed</h3>{table(heads, lines)}")
+    return "".join(parts)
 
 
 # light, dark and print; the colour-blind can tell the colours apart

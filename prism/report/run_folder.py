@@ -3,21 +3,78 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
 from prism.config import STAGES, Config
-from prism.data.files import DataError
+from prism.data.files import DataError, RowError
+from prism.rollout.records import parse_record, step_files
 from prism.runtime.log import read_metrics
 from prism.worlds.shapes.carelessness import Carelessness
 from prism.worlds.shapes.world import SPLITS, ShapesSample, ShapesWorld
 
 Row = dict[str, Any]
-_ROLLOUTS = re.compile(r"([a-z]+)-(\d+)\.jsonl")
 _CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _NAME = re.compile(r"([a-z]+)-(\d+)-(\d{6,})")
+
+
+# settings that the report computes with, and their types; the first three are in every run
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "run.stages": list,
+    "model.policy": str,
+    "data.source": str,
+    "rollout.align.prompts": int,
+    "rollout.align.group": int,
+    "discriminator.experts": int,
+    "evaluation.temperature": (int, float),
+    **{f"optimiser.{stage}.steps": int for stage in STAGES},
+}
+_NEEDED = ("run.stages", "model.policy", "data.source")
+
+
+class _Read(BaseModel):
+    """The parts of a record that the report computes with; it may have others."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class StepRow(_Read):
+    """A line of `metrics.jsonl`."""
+
+    stage: str
+    step: int
+    non_finite: list[str] = []
+    d_expert_load: dict[str, list[Any]] | None = None
+
+
+class SplitFigures(_Read):
+    """The figures on one split."""
+
+    sampled: dict[str, Any] = {}
+
+
+class StageFigures(SplitFigures):
+    """An entry of `evaluations.json`."""
+
+    test: SplitFigures | None = None
+    discriminator: dict[str, dict[str, dict[str, Any]]] = {}
+
+
+class SettingChange(_Read):
+    """An entry of `changes.json`: a setting that differed when the run was resumed."""
+
+    after: str
+    key: str
+    old: Any
+    new: Any
+
+
+_EVALUATIONS, _CHANGES = TypeAdapter(dict[str, StageFigures]), TypeAdapter(list[SettingChange])
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +88,8 @@ class RunRecord:
         evaluations: evaluations in order, each under the stage that it follows.
         rollouts: by stage, the recorded steps and their files in order.
         environment: versions and times that the run noted; None if it did not.
+        changes: settings that differed when the run was resumed.
+        finished: whether the run has written its last policy.
     """
 
     folder: Path
@@ -39,6 +98,8 @@ class RunRecord:
     evaluations: dict[str, Row]
     rollouts: dict[str, list[tuple[int, Path]]]
     environment: Row | None
+    changes: list[SettingChange]
+    finished: bool
 
     def setting(self, key: str) -> Any:
         """Returns a setting by its dotted key; None if the run does not have it."""
@@ -46,12 +107,12 @@ class RunRecord:
 
     def planned(self, stage: str) -> int:
         """Returns the number of steps that a stage is to take."""
-        return int(self.setting(f"optimiser.{stage}.steps") or 0)
+        return self.setting(f"optimiser.{stage}.steps") or 0
 
     @property
     def stages(self) -> list[str]:
         """The stages of the run, in order."""
-        return list(self.setting("run.stages") or [])
+        return list(self.setting("run.stages"))
 
     @property
     def unfinished(self) -> list[str]:
@@ -79,18 +140,58 @@ def read_run(folder: str | Path) -> RunRecord:
             raise DataError(f"expected the folder of a run, got {str(folder)!r} without {name}; name another one")
     steps: dict[str, list[Row]] = {}
     for record in read_rows(folder / "metrics.jsonl"):
-        if not (isinstance(record.get("stage"), str) and isinstance(record.get("step"), int)):
-            raise DataError(f"{folder / 'metrics.jsonl'}: expected a stage and a step in each line, got {record}")
+        _checked(StepRow.model_validate, record, folder / "metrics.jsonl", "a stage and a step in each line")
         steps.setdefault(record["stage"], []).append(record)
-    environment = folder / "environment.json"
+    settings = _settings(folder / "config.json")
+    written = _table(folder / "evaluations.json") if (folder / "evaluations.json").is_file() else {}
+    _checked(_EVALUATIONS.validate_python, written, folder / "evaluations.json", "figures by stage")
     return RunRecord(
         folder,
-        _table(folder / "config.json"),
+        settings,
         dict(sorted(steps.items(), key=lambda item: STAGES.index(item[0]) if item[0] in STAGES else len(STAGES))),
-        _evaluations(folder),
-        _rollout_files(folder / "rollouts"),
-        _table(environment) if environment.is_file() else None,
+        _evaluations(folder, written),
+        step_files(folder / "rollouts"),
+        _environment(folder / "environment.json"),
+        _setting_changes(folder / "changes.json"),
+        # written after the policy; stages that were added since are not in it
+        set(settings["run"]["stages"]) <= written.keys(),
     )
+
+
+def _settings(path: Path) -> Row:
+    settings = _table(path)
+    for key, kind in _KINDS.items():
+        value: Any = settings
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if (value is None and key in _NEEDED) or not (value is None or isinstance(value, kind)):
+            raise DataError(f"{path}: expected {key} as a run writes it, got {json.dumps(value)}")
+    if not all(isinstance(stage, str) for stage in settings["run"]["stages"]):
+        raise DataError(f"{path}: expected run.stages to be names, got {json.dumps(settings['run']['stages'])}")
+    return settings
+
+
+def _environment(path: Path) -> Row | None:
+    if not path.is_file():
+        return None
+    environment = _table(path)
+    if not isinstance(environment.get("versions", {}), dict):
+        raise DataError(f"{path}: expected versions to be a table, got {json.dumps(environment['versions'])}")
+    return environment
+
+
+def _setting_changes(path: Path) -> list[SettingChange]:
+    # runs of earlier versions have none
+    return _checked(_CHANGES.validate_python, _json(path), path, "changes of settings") if path.is_file() else []
+
+
+def _checked(validate: Callable[[Any], Any], value: Any, path: Path, wanted: str) -> Any:
+    try:
+        return validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: expected {wanted}, got {where}: {first['msg']}") from None
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -105,11 +206,29 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def read_rollouts(path: Path) -> list[Row]:
+    """Returns the records of a step's rollouts."""
+    rows = []
+    for number, row in enumerate(read_rows(path), 1):
+        # records from before they had a version have the same fields, but fewer
+        if "record" in row:
+            try:
+                row = parse_record(row).model_dump(exclude_unset=True)
+            except RowError as error:
+                raise DataError(error.at(path, number)) from None
+        rows.append(row)
+    return rows
+
+
 def number(value: Any) -> float | None:
     """Returns a value as a float if it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value)
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        # a whole number of hundreds of digits
+        return None
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -129,38 +248,35 @@ def evaluated(one: Row) -> list[tuple[bool, Row]]:
     return tables
 
 
-def _evaluations(folder: Path) -> dict[str, Row]:
+def _evaluations(folder: Path, written: dict[str, Row]) -> dict[str, Row]:
     # a run writes the file when it ends; until then its last checkpoint has the evaluations
-    evaluations = _table(folder / "evaluations.json") if (folder / "evaluations.json").is_file() else {}
     states = []
     for path in (folder / "checkpoints").glob("step-*/state.json"):
         if match := _CHECKPOINT.fullmatch(path.parent.name):
             states.append((int(match[1]), int(match[2] or 0), path))
     for _, _, path in sorted(states, reverse=True):
         try:
-            return {**evaluations, **json.loads(path.read_text())["extra"]["evaluations"]}
-        except (OSError, ValueError, KeyError, TypeError):
+            newer = json.loads(path.read_text())["extra"]["evaluations"]
+            _EVALUATIONS.validate_python(newer)
+            return {**written, **newer}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             # a checkpoint that is damaged or being removed: the one before has nearly as much
             continue
-    return evaluations
-
-
-def _rollout_files(folder: Path) -> dict[str, list[tuple[int, Path]]]:
-    by_stage: dict[str, list[tuple[int, Path]]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        if match := _ROLLOUTS.fullmatch(path.name):
-            by_stage.setdefault(match[1], []).append((int(match[2]), path))
-    return {stage: sorted(files) for stage, files in by_stage.items()}
+    return written
 
 
 def _table(path: Path) -> Row:
-    try:
-        table = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path}: expected JSON: {error}") from error
+    table = _json(path)
     if not isinstance(table, dict):
         raise DataError(f"{path}: expected a table, got {type(table).__name__}")
     return table
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected JSON: {error}") from error
 
 
 def _flat(table: Row, prefix: str = "") -> Row:
@@ -186,8 +302,8 @@ class RunProblems:
 
     @cached_property
     def _world(self) -> ShapesWorld:
-        shapes = self.record.settings["data"]["shapes"]
         try:
+            shapes = self.record.settings["data"]["shapes"]
             return ShapesWorld(shapes["seed"], Carelessness(**shapes["carelessness"]))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from prism.report.run_folder import Row, RunProblems, RunRecord, number, read_rows
+from prism.report.run_folder import Row, RunProblems, RunRecord, number, read_rollouts
+from prism.report.summary import CHANNELS
 from prism.worlds.shapes.counters import PerceptionError, judge
 from prism.worlds.shapes.world import ShapesSample
 from prism_kernels.grammar import TAGS
@@ -81,7 +82,7 @@ def _segment(name: str | None, text: str, closed: bool) -> str:
 
 
 def _step(path: Path, world: RunProblems) -> str:
-    rows = read_rows(path)
+    rows = read_rollouts(path)
     if not rows:
         return "<p>No response was recorded.</p>"
     groups = [list(group) for _, group in groupby(rows, key=lambda row: row.get("problem"))]
@@ -89,7 +90,20 @@ def _step(path: Path, world: RunProblems) -> str:
     shown = [(group[0], _best_and_worst(group)) for group in groups[:_PROBLEMS]]
     if invalid := next((row for row in rows if not _valid(row)), None):
         shown.append((invalid, [("invalid", invalid)]))
-    return "".join(_card(row, responses, world) for row, responses in shown)
+    return _versions(rows[0]) + "".join(_card(row, responses, world) for row, responses in shown)
+
+
+def _versions(row: Row) -> str:
+    """Returns which policy sampled a step's responses, and which discriminator scored them."""
+    if "record" not in row:
+        return ""
+    versions = {"policy": row["policy"], "discriminator": row["scored_by"].get(CHANNELS[0])}
+    texts = [
+        f"{name}: {version.get('model')}, after {version.get('step')} steps of {version.get('stage')}"
+        for name, version in versions.items()
+        if version is not None
+    ]
+    return f'<p class="note">{escape("; ".join(texts))}</p>'
 
 
 def _advantage(row: Row) -> float:

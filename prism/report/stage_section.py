@@ -124,7 +124,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         _ENTROPY,
         Chart(
             "Informative groups",
-            "share of problems whose responses differ in reward; only these teach the policy",
+            "share of problems with right and wrong responses; dynamic sampling keeps only these",
             (("informative", "share"),),
             low=0.0,
             high=1.0,

@@ -3,7 +3,7 @@
 Neither torch nor SymPy is imported here; algebra runs in worker processes.
 """
 
-from prism.rewards.custom import ProblemView, Reward, Rewards, RolloutView, join_rewards, rewards_of
+from prism.rewards.custom import ProblemView, Reward, Rewards, RolloutView, join_rewards, reward_versions, rewards_of
 from prism.rewards.grade import Verdict, score_batch, score_response, verifier_workers
 from prism.rewards.workers import JobResult, Workers
 
@@ -16,6 +16,7 @@ __all__ = [
     "Verdict",
     "Workers",
     "join_rewards",
+    "reward_versions",
     "rewards_of",
     "score_batch",
     "score_response",

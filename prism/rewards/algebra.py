@@ -16,6 +16,8 @@ _LATEX = LatexExtractionConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
     ),
 )
+_FUNCTION_OF_ANGLE = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?|\([^()]*\)|\{[^{}]*\}|\\[a-z]+|[a-zA-Z])\s*°")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _COMMAND_OR_CAPITAL = re.compile(r"\\[a-zA-Z]+|[A-Z]")
 _SPELT = (
@@ -27,10 +29,13 @@ _SPELT = (
     (re.compile(r"π|(?<![\\a-zA-Z])pi(?![a-zA-Z])"), r"\\pi "),
     (re.compile(r"∞|(?<![\\a-zA-Z])(?:inf|infinity|oo)(?![a-zA-Z])"), r"\\infty "),
     (
-        re.compile(r"(?<![\\a-zA-Z])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp|min|max)(?![a-zA-Z])"),
+        re.compile(
+            r"(?<![\\a-zA-Z])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|min|max"
+            r"|alpha|beta|gamma|delta|(?:var)?epsilon|zeta|eta|(?:var)?theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau"
+            r"|upsilon|(?:var)?phi|chi|psi|omega)(?![a-zA-Z])"
+        ),
         r"\\\1 ",
     ),
-    (re.compile(r"(?<![\\a-zA-Z])(theta|alpha|beta)(?![a-zA-Z])"), r"\\\1 "),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"\^\s*\(([^()]*)\)"), r"^{\1}"),
     (re.compile(r"\^\s*(-?\d+(?:\.\d+)?)"), r"^{\1}"),
@@ -48,9 +53,10 @@ _SPELT = (
 def same_expression(gold: str, answer: str) -> bool:
     """Returns whether two expressions are equal. The order matters: math-verify takes x = 3 for 3 one way only."""
     gold, answer = _distinct_letters(_latex(gold), _latex(answer))
-    # one angle in degrees, the other in radians
-    if ("°" in gold) != ("°" in answer) and "\\pi" in gold + answer:
-        gold, answer = (text.replace("°", r"\cdot\frac{\pi}{180}") for text in (gold, answer))
+    # one angle in degrees, the other in radians; and a function of degrees is none of the number
+    one_in_degrees = ("°" in gold) != ("°" in answer) and "\\pi" in gold + answer
+    if one_in_degrees or (_FUNCTION_OF_ANGLE.search(gold + answer) and "°" in gold + answer):
+        gold, answer = (_DEGREES.sub(r"(\1\\cdot\\frac{\\pi}{180})", text) for text in (gold, answer))
     right, given = _parsed(gold.replace("°", "")), _parsed(answer.replace("°", ""))
     if not right or not given:
         return False

@@ -1,9 +1,10 @@
 """Custom rewards: callables `reward(rollout, problem) -> float | None`, named by import path in the settings.
 
 They run in worker processes with a time limit. A hang, a crash, an exception or a non-finite value costs one rollout
-one reward. Only a module that can no longer be imported, when a worker is replaced, ends the run with its error.
+one reward, and so does a module that can no longer be imported when a worker is replaced.
 """
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -11,13 +12,17 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import packages_distributions, version
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from prism.rewards.grade import TIMEOUT_S, Verdict, score_batch
+from prism.rewards.grade import FAILURES, TIMEOUT_S, Verdict, score_batch
 from prism.rewards.workers import Workers, shared_workers
+from prism.runtime.disk import write_whole
 from prism_kernels.grammar import Sections, split_response
+from prism_kernels.version import __version__
 
 if TYPE_CHECKING:
     from prism.data.problem import Problem
@@ -71,10 +76,8 @@ class ProblemView:
     @classmethod
     def of(cls, problem: "Problem") -> Self:
         """Returns the view of a problem."""
-        prompt = problem.prompt
-        if not isinstance(prompt, str):
-            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-        return cls(problem.name, prompt, problem.answer or "", problem.equivalent_answers, problem.data_source)
+        answer = problem.answer or ""
+        return cls(problem.name, problem.question, answer, problem.equivalent_answers, problem.data_source)
 
 
 # None: this reward does not apply to this rollout
@@ -114,19 +117,25 @@ class Rewards(NamedTuple):
         )
 
     def metrics(self) -> dict[str, Any]:
-        """Returns each custom reward's mean where it applies, and the number of failures by cause."""
+        """Returns each custom reward's mean where it applies, and the number of failures by cause.
+
+        Failures of the built-in verifier are named only where there are any.
+        """
+        failed = dict(Counter(verdict.reason for verdict in self.verdicts if verdict.reason in FAILURES))
+        built_in = {"failed_verdicts": failed} if failed else {}
         if not self.by_name:
-            return {}
+            return built_in
         means = {f"reward_{name}": _mean(values) for name, values in self.by_name.items()}
-        return {**means, "failed_rewards": dict(Counter(failure.cause for failure in self.failures))}
+        return {**built_in, **means, "failed_rewards": dict(Counter(failure.cause for failure in self.failures))}
 
     def write_failures(self, path: Path) -> None:
         """Writes the first MOST_KEPT failures with their samples, one a line."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            for failure in self.failures[:MOST_KEPT]:
-                views = {"rollout": asdict(failure.rollout), "problem": asdict(failure.problem)}
-                file.write(json.dumps({**failure._asdict(), **views}) + "\n")
+        views = [
+            {**failure._asdict(), "rollout": asdict(failure.rollout), "problem": asdict(failure.problem)}
+            for failure in self.failures[:MOST_KEPT]
+        ]
+        write_whole(path, "".join(json.dumps(view) + "\n" for view in views))
 
 
 def join_rewards(parts: Sequence[Rewards]) -> Rewards:
@@ -172,15 +181,11 @@ def rewards_of(
     rollouts = [
         RolloutView(text, tokens, verdict.accuracy) for text, tokens, verdict in zip(texts, token_counts, verdicts)
     ]
-    if workers is None:
-        workers = shared_workers(sorted({path.partition(":")[0] for path, _ in custom.values()}), None)
     samples = list(zip(rollouts, problems))
-    calls = [(path, *sample) for path, _ in custom.values() for sample in samples]
-    jobs = iter(workers.map("prism.rewards.custom:call_reward", calls, timeout_s))
+    answered = call_rewards([path for path, _ in custom.values()], samples, workers=workers, timeout_s=timeout_s)
     by_name: dict[str, list[float | None]] = {}
     failures: list[RewardFailure] = []
-    for name, (path, weight) in custom.items():
-        answers = [(None, job.reason, job.detail) if job.reason else job.value for job in islice(jobs, len(samples))]
+    for (name, (path, weight)), answers in zip(custom.items(), answered):
         by_name[name] = [value for value, _, _ in answers]
         total = [before + weight * (value or 0.0) for before, value in zip(total, by_name[name])]
         failed = [
@@ -193,7 +198,30 @@ def rewards_of(
     return Rewards(verdicts, total, by_name, failures)
 
 
-def call_reward(path: str, rollout: RolloutView, problem: ProblemView) -> tuple[float | None, str, str]:
+# a value, or the cause and the detail of a failure; without either, the reward does not apply
+Answer = tuple[float | None, str, str]
+
+
+def call_rewards(
+    paths: Sequence[str],
+    samples: Sequence[tuple[RolloutView, ProblemView]],
+    *,
+    workers: Workers | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> list[list[Answer]]:
+    """Returns for each custom reward its answer to each sample; for the options see `rewards_of`."""
+    if workers is None:
+        workers = shared_workers(sorted({path.partition(":")[0] for path in paths}), None, required=False)
+    calls = [(path, *sample) for path in paths for sample in samples]
+    names = [f"{path} for {problem.id}" for path, _, problem in calls]
+    jobs = iter(workers.map("prism.rewards.custom:call_reward", calls, timeout_s, names))
+    return [
+        [(None, job.reason, job.detail) if job.reason else job.value for job in islice(jobs, len(samples))]
+        for _ in paths
+    ]
+
+
+def call_reward(path: str, rollout: RolloutView, problem: ProblemView) -> Answer:
     """Returns a custom reward's value, or the cause and detail of its failure: runs in a worker."""
     value: Any = load_reward(path)(rollout, problem)
     if value is None:
@@ -222,6 +250,40 @@ def load_reward(path: str) -> Reward:
     except TypeError as error:
         raise TypeError(f"expected {path!r} to be callable as reward(rollout, problem), got {signature}") from error
     return function
+
+
+def reward_versions(custom: Mapping[str, tuple[str, float]], verifier_weight: float) -> dict[str, dict[str, Any]]:
+    """Returns for each recorded value of RLVR what computed it: function, version, hash of its file, and weight.
+
+    Args:
+        custom: see `rewards_of`.
+        verifier_weight: see `rewards_of`.
+    """
+    built_in = {"function": "prism.rewards:score_batch", "version": f"prism-kernels {__version__}", "sha256": None}
+    versions = {key: {**built_in, "weight": verifier_weight} for key in ("accuracy", "format")}
+    for name, (path, weight) in custom.items():
+        versions[f"reward_{name}"] = {"function": path, **_version_of(path), "weight": weight}
+    return versions
+
+
+@cache
+def _version_of(path: str) -> dict[str, str | None]:
+    """Returns the version of a custom reward as it is when the run first asks; its module is imported elsewhere."""
+    with Workers(1) as workers:
+        (result,) = workers.map("prism.rewards.custom:read_version", [(path,)], IMPORT_S)
+    return {"version": None, "sha256": None} if result.reason else result.value
+
+
+def read_version(path: str) -> dict[str, str | None]:
+    """Returns the distribution of a custom reward and the SHA-256 of its file, None where it has none."""
+    function = import_function(path)
+    module = inspect.getmodule(function) or importlib.import_module(path.partition(":")[0])
+    (distribution, *_) = packages_distributions().get(module.__name__.partition(".")[0], [None])
+    file = getattr(module, "__file__", None)
+    return {
+        "version": None if distribution is None else f"{distribution} {version(distribution)}",
+        "sha256": None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest(),
+    }
 
 
 def why_not_a_reward(path: str) -> str:

@@ -7,62 +7,87 @@ Decisions where usage is divided:
 - Decimals are exact. A decimal equals a value with more digits if it has at least six digits and is correctly
   rounded: 0.333333 equals 1/3, 0.33 does not. A comma groups thousands or separates; it is no decimal point.
 - A list without brackets has no order, as the solutions of an equation; (1, 2) and [1, 2] have one, \{1, 2\} none.
-- Several answers are no answer: "5 or 6" is not 5, "A or B" is not B. Nor is a sentence that contains the answer.
+- Several answers are no answer: "5 or 6" is not 5, "A or B" and "B) A" are not B. Nor is an answer that is hedged or
+  taken back: "Yes, maybe", "5 wrong". A sentence with one verb gives its answer: "The area is 12" is 12.
+- A date says all that the right one says: July 4 is not July 4, 2020. 04/07/2020 may be two dates, so it is none.
 """
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Literal
 
+from prism.rewards.dates import read_date
 from prism.rewards.forms import (
     Group,
     GroupKind,
     both_signs,
-    closes_at_end,
     read_clock,
     read_group,
+    read_numbered_parts,
     read_option,
     read_options,
     read_ratio,
 )
+from prism.rewards.number_words import with_digits_of_ordinals
 from prism.rewards.quantities import NO_UNIT, Unit, equal_quantities, is_counted_thing, read_quantity, read_unit
+from prism.rewards.spelling import clean
+from prism.rewards.wording import read_statement, read_truth, same_subject, takes_back
 
 # (right answer, given answer), both LaTeX -> whether they are equal
 Algebra = Callable[[str, str], bool]
 
-# longer texts are no final answers, and the time of every reader here grows with the length
+# longer and deeper texts are no final answers, and the time of every reader here grows with both
 MOST_CHARACTERS = 500
+MOST_BRACKETS = 24
 
 _NAME = r"[a-zA-Zα-ωΑ-Ω]|\\[a-z]+|[a-zA-Z]_\w|[a-zA-Z]_\{\w+\}|[a-zA-Z]\([a-z]\)"
 _ASSIGNMENT = re.compile(rf"({_NAME})\s*=\s*([^=<>]+)")
 _RELATION = re.compile(r"[=<>≤≥≠]|\\(?:leq|geq|neq?|lt|gt)(?![a-zA-Z])")
-_TRUTH = {
-    **dict.fromkeys(("yes", "true", "correct", "是", "是的", "对", "正确"), True),
-    **dict.fromkeys(("no", "false", "incorrect", "wrong", "否", "不是", "错", "错误"), False),
-}
-# the first word of "No, it is larger", but not of "Yes and no"
-_TRUTH_FIRST = re.compile(r"(yes|no)\b\s*[,.;:](?!.*\b(?:yes|no)\b)", re.IGNORECASE | re.DOTALL)
 _ARTICLE = re.compile(r"\b(?:the|a|an)\s+")
-_PUNCTUATION = re.compile(r"[^\w\s]")
 _NOT_FREE_TEXT = re.compile(r"[\d\\^<>=+*/|√]")
+# words and the signs between them, which carry no meaning
+_SENTENCE = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_\n]+(?:[\s,.;:!?'\"-]+[^\W\d_\n]+)*[\s,.;:!?'\"-]*")
+_INITIALS = re.compile(r"(?<![\w.])(?:[^\W\d_]\.)+[^\W\d_](?!\w)")
+# we'll and I'd are other words than well and id
+_APOSTROPHE = re.compile(r"'(?!(?:ll|re|ve|d|m)(?!\w))", re.IGNORECASE)
+# P' and B'C' are other points than P and BC
+_PRIMED = re.compile(r"(?:[A-Z]'*){1,4}|[a-z]'+")
+_WITH_APOSTROPHE = re.compile(r"[^\W_]*'[^\W_']*(?:'[^\W_']*)*")
+# not the factorial n!, nor x-y
+_PUNCTUATION = re.compile(r"[^\w\s'!-]|(?<=\w{3})!|(?<=\w{3})-|-(?=\w{3})|(?<!\w)-(?!\w)")
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _LETTER = re.compile(r"[^\W\d_πe]")
 _COMMAND = re.compile(r"\\(?:begin|end)\{\w+\*?\}|\\[a-zA-Z]+")
 # words of mathematics
 _FUNCTION_NAMES = """
-sin cos tan cot sec csc log exp sqrt min max arcsin arccos arctan sinh cosh tanh inf infinity theta alpha beta
+sin cos tan cot sec csc log ln lg exp sqrt min max arcsin arccos arctan sinh cosh tanh inf infinity pi
 """
 _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
+_GREEK_NAMES = """
+alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi
+varphi chi psi omega
+"""
+_GREEK = frozenset(_GREEK_NAMES.split())
+_LETTERS = re.compile(r"(?<![a-zA-Z])[a-zA-Z]{2,}")
 _MATHEMATICS = re.compile(r"[\d\\+*/^=<>|!√π∞≤≥≠∪∩∅_]|-(?=\S)")
+# 12 in base 5, and 000 of 5-000
+_NO_ARITHMETIC = re.compile(r"\d\)?\s*_|(?<![\d.,])0\d")
+_NUMBER = re.compile(r"\d+")
+# a length or an angle: AB, \angle ABC
+_POINTS = re.compile(r"(?:m ?)?(?:(?:\\angle|∠) ?\{?[A-Z]{1,3}\}?|(?:\\overline ?)?\{?[A-Z]{2}\}?)")
+_RATIO_IN_WORDS = re.compile(r"(\d+(?:\.\d+)?) to (\d+(?:\.\d+)?)")
+# 6 (six)
+_RESTATED = re.compile(r"([^()]+?)\s+\(([^()]+)\)")
+_SUBSCRIPT = re.compile(r"_\s*\{(\w+)\}")
 _NUMBERS_IN_A_ROW = re.compile(r"(?<![_^\d])\d+\s+[\d.]")
 
 
 def equivalent(golds: Sequence[str], answer: str, algebra: Algebra | None) -> bool | None:
     """Returns whether the answer is one of the right ones, or None where only algebra can tell and none is given.
 
-    An answer of more than MOST_CHARACTERS is right only if it is the same text.
+    An answer with more than MOST_CHARACTERS, or with more than MOST_BRACKETS inside each other, is right only if it is
+    the same text.
 
     Args:
         golds: the right answers; one of them is enough.
@@ -71,10 +96,18 @@ def equivalent(golds: Sequence[str], answer: str, algebra: Algebra | None) -> bo
     """
     if any(gold.strip() == answer.strip() for gold in golds):
         return True
-    if len(answer) > MOST_CHARACTERS:
+    if _is_too_large(answer):
         return False
     spelt = clean(answer)
-    return _any(_same(clean(gold), spelt, algebra) for gold in golds if len(gold) <= MOST_CHARACTERS)
+    return _any(_same(clean(gold), spelt, algebra) for gold in golds if not _is_too_large(gold))
+
+
+def _is_too_large(text: str) -> bool:
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{（［｛") - (character in ")]}）］｝")
+        deepest = max(deepest, depth)
+    return len(text) > MOST_CHARACTERS or deepest > MOST_BRACKETS
 
 
 def _any(verdicts: Iterable[bool | None]) -> bool | None:
@@ -100,36 +133,68 @@ def _same(gold: str, answer: str, algebra: Algebra | None) -> bool | None:
         return False
     if gold == answer:
         return True
+    if answer.endswith("?") and "?" not in gold:
+        return False
+
+    if _SENTENCE.fullmatch(gold) and _SENTENCE.fullmatch(answer) and _words(gold) == _words(answer):
+        return True
+
+    parts = read_numbered_parts(gold), read_numbered_parts(answer)
+    if any(parts):
+        return _same_in_order(parts[0] or _list_parts(gold), parts[1] or _list_parts(answer), algebra)
 
     right, given = read_option(gold), read_option(answer)
     if right:
         if given:
-            same_text = not right.text or not given.text or _same(clean(right.text), clean(given.text), algebra)
-            return same_text if given.letter == right.letter else False
-        return _same(clean(right.text), answer, algebra) if right.text else False
-    if given and given.text:
+            if given.letter != right.letter or (not right.text and takes_back(given.letter, given.text)):
+                return False
+            return not right.text or not given.text or _same(clean(right.text), clean(given.text), algebra)
+        if right.text:
+            return _same(clean(right.text), answer, algebra)
+    elif given and given.text:
         # the text of an option is no option itself: "A) B" chooses two
         return False if read_option(clean(given.text)) else _same(gold, clean(given.text), algebra)
+
+    # one word: the reason in "No, it is smaller" matters if the right answer gives it
+    if " " not in gold and (truth := read_truth(gold)) is not None:
+        statement = read_statement(answer)
+        # "The claim is false" has a subject, "Yes because ..." none
+        said = read_truth(statement.value if statement and statement.subject else answer)
+        return said is truth
+    values = _stated(gold, answer)
+    if values:
+        return _same(clean(values[0]), clean(values[1]), algebra)
+    if right:
+        return False
     if options := read_options(gold):
         return read_options(answer) == options
 
-    if (truth := _TRUTH.get(gold.lower())) is not None:
-        first = _TRUTH_FIRST.match(answer)
-        return _TRUTH.get((first[1] if first else answer).lower()) is truth
-
+    dates = read_date(gold), read_date(answer)
+    if any(dates):
+        return dates[0] == dates[1]
     if clock := read_clock(gold):
         reading = read_clock(answer)
         return reading is not None and clock.agrees(reading)
     if read_ratio(gold) or read_ratio(answer):
-        return _ratio(gold) is not None and _ratio(gold) == _ratio(answer)
+        # a range is none: 3 to 4 answers 3:4 only if a ratio is asked for
+        given_ratio = _ratio(_RATIO_IN_WORDS.sub(r"\1:\2", answer) if read_ratio(gold) else answer)
+        return _ratio(gold) is not None and _ratio(gold) == given_ratio
 
     values = _assigned(gold, answer)
     if values:
         return _same(clean(values[0]), clean(values[1]), algebra)
+    if steps := _steps(gold, answer):
+        return _all(_same(gold, clean(step), algebra) for step in steps)
 
     quantities = read_quantity(gold), read_quantity(answer)
     if quantities[0] and quantities[1] and equal_quantities(quantities[0], quantities[1]):
         return True
+    restated = _RESTATED.fullmatch(answer)
+    if restated and not all(_NUMBER.fullmatch(text) for text in restated.groups()):
+        twice = _all(_same(gold, clean(text), algebra) for text in restated.groups())
+        # otherwise the brackets belong to it: 2 (x + 1)
+        if twice is not False:
+            return twice
     groups = _groups(gold), _groups(answer)
     if any(groups):
         verdict = _any(_same_parts(one, other, algebra) for one in groups[0] for other in groups[1])
@@ -163,6 +228,44 @@ def _assigned(gold: str, answer: str) -> tuple[str, str] | None:
     return None
 
 
+def _stated(gold: str, answer: str) -> tuple[str, str] | None:
+    """Returns both values where one of the two is a sentence that gives it; None where no sentence can be dropped."""
+    right, given = read_statement(gold), read_statement(answer)
+    if right and given:
+        return (right.value, given.value) if same_subject(right, given) else None
+    if right:
+        return right.value, answer
+    return (gold, given.value) if given else None
+
+
+def _steps(gold: str, answer: str) -> list[str] | None:
+    """Returns the steps of a chain of equations, such as A = 3*4 = 12, all of which must equal the right answer.
+
+    A name at one end is dropped. None: the answer is no chain, or an equation for algebra to read.
+    """
+    steps = [step.strip() for step in answer.split("=")]
+    if len(steps) < 2 or not all(steps) or _RELATION.search(gold) or _RELATION.search(answer.replace("=", " ")):
+        return None
+    # x = 2 or x = 3
+    if (group := read_group(answer)) and group.kind is GroupKind.LIST:
+        return None
+    if _POINTS.fullmatch(steps[0]):
+        return steps[1:]
+    if _is_named(steps[0]):
+        return steps[1:] if len(steps) > 2 else None
+    if len(steps) == 2 and _is_named(steps[1]):
+        return steps[:1]
+    return steps
+
+
+def _is_named(text: str) -> bool:
+    """Returns whether a text has letters other than names of functions and constants."""
+    if any(command.lower() in _GREEK for command in re.findall(r"\\([a-zA-Z]+)", text)):
+        return True
+    words = re.findall(r"[^\W\d_]+", _COMMAND.sub(" ", text))
+    return any(word not in _FUNCTIONS and _LETTER.search(word) for word in words)
+
+
 def _in_one_unit(gold: str, answer: str) -> tuple[str, str] | Literal[False]:
     """Returns both expressions without units, the answer converted to the right one's; False if it cannot be."""
     (right, unit), (given, other) = _without_unit(gold), _without_unit(answer)
@@ -176,7 +279,7 @@ def _without_unit(text: str) -> tuple[str, Unit | None]:
     """Returns a constant such as 4\\pi without the unit after it, and the unit."""
     for space in re.finditer(" ", text):
         head, unit = text[: space.start()], read_unit(text[space.end() :])
-        if unit and unit.dimension and not is_counted_thing(unit) and not _LETTER.search(_COMMAND.sub("", head)):
+        if unit and unit.dimension and not is_counted_thing(unit) and not _is_named(head):
             return head, unit
     return text, None
 
@@ -184,6 +287,18 @@ def _without_unit(text: str) -> tuple[str, Unit | None]:
 def _groups(text: str) -> list[Group]:
     """Returns the ways in which a text is a group."""
     return [group for group in (read_group(text), both_signs(text)) if group]
+
+
+def _list_parts(text: str) -> tuple[str, ...]:
+    """Returns the parts of a list without labels, or none."""
+    group = read_group(text)
+    return group.parts if group and group.kind is GroupKind.LIST else ()
+
+
+def _same_in_order(right: Sequence[str], given: Sequence[str], algebra: Algebra | None) -> bool | None:
+    if len(right) != len(given):
+        return False
+    return _all(_same(clean(one), clean(other), algebra) for one, other in zip(right, given))
 
 
 def _same_parts(right: Group, given: Group, algebra: Algebra | None) -> bool | None:
@@ -194,7 +309,7 @@ def _same_parts(right: Group, given: Group, algebra: Algebra | None) -> bool | N
         return False
     if kinds <= {GroupKind.LIST, GroupKind.SET}:
         return _matched(right.parts, given.parts, algebra)
-    return _all(_same(clean(one), clean(other), algebra) for one, other in zip(right.parts, given.parts))
+    return _same_in_order(right.parts, given.parts, algebra)
 
 
 def _matched(right: Sequence[str], given: Sequence[str], algebra: Algebra | None) -> bool | None:
@@ -213,134 +328,25 @@ def _matched(right: Sequence[str], given: Sequence[str], algebra: Algebra | None
 
 
 def _is_mathematics(text: str) -> bool:
-    """Returns whether algebra can read a text: it has signs of mathematics and no words but names of functions."""
-    if any(word.lower() not in _FUNCTIONS for word in _WORD.findall(_COMMAND.sub(" ", text))):
+    """Returns whether algebra can read a text: it has signs or names of mathematics, and no other words."""
+    if any(word.lower() not in _FUNCTIONS | _GREEK for word in _WORD.findall(_COMMAND.sub(" ", text))):
         return False
     # numbers side by side are a product to algebra, and a list to people
-    return not _NUMBERS_IN_A_ROW.search(text) and (len(text) == 1 or _MATHEMATICS.search(text) is not None)
+    if _NUMBERS_IN_A_ROW.search(text) or _NO_ARITHMETIC.search(text):
+        return False
+    named = any(word in _FUNCTIONS | _GREEK for word in _LETTERS.findall(text))
+    return len(text) == 1 or named or _MATHEMATICS.search(text) is not None
+
+
+def _joined(match: re.Match[str]) -> str:
+    """Returns a word without its apostrophes, where they make no other word of it."""
+    return match[0] if _PRIMED.fullmatch(match[0]) else _APOSTROPHE.sub("", match[0])
 
 
 def _words(text: str) -> str:
     """Returns free text without case, articles and punctuation; a text with digits or operators loses case only."""
-    text = text.casefold()
     if not _NOT_FREE_TEXT.search(text):
-        text = _ARTICLE.sub("", _PUNCTUATION.sub(" ", text))
-    return " ".join(text.split())
-
-
-# replaced before NFKC, which would make x² into x2 and 3½ into 31/2
-_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n"))
-_SUPERSCRIPT = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
-_VULGAR = re.compile("[¼-¾⅐-⅞]")
-_CHARACTERS = str.maketrans(
-    {
-        **dict.fromkeys("−‒–—―﹣－", "-"),
-        **dict.fromkeys("，、", ","),
-        **dict.fromkeys("‘’`´′", "'"),
-        **dict.fromkeys("“”", '"'),
-        **dict.fromkeys("\u200b\u200c\u200d\ufeff\u2060", ""),
-        "。": ".",
-        "～": "~",
-        "﹪": "%",
-        "º": "°",
-        "˚": "°",
-        "″": '"',
-        "⁄": "/",
-        "∕": "/",
-        "：": ":",
-    }
-)
-# spaces that group digits, but never separate two numbers
-_THIN_SPACE = re.compile(r"(?<=\d)(?:[\u2009\u202f\u00a0]|\\,|\\!|\{,\}\s?|\\;)(?=\d{3}(?!\d))")
-_DRESS = (
-    (re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|displaystyle|textstyle|limits|mathstrut)(?![a-zA-Z])"), ""),
-    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"(?<!\\)\\(?:quad|qquad|,|;|:|!| )|~(?=[\\a-zA-Z])"), " "),
-    (re.compile(r"\^\{?\\circ\}?|\\degree(?![a-zA-Z])|\^\{?°\}?"), "°"),
-    (
-        re.compile(r"\\(?:text|mathrm|textbf|textit|mathbf|mbox|textrm|operatorname|rm|bf|mathit)\s*\{([^{}]*)\}"),
-        r" \1 ",
-    ),
-    (re.compile(r"\\([%#&_])"), r"\1"),
-    (re.compile(r"\\(?:le|leqslant)(?![a-zA-Z])"), r"\\leq"),
-    (re.compile(r"\\(?:ge|geqslant)(?![a-zA-Z])"), r"\\geq"),
-)
-# markup around a whole answer
-_WRAPPERS = (
-    re.compile(r"\$\$([^$]+)\$\$"),
-    re.compile(r"\$((?:\\\$|[^$])+)(?<!\\)\$"),
-    re.compile(r"\\\((.+)\\\)", re.DOTALL),
-    re.compile(r"\\\[(.+)\\\]", re.DOTALL),
-    re.compile(r"\*\*([^*]+)\*\*"),
-    re.compile(r"`([^`]+)`"),
-    re.compile(r'"([^"]+)"'),
-    re.compile(r"'([^']+)'"),
-)
-# the most wrappers and phrases that are removed from one answer
-_MOST_LAYERS = 8
-_INLINE = re.compile(r"(?<![\\$])\$([^$]+)\$(?!\$)")
-_PHRASE = re.compile(
-    r"(?:(?:so|thus|hence|therefore|finally)\b,?\s*)?"
-    r"(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|best)\s+)?"
-    r"(?:(?:answer|result|solution|option|choice)\s*(?:(?:is|are|equals|would be)\b\s*:?|:|=)"
-    r"|(?:there (?:are|is)|it is|it's)\b)\s*",
-    re.IGNORECASE,
-)
-_CHINESE_PHRASE = re.compile(
-    r"(?:所以|因此|故)?,?(?:最终|正确)?(?:答案|选项|结果)(?:是|为|选)?\s*:?\s*|(?:所以|因此|故)?选(?:择)?\s*:?\s*"
-)
-_TRAILING = " \t\r\n.,;:"
-
-
-def clean(answer: str) -> str:
-    """Returns an answer in one spelling: digits, signs and fractions in one form; no box, markup or phrase around."""
-    text = _SUPERSCRIPT.sub(lambda m: "^{" + "".join(_SUPERSCRIPTS[c] for c in m[0]) + "}", answer)
-    text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]), text)
-    # before NFKC, which makes these spaces plain ones
-    text = _THIN_SPACE.sub("", text)
-    text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
-    text = _boxed(text)
-    for pattern, spelt in _DRESS:
-        text = pattern.sub(spelt, text)
-    for _ in range(_MOST_LAYERS):
-        before = text
-        text = text.strip().rstrip(_TRAILING)
-        text = _CHINESE_PHRASE.sub("", _PHRASE.sub("", text, count=1), count=1) if _starts_with_phrase(text) else text
-        for wrapper in _WRAPPERS:
-            if match := wrapper.fullmatch(text):
-                text = match[1]
-        text = _without_group(text)
-        if text == before:
-            break
-    # mathematics inside a text, as in $3$ cm; an amount of money has only one $
-    text = _INLINE.sub(r"\1", text).replace("\\$", "$")
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def _starts_with_phrase(text: str) -> bool:
-    return bool(_PHRASE.match(text) or _CHINESE_PHRASE.match(text))
-
-
-def _boxed(text: str) -> str:
-    """Returns the content of the only box and the text after it; each of several boxes becomes its content."""
-    boxes = []
-    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                boxes.append((match.start(), match.end(), end))
-                break
-    if len(boxes) == 1:
-        _, begin, end = boxes[0]
-        return text[begin:end] + re.sub(r"^\s*(?:\$\$?|\\[\])])", "", text[end + 1 :])
-    for start, begin, end in reversed(boxes):
-        text = text[:start] + text[begin:end] + text[end + 1 :]
-    return text
-
-
-def _without_group(text: str) -> str:
-    """Returns the text without outer braces, unless they hold a list: LaTeX's grouping, not a set."""
-    if text.startswith("{") and text.endswith("}") and "," not in text and closes_at_end(text):
-        return text[1:-1]
-    return text
+        text = _INITIALS.sub(lambda m: m[0].replace(".", ""), text)
+        text = _WITH_APOSTROPHE.sub(_joined, text)
+        text = _ARTICLE.sub("", _PUNCTUATION.sub(" ", text.casefold()))
+    return " ".join(_SUBSCRIPT.sub(r"_\1", with_digits_of_ordinals(text.casefold())).split())

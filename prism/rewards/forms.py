@@ -1,4 +1,4 @@
-"""Readers of the forms of an answer other than quantities: options, groups of several parts, times, ratios."""
+"""Readers of the forms of an answer other than quantities: options, groups and numbered parts, times, ratios."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,12 @@ from typing import NamedTuple
 _LETTERS = "A-J"
 _ANY_CASE = _LETTERS + _LETTERS.lower()
 _ALONE = re.compile(rf"[(\[]?\s*([{_ANY_CASE}])\s*[)\].:]?")
-_WITH_TEXT = re.compile(rf"(?:[(\[]\s*([{_ANY_CASE}])\s*[)\]]\s*[.:]?|([{_LETTERS}])\s*[).:])\s*(\S.*)", re.DOTALL)
+_WITH_TEXT = re.compile(
+    rf"(?:[(\[]\s*([{_ANY_CASE}])\s*[)\]]\s*[.:]?|([{_LETTERS}])\s*[).:]|([{_LETTERS.lower()}])\s*\))\s*(\S.*)",
+    re.DOTALL,
+)
+# B (the blue one); B, because it is blue
+_WITH_NOTE = re.compile(rf"([{_LETTERS}])(?:\s+\((.+)\)|(?:,\s*|\s+)((?:because|since)\b.*))", re.DOTALL)
 _OPTION_NAME = re.compile(r"(?:option|choice|answer)s?\s+(?=\W?[A-Za-z]\b)|选项\s*", re.IGNORECASE)
 _ONE = rf"[(\[]?[{_LETTERS}][)\]]?"
 _SEVERAL = re.compile(rf"{_ONE}(?:\s*(?:,\s*and|,|;|/|&|and|和)?\s*{_ONE})+")
@@ -28,7 +33,9 @@ def read_option(text: str) -> ChosenOption | None:
     if match := _ALONE.fullmatch(text):
         return ChosenOption(match[1].upper(), "")
     if match := _WITH_TEXT.fullmatch(text):
-        return ChosenOption((match[1] or match[2]).upper(), match[3].strip())
+        return ChosenOption((match[1] or match[2] or match[3]).upper(), match[4].strip())
+    if match := _WITH_NOTE.fullmatch(text):
+        return ChosenOption(match[1], (match[2] or match[3]).strip())
     return None
 
 
@@ -96,6 +103,34 @@ def read_group(text: str) -> Group | None:
         if low < high:
             return Group(GroupKind.RANGE, (match[1] + match[3], match[2] + match[3]))
     return _group(GroupKind.LIST, text)
+
+
+_LABELS = (
+    re.compile(r"(?:(?<!\S)|(?<=[;,.]))\(\s*(\d{1,2}|[a-jA-J]|[ivx]{1,4})\s*\)"),
+    re.compile(r"(?:(?<!\S)|(?<=[;,.]))(\d{1,2}|[a-jA-J]|[ivx]{1,4})\)"),
+    re.compile(r"(?<!\S)(\d{1,2})\.(?=\s)"),
+)
+_ROMAN = ["i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x"]
+_PART_JOINT = re.compile(r"[\s,;.]*(?:\band\b)?[\s,;.]*\Z")
+
+
+def read_numbered_parts(text: str) -> tuple[str, ...] | None:
+    """Returns the texts of parts with labels 1, 2 ..., a, b ... or i, ii ... in the labels' order, or None."""
+    for pattern in _LABELS:
+        labels = list(pattern.finditer(text))
+        if not 2 <= len(labels) <= _MOST_PARTS or text[: labels[0].start()].strip():
+            continue
+        names = [label[1] for label in labels]
+        for numerals in ([str(i + 1) for i in range(len(names))], _ROMAN, "abcdefghij", "ABCDEFGHIJ"):
+            expected = list(numerals[: len(names)])
+            # labels with points are in order, so that decimals are none
+            if names != expected and (pattern is _LABELS[-1] or sorted(names) != sorted(expected)):
+                continue
+            ends = [label.start() for label in labels[1:]] + [len(text)]
+            pieces = [_PART_JOINT.sub("", text[label.end() : end]).strip(" :") for label, end in zip(labels, ends)]
+            parts = dict(zip(names, pieces))
+            return tuple(parts[name] for name in expected) if all(pieces) else None
+    return None
 
 
 def both_signs(text: str) -> Group | None:

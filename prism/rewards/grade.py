@@ -16,6 +16,9 @@ TIMEOUT_S = 5.0
 MEMORY_BYTES = 4 << 30
 ALGEBRA = "prism.rewards.algebra"
 
+# reasons of verdicts that a verifier failed to give
+FAILURES = ("timeout", "crash", "memory", "error")
+
 _log = logging.getLogger(__name__)
 
 
@@ -29,7 +32,7 @@ class Verdict(NamedTuple):
     # 1.0: the response is valid
     format: float
     # "right" or "wrong"; of an invalid response the grammar's `Reason` in lower case; where a verifier gave no verdict
-    # "timeout", "crash", "memory" or "error"
+    # one of FAILURES
     reason: str
 
 
@@ -40,8 +43,8 @@ def score_response(response: str, ground_truth: str, equivalent_answers: Sequenc
     text around them; see `prism_kernels.grammar`. Accuracy and score of an invalid response are 0: its answer is not
     read. `prism.rewards.equivalence` says which answers are right.
 
-    Algebra runs in a worker process within TIMEOUT_S. A hang or a crash counts as a wrong answer and is logged as a
-    warning. For many responses `score_batch` is faster.
+    Algebra runs in a worker process within TIMEOUT_S. A hang, a crash or an error counts as a wrong answer and is
+    logged as a warning. For many responses `score_batch` is faster.
 
     Args:
         response: the policy's whole response.
@@ -110,7 +113,14 @@ def _score(
         if sections is None:
             verdicts.append(Verdict(0.0, 0.0, 0.0, reason.name.lower()))
             continue
-        right = equivalent(golds, sections.answer, None)
+        try:
+            right = equivalent(golds, sections.answer, None)
+        # whatever goes wrong with one sample must not end the run
+        except Exception as error:
+            why = f"error: {type(error).__name__}: {error}"
+            _log.warning("%s: no verdict on %.200r for %.200r: %.200s", name, sections.answer, golds[0], why)
+            verdicts.append(_verdict(False, "error"))
+            continue
         verdicts.append(None if right is None else _verdict(right, "right" if right else "wrong"))
         if right is None:
             open_questions.append((i, golds, sections.answer))

@@ -4,6 +4,9 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from prism.rewards.number_words import MAGNITUDES, NUMBER_WORDS, parts_of_one, read_and_fraction, read_spelt_number
+from prism.rewards.wording import CONDITIONS, CONTRASTS, FALSE, HEDGES, NEGATIONS, SECOND_THOUGHTS
+
 
 class Unit(NamedTuple):
     """A unit: its dimension, as powers of base quantities, and its size in base units."""
@@ -110,11 +113,12 @@ _NO_UNIT_NAMES = {
 _NO_UNIT_NAMES |= {"units^{2}", "unit^{2}", "units^3", "units^{3}", "个", "rad", "radian", "radians"}
 # words that change the meaning of a number, so they are in no name of a counted thing
 _OTHER_STATEMENTS = """
-or and to not no more less fewer than but plus minus times over under at about around approximately nearly almost from
-until if is are was were half quarter hundred hundreds thousand million billion dozen percent per by with without of
-sin cos tan log either neither both any each except unknown maybe greater between pi sqrt
+or and to more less fewer than plus minus times over under at about around approximately nearly almost from until is
+are was were percent per by with of out sin cos tan log either both any each except unknown greater between pi sqrt
+squared cubed factorial doubled halved twice modulo mod choose root power divided multiplied added subtracted base past
+the this that these those
 """
-_NOT_A_THING = frozenset(_OTHER_STATEMENTS.split())
+_NOT_A_THING = frozenset(_OTHER_STATEMENTS.split()) | NEGATIONS | CONDITIONS | CONTRASTS | HEDGES | SECOND_THOUGHTS
 _UNIT_POWER = re.compile(r"(.+?)\s*(?:\^\s*\{?\s*(-?\d)\s*\}?|\*\*(-?\d)|(squared|cubed))?")
 _LETTER_POWER = re.compile(r"([a-zA-Z]+)([23])")
 _THING = re.compile(r"(?:[^\W\d_]{3,}|[^\W\d_a-z]{2,})(?:[ -][^\W\d_]{2,}){0,2}")
@@ -129,9 +133,18 @@ def read_unit(text: str) -> Unit | None:
     if known is not None:
         return known
     words = text.lower()
-    if _THING.fullmatch(words) and not _NOT_A_THING & set(re.split("[ -]", words)):
+    if _THING.fullmatch(words) and _names_a_thing(words):
         return Unit(((_singular(words), 1),), Fraction(1))
     return None
+
+
+def _names_a_thing(text: str) -> bool:
+    words = text.split()
+    # 5 wrong answers are counted, "5 wrong" is not
+    if _NOT_A_THING & set(re.split("[ -]", text)) or words[-1] in FALSE:
+        return False
+    # so are four-sided shapes, but not thirty-one
+    return not any(word in NUMBER_WORDS or set(word.split("-")) <= NUMBER_WORDS for word in words)
 
 
 def is_counted_thing(unit: Unit) -> bool:
@@ -252,27 +265,17 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _PERCENT = re.compile(r"%|percent(?:age)?\b|per cent\b|pct\b|个百分点", re.IGNORECASE)
-_MAGNITUDES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_MAGNITUDES |= {"dozen": 12, "万": 10**4, "亿": 10**8}
-_MAGNITUDE = re.compile(r"\s*(" + "|".join(_MAGNITUDES) + r")(?![a-z])\s*", re.IGNORECASE)
+_MAGNITUDE = re.compile(r"\s*(" + "|".join(MAGNITUDES) + r")(?![a-z])\s*", re.IGNORECASE)
+_MINUS = re.compile(r"(?:minus|negative)\s+", re.IGNORECASE)
+# "in the box", "long": where and how a counted or measured thing is
+_WHERE = re.compile(
+    r"(?<=\w)\s+(?:(?:in|on|at|inside)\s+(?:the|this|that|total|all|length|width|height|area|volume)\b[\w\s]*"
+    r"|long|wide|tall|high|deep|thick|old|apart|away|across|altogether|overall)$",
+    re.IGNORECASE,
+)
+_PAIR = re.compile(r".*(?:pair|couple|dozen)\b", re.IGNORECASE)
+_PART_OF_ONE = re.compile(r"\s+([a-z]+)(?![a-z])", re.IGNORECASE)
 _CURRENCY = re.compile(r"(?P<sign>[+-]?)\s*(?P<unit>US\$|[$€£¥₹]|USD|EUR|GBP|CNY|RMB)\s*(?=[\d.+-])")
-
-_ONE_TO_NINETEEN = """
-zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-eighteen nineteen
-"""
-_ONES = _ONE_TO_NINETEEN.split()
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_NUMBER_WORDS = {word: value for value, word in enumerate(_ONES)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
-_NUMBER_WORDS |= {
-    f"{ten}{joint}{one}": 20 + 10 * i + j + 1
-    for i, ten in enumerate(_TENS)
-    for j, one in enumerate(_ONES[1:10])
-    for joint in "- "
-}
-_CHINESE = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
-_CHINESE_NUMBER = re.compile(r"([零〇一二两三四五六七八九])|([一二三四五六七八九]?)十([一二三四五六七八九]?)")
-_NUMBER_WORD = re.compile("(" + "|".join(sorted(_NUMBER_WORDS, key=len, reverse=True)) + r")\b", re.IGNORECASE)
 
 
 def read_quantity(text: str) -> Quantity | None:
@@ -280,7 +283,7 @@ def read_quantity(text: str) -> Quantity | None:
 
     Several parts of one kind are one quantity: 1 h 30 min, 5 ft 3 in, 30°30'.
     """
-    text = text.strip()
+    text = _MINUS.sub("-", text.strip())
     if len(text) > 2 and text[0] == "(" and text[-1] == ")" and text.count("(") == 1:
         text = text[1:-1].strip()
     if len(text) > _MOST_DIGITS:
@@ -302,9 +305,15 @@ def _one_quantity(text: str) -> Quantity | None:
     number, rest = leading
     spaced = rest[:1].isspace()
     while match := _MAGNITUDE.match(rest):
-        number = Number(number.value * _MAGNITUDES[match[1].lower()])
+        number = Number(number.value * MAGNITUDES[match[1].lower()])
         rest, spaced = rest[match.end() :], True
-    rest = rest.strip()
+    if fraction := read_and_fraction(rest):
+        number, rest, spaced = Number(number.value + fraction[0]), fraction[1], True
+    elif (match := _PART_OF_ONE.match(rest)) and (below := parts_of_one(match[1].lower(), number.value)):
+        number, rest = Number(number.value / below), rest[match.end() :]
+    rest = _WHERE.sub("", rest.strip())
+    # a pair of shoes
+    rest = rest.removeprefix("of ") if _PAIR.match(text) else rest
     if match := _PERCENT.match(rest):
         return Quantity(number, NO_UNIT, percent=True) if match.end() == len(rest) else None
     rest = rest.removeprefix("*").removeprefix("\\cdot").strip() if rest[:1] == "*" else rest
@@ -342,13 +351,9 @@ def _leading_number(text: str) -> tuple[Number, str] | None:
         rest = text[match.end() :]
         # a text that continues as an expression or another number is not this number
         return None if number is None or re.match(r"\s*[\d^/+\-!({\[_]|\.\d|,\d", rest) else (number, rest)
-    if match := _NUMBER_WORD.match(text):
-        return Number(Fraction(_NUMBER_WORDS[match[1].lower()])), text[match.end() :]
-    if match := _CHINESE_NUMBER.match(text):
-        if match[1]:
-            return Number(Fraction(_CHINESE[match[1]])), text[match.end() :]
-        value = 10 * _CHINESE.get(match[2], 1) + _CHINESE.get(match[3], 0)
-        return Number(Fraction(value)), text[match.end() :]
+    sign = text[:1] == "-"
+    if spelt := read_spelt_number(text[sign:]):
+        return Number(-spelt.value if sign else spelt.value, spelt.decimals), text[sign + spelt.end :]
     return None
 
 

@@ -5,6 +5,7 @@ import pickle
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -16,13 +17,16 @@ ORPHAN_SECONDS = 2.0
 
 def serve(connection: Connection) -> None:
     """Answers each job, (function's path, arguments, seconds), with (reason, value or text), until the pipe closes."""
-    first: tuple[list[str], list[str], int | None] = connection.recv()
-    path, preload, memory_bytes = first
+    first: tuple[list[str], list[str], int | None, bool] = connection.recv()
+    path, preload, memory_bytes, required = first
     sys.path[:] = path
+    # where it is not required, a job that needs the module imports it again, and says what is wrong
+    forgiven = () if required else (BaseException,)
     try:
         _limit_memory(memory_bytes)
         for module in preload:
-            importlib.import_module(module)
+            with suppress(*forgiven):
+                importlib.import_module(module)
     except BaseException:
         connection.send(("error", traceback.format_exc()))
         return

@@ -1,5 +1,6 @@
 """Worker processes with time limits that kill: a hang or a crash costs one job, never the run."""
 
+import logging
 import os
 import pickle
 import subprocess
@@ -14,7 +15,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prism.runtime.stalls import waiting_for
+
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+_log = logging.getLogger(__name__)
 
 
 class JobResult(NamedTuple):
@@ -39,6 +43,8 @@ class Workers:
         preload: modules that a worker imports before its first job.
         memory_bytes: largest address space of a worker, Linux only; None: no limit.
         start_seconds: seconds that a worker may take to start.
+        required: whether it is an error if a module of `preload` cannot be imported; otherwise the jobs that need it
+            import it again, within their time limit.
     """
 
     def __init__(
@@ -48,11 +54,13 @@ class Workers:
         preload: Sequence[str] = (),
         memory_bytes: int | None = None,
         start_seconds: float = 120.0,
+        required: bool = True,
     ) -> None:
         if count is not None and count < 1:
             raise ValueError(f"Workers: expected count >= 1, got {count}")
         self.count = count or min(4, os.cpu_count() or 1)
-        self._setup = (list(preload), memory_bytes, start_seconds)
+        self._preload = list(preload)
+        self._setup = (memory_bytes, start_seconds, required)
         self._changed = threading.Condition()
         self._idle: list[_Worker] = []
         self._borrowed = 0
@@ -62,39 +70,35 @@ class Workers:
         # not bound to self, which would then never be collected
         self._end = weakref.finalize(self, _end_all, self._all, os.getpid())
 
-    def map(self, function: str, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> list[JobResult]:
+    def map(
+        self,
+        function: str,
+        arguments: Sequence[tuple[Any, ...]],
+        timeout_s: float,
+        names: Sequence[str] | None = None,
+    ) -> list[JobResult]:
         """Returns the result of each call, in order.
 
         Args:
             function: "package.module:function", importable in a fresh interpreter.
             arguments: the arguments of each call, picklable.
             timeout_s: seconds for one call.
+            names: a name of each call, for the message of a stall; None: the function's.
         """
         if not timeout_s > 0:
             raise ValueError(f"Workers.map: expected timeout_s > 0, got {timeout_s}")
         results: list[JobResult | None] = [None] * len(arguments)
         pending = deque(range(len(arguments)))
         workers = self._borrow(len(pending)) if pending else []
+
+        def waits() -> str:
+            running = [worker.job for worker in list(workers) if worker.job is not None]
+            now = ", ".join(function if names is None else names[job] for job in running)
+            return f"{results.count(None)} of {len(results)} calls; now {now or 'workers start'}"
+
         try:
-            while pending or any(worker.job is not None for worker in workers):
-                for worker in [w for w in workers if w.ready and w.job is None]:
-                    if pending:
-                        job = pending.popleft()
-                        worker.give(job, pickle.dumps((function, arguments[job], timeout_s)), timeout_s)
-                    else:
-                        workers.remove(worker)
-                        self._return(worker)
-                if not pending:
-                    # workers that are still starting are no longer needed here
-                    for worker in [w for w in workers if not w.ready]:
-                        workers.remove(worker)
-                        self._return(worker)
-                for i, worker in self._events(workers):
-                    result = worker.collect()
-                    if result is not None and worker.job is not None:
-                        results[worker.job], worker.job = result, None
-                    if not worker.alive:
-                        workers[i] = self._replace(worker)
+            with waiting_for(waits):
+                self._work(pending, workers, results, function, arguments, timeout_s)
         finally:
             for worker in workers:
                 # after an interrupt, its answer would be taken for another job's
@@ -102,6 +106,40 @@ class Workers:
                     worker.kill()
                 self._return(worker)
         return [result for result in results if result is not None]
+
+    def _work(
+        self,
+        pending: deque[int],
+        workers: "list[_Worker]",
+        results: list[JobResult | None],
+        function: str,
+        arguments: Sequence[tuple[Any, ...]],
+        timeout_s: float,
+    ) -> None:
+        """Gives the pending jobs to the workers until all have results; `workers` changes as they end."""
+        while pending or any(worker.job is not None for worker in workers):
+            for worker in [w for w in workers if w.ready and w.job is None]:
+                if pending:
+                    job = pending.popleft()
+                    worker.give(job, pickle.dumps((function, arguments[job], timeout_s)), timeout_s)
+                else:
+                    workers.remove(worker)
+                    self._return(worker)
+            if not pending:
+                # workers that are still starting are no longer needed here
+                for worker in [w for w in workers if not w.ready]:
+                    workers.remove(worker)
+                    self._return(worker)
+            for i, worker in self._events(workers):
+                try:
+                    result = worker.collect()
+                except _StartError as error:
+                    workers[i] = self._start_bare(worker, error)
+                    continue
+                if result is not None and worker.job is not None:
+                    results[worker.job], worker.job = result, None
+                if not worker.alive:
+                    workers[i] = self._replace(worker)
 
     def close(self) -> None:
         """Ends all workers, busy ones too; a call in another thread that waits for them fails."""
@@ -164,19 +202,38 @@ class Workers:
                 raise RuntimeError("Workers.map: the workers were closed while they worked")
             return self._new(worker)
 
-    def _new(self, instead: "_Worker | None" = None) -> "_Worker":
+    def _start_bare(self, worker: "_Worker", error: "_StartError") -> "_Worker":
+        """Replaces a worker that did not start by one without modules; raises the error if they are not the reason."""
+        if worker.required or not worker.preload:
+            raise error
+        _log.warning("a worker starts without %s: %s", ", ".join(worker.preload), error)
+        if error.timed_out:
+            # each replacement would wait as long
+            self._preload = []
+        with self._changed:
+            return self._new(worker, preload=())
+
+    def _new(self, instead: "_Worker | None" = None, preload: Sequence[str] | None = None) -> "_Worker":
         if instead is not None:
             self._all.discard(instead)
             instead.kill()
-        worker = _Worker(*self._setup)
+        worker = _Worker(self._preload if preload is None else list(preload), *self._setup)
         self._all.add(worker)
         return worker
+
+
+class _StartError(RuntimeError):
+    """A worker that did not start."""
+
+    def __init__(self, message: str, timed_out: bool = False) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
 
 
 class _Worker:
     """One process, its job and its deadline."""
 
-    def __init__(self, preload: list[str], memory_bytes: int | None, start_seconds: float) -> None:
+    def __init__(self, preload: list[str], memory_bytes: int | None, start_seconds: float, required: bool) -> None:
         self.connection, theirs = Pipe()
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, [_PACKAGE_ROOT, os.getenv("PYTHONPATH")]))
@@ -192,7 +249,8 @@ class _Worker:
         self.job: int | None = None
         self.deadline = time.monotonic() + start_seconds
         self._start_seconds = start_seconds
-        self.connection.send((sys.path, preload, memory_bytes))
+        self.preload, self.required = preload, required
+        self.connection.send((sys.path, preload, memory_bytes, required))
 
     def give(self, job: int, message: bytes, timeout_s: float) -> None:
         """Sends a job; if the process has ended, `collect` will say so."""
@@ -205,26 +263,27 @@ class _Worker:
     def collect(self) -> JobResult | None:
         """Returns the job's result after an answer, the end of the process or its time limit; None: it has started.
 
-        A worker that cannot start is an error, since the next one could not start either.
+        Raises `_StartError` for a worker that cannot start.
         """
         try:
             if not self.connection.poll():
                 self.kill()
                 if not self.ready:
-                    raise RuntimeError(f"Workers: expected a worker to start within {self._start_seconds} s, got none")
+                    expected = f"Workers: expected a worker to start within {self._start_seconds} s, got none"
+                    raise _StartError(expected, timed_out=True)
                 return JobResult(None, "timeout", "killed at its time limit")
             reason, value = self.connection.recv()
         except (EOFError, OSError):
             self.kill()
             how = f"the process ended with status {self.process.returncode}"
             if not self.ready:
-                raise RuntimeError(f"Workers: expected a worker to start, but {how}") from None
+                raise _StartError(f"Workers: expected a worker to start, but {how}") from None
             return JobResult(None, "crash", how)
         self.deadline = float("inf")
         if not self.ready:
             if reason != "ready":
                 self.kill()
-                raise RuntimeError(f"Workers: expected a worker to start, got:\n{value}")
+                raise _StartError(f"Workers: expected a worker to start, got:\n{value}")
             self.ready = True
             return None
         return JobResult(None, reason, value) if reason else JobResult(value, "")
@@ -244,15 +303,15 @@ def _end_all(workers: "set[_Worker]", owner: int) -> None:
             workers.pop().kill()
 
 
-_shared: dict[tuple[int, int | None, tuple[str, ...], int | None], Workers] = {}
+_shared: dict[tuple[int, tuple[str, ...], int | None, bool], Workers] = {}
 _shared_lock = threading.Lock()
 
 
-def shared_workers(preload: Sequence[str], memory_bytes: int | None, count: int | None = None) -> Workers:
+def shared_workers(preload: Sequence[str], memory_bytes: int | None, *, required: bool = True) -> Workers:
     """Returns workers that this process shares by their settings; they start at first use and end with the program."""
     # a forked child needs its own workers
-    key = (os.getpid(), count, tuple(preload), memory_bytes)
+    key = (os.getpid(), tuple(preload), memory_bytes, required)
     with _shared_lock:
         if key not in _shared:
-            _shared[key] = Workers(count, preload=preload, memory_bytes=memory_bytes)
+            _shared[key] = Workers(preload=preload, memory_bytes=memory_bytes, required=required)
         return _shared[key]

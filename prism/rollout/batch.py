@@ -1,10 +1,7 @@
 """A step's rollouts with their problems and texts: alignment and RLVR begin with them."""
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,21 +35,6 @@ class RolloutBatch(NamedTuple):
     def texts_of(self, problem: int) -> list[str]:
         """Returns the texts of one problem's responses."""
         return [text for text, rollout in zip(self.texts, self.rollouts) if rollout.prompt == problem]
-
-    def write(self, path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Writes the rollouts as JSON, one a line, with one value of each column per rollout."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            for index, (rollout, text) in enumerate(zip(self.rollouts, self.texts)):
-                problem = self.problems[rollout.prompt]
-                line = {"problem": problem.name, "question": str(problem.prompt), "answer": problem.answer}
-                values = {name: _finite(column[index]) for name, column in columns.items()}
-                line |= {"response": text, "finish": rollout.finish_reason, **values}
-                file.write(json.dumps(line) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def generate(

@@ -6,7 +6,7 @@ R rollouts, A of them still in the batch, L tokens of a response, V vocabulary.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -49,6 +49,9 @@ class Rollout:
     model_log_probs: Tensor
     # stop: the last token is a stop token; length: the response reached max_new_tokens without one
     finish_reason: Literal["stop", "length"]
+    # with index, what its random numbers follow from; None: unknown
+    seed: int | None = None
+    key: int | None = None
 
 
 class Engine:
@@ -83,7 +86,8 @@ class Engine:
             check.one_of(NAME, "path", path, ("lean", "stock"))
         if path == "lean" and obstacle is not None:
             check.fail(NAME, "a model for path='lean' (take path='stock')", obstacle)
-        check.positive(NAME, "cache_tokens", cache_tokens)
+        if cache_tokens is not None:
+            check.positive(NAME, "cache_tokens", cache_tokens)
         self.model, self.tokenizer, self.cache_tokens = model, tokenizer, cache_tokens
         self.path: Literal["lean", "stock"] = path or ("stock" if obstacle else "lean")
         self.reason = obstacle or ("as asked" if path else f"the lean step knows {type(model).__name__}")
@@ -133,7 +137,10 @@ class Engine:
                 )
                 decoded = _decode(batch, streams.to(device), sampling, stop, banned)
                 for i, p in enumerate(chosen):
-                    rollouts[p] = [decoded.rollout(i * sampling.group + j, p, j) for j in range(sampling.group)]
+                    rollouts[p] = [
+                        replace(decoded.rollout(i * sampling.group + j, p, j), seed=seed, key=keys[p])
+                        for j in range(sampling.group)
+                    ]
         return [rollout for p in range(len(prompts)) for rollout in rollouts[p]]
 
     def banned_token_ids(self, stop_token_ids: Sequence[int] | frozenset[int]) -> set[int]:

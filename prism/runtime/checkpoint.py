@@ -2,44 +2,32 @@
 
 A folder of checkpoints holds `step-00000040/` with `<model>.safetensors`, `training.pt` (optimisers, schedulers, random
 generators; read with weights_only=True), `state.json`, and `checksums.json`, which is written last.
-
-A run resumes with the settings that it began with. Only those of FREE, which do not change what is learnt, and the
-tables of stages that have not begun (`optimiser.STAGE` and the like) may differ.
 """
 
 import hashlib
 import json
 import logging
 import os
+import pickle
 import random
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from prism.config import STAGES, Config, ConfigError
+from prism.runtime.disk import ASIDE, NotSavedError, delete
 
 LOG = logging.getLogger(__name__)
 NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
-CHECKSUMS = "checksums.json"
-# prefix of folders that are not yet, or no longer, checkpoints
-ASIDE = ".aside-"
-# version of the checkpoint format; version 1 named optimisers by number
-FORMAT = 2
-
-# settings that may change on resume: they do not change what is learnt, but for rounding
-FREE = ("log", "checkpoint", "memory", "run.folder", "run.device", "rollout.engine", "rollout.cache_tokens")
-RULE = (
-    f"take another run.folder, or the old values; what may differ: {', '.join(FREE)}, and the tables of stages that "
-    "have not begun"
-)
+STATE, TRAINING, CHECKSUMS = "state.json", "training.pt", "checksums.json"
+# version of the checkpoint format; 1 named optimisers by number, 2 had neither settings nor checksums of data files
+FORMAT = 3
 
 
 class CheckpointError(ValueError):
@@ -63,6 +51,8 @@ class Restored(NamedTuple):
     # as given to `save`
     extra: dict[str, Any]
     path: Path
+    # names of the models
+    models: tuple[str, ...] = ()
 
 
 def save(
@@ -92,23 +82,46 @@ def save(
     _clean(folder)
     final = _unused(folder, step)
     aside = folder / f"{ASIDE}{final.name}"
+    try:
+        _write(aside, step, models, training, extra)
+        aside.rename(final)
+        _to_disk(folder)
+    except (OSError, SafetensorError) as error:
+        delete(aside)
+        raise NotSavedError(
+            f"{final}: this checkpoint could not be written: {error}; earlier ones are intact: make room, and rerun "
+            "the same command to resume"
+        ) from error
+    for old in list(checkpoints(folder))[keep:]:
+        _remove(old)
+    return final
+
+
+def _write(
+    aside: Path, step: int, models: Mapping[str, nn.Module], training: Mapping[str, Stateful], extra: Mapping[str, Any]
+) -> None:
     aside.mkdir()
     for name, model in models.items():
         save_model(model, str(aside / f"{name}.safetensors"))
     states = {name: one.state_dict() for name, one in training.items()}
-    torch.save({"training": states, "random": _random_states()}, aside / "training.pt")
+    _torch_save({"training": states, "random": _random_states()}, aside / TRAINING)
     names = {"models": sorted(models), "training": sorted(training)}
     state = {"format": FORMAT, "step": step, **names, "extra": dict(extra)}
-    (aside / "state.json").write_text(json.dumps(state))
+    (aside / STATE).write_text(json.dumps(state))
     sums = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
     (aside / CHECKSUMS).write_text(json.dumps(sums, indent=2))
     for path in (*aside.iterdir(), aside):
         _to_disk(path)
-    aside.rename(final)
-    _to_disk(folder)
-    for old in list(checkpoints(folder))[keep:]:
-        _remove(old)
-    return final
+
+
+def _torch_save(value: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        # the writer has no error of its own for a full disk; its messages name its source file
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(f"{path.name}: torch's writer failed, as on a full disk: {error}") from error
 
 
 def load(
@@ -130,14 +143,15 @@ def load(
     """
     last = newest(folder, tell=tell)
     if last is not None:
-        _load(last.path, models, training, tell)
+        load_from(last.path, models, training, tell=tell)
     return last
 
 
 def newest(folder: str | Path, *, tell: Callable[[str], object] = LOG.warning) -> Restored | None:
     """Returns the newest intact checkpoint without loading it; None if there is none.
 
-    A damaged checkpoint is renamed to `damaged-step-…`, and the one before it is used. If all are damaged, it raises.
+    A damaged checkpoint is renamed to `damaged-step-…`, and the one before it is used. If all are damaged, or the
+    newest is of another format, it raises.
 
     Args:
         folder: folder of all checkpoints.
@@ -146,13 +160,12 @@ def newest(folder: str | Path, *, tell: Callable[[str], object] = LOG.warning) -
     folder = Path(folder)
     paths = list(checkpoints(folder))
     for path in paths:
+        _check_format(path)
         problem = damage(path)
         if problem is None:
-            state = json.loads((path / "state.json").read_text())
-            return Restored(state["step"], state["extra"], path)
+            return read(path)
         kept = path.with_name(f"damaged-{path.name}")
-        if kept.exists():
-            shutil.rmtree(kept)
+        delete(kept)
         path.rename(kept)
         tell(f"{path} is damaged: {problem}; it was renamed to {kept.name}, and the checkpoint before it is used")
     if paths:
@@ -160,6 +173,13 @@ def newest(folder: str | Path, *, tell: Callable[[str], object] = LOG.warning) -
             f"{folder}: expected an intact checkpoint, but all {len(paths)} are damaged; use another folder"
         )
     return None
+
+
+def read(path: Path) -> Restored:
+    """Returns an intact checkpoint without loading it; raises if it is of another format."""
+    _check_format(path)
+    state = _state(path)
+    return Restored(state["step"], state["extra"], path, tuple(state["models"]))
 
 
 def checkpoints(folder: str | Path) -> Iterator[Path]:
@@ -174,31 +194,61 @@ def checkpoints(folder: str | Path) -> Iterator[Path]:
 def damage(path: Path) -> str | None:
     """Returns why a checkpoint is damaged; None if its files are as they were written."""
     try:
-        sums = json.loads((path / CHECKSUMS).read_text())
+        sums = _table(path / CHECKSUMS)
         for name, expected in sums.items():
             if _checksum(path / name) != expected:
                 return f"{name} differs from what was written"
-    except (OSError, ValueError, AttributeError) as error:
+        state = _state(path)
+        files = {STATE, TRAINING, *(f"{name}.safetensors" for name in state["models"])}
+        if missing := sorted(files - sums.keys()):
+            return f"{CHECKSUMS}: expected a checksum of {', '.join(missing)}, got none"
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
+        # other errors of the system, such as a lack of rights, say nothing about the content
         return str(error)
     return None
 
 
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: expected JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path.name}: expected a table, got {type(table).__name__}")
+    return table
+
+
+def _state(path: Path) -> dict[str, Any]:
+    state = _table(path / STATE)
+    kinds = {"step": int, "models": list, "training": list, "extra": dict}
+    for key, kind in kinds.items():
+        if not isinstance(state.get(key), kind):
+            raise ValueError(f"{STATE}: expected {key} of type {kind.__name__}, got {type(state.get(key)).__name__}")
+    return state
+
+
 def _check_format(path: Path) -> None:
     try:
-        saved = json.loads((path / "state.json").read_text()).get("format", 1)
+        state = _table(path / STATE)
     except (OSError, ValueError):
-        # damaged: `newest` finds that out
+        # damaged: `damage` says how
         return
-    if saved != FORMAT:
+    saved = state.get("format", 1)
+    # a table without a step is no format's
+    if saved != FORMAT and "step" in state:
         advice = "finish the run with the version that began it, or take another run.folder"
         raise CheckpointError(f"{path}: expected a checkpoint of format {FORMAT}, got format {saved}; {advice}")
 
 
-def _load(
-    path: Path, models: Mapping[str, nn.Module], training: Mapping[str, Stateful], tell: Callable[[str], object]
+def load_from(
+    path: Path,
+    models: Mapping[str, nn.Module],
+    training: Mapping[str, Stateful],
+    *,
+    tell: Callable[[str], object] = LOG.warning,
 ) -> None:
-    _check_format(path)
-    state = json.loads((path / "state.json").read_text())
+    """Loads a checkpoint that `newest` has returned; see `load`."""
+    state = _state(path)
     for kind, ours in (("models", models), ("training", training)):
         if state[kind] != sorted(ours):
             wanted, got = (", ".join(names) or "none" for names in (sorted(ours), state[kind]))
@@ -206,9 +256,12 @@ def _load(
     for name, model in models.items():
         try:
             load_model(model, str(path / f"{name}.safetensors"))
-        except RuntimeError as error:
+        except (RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{path}: expected weights that fit the model {name!r}: {error}") from None
-    saved = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{path / TRAINING}: expected a file that torch.save wrote: {error}") from None
     for name, one in training.items():
         one.load_state_dict(saved["training"][name])
     devices, now = len(saved["random"]["cuda"]), torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -252,13 +305,13 @@ def _remove(path: Path) -> None:
     """Deletes a checkpoint; it is renamed first, so that no reader sees it half deleted."""
     aside = path.with_name(f"{ASIDE}{path.name}.old")
     path.rename(aside)
-    shutil.rmtree(aside)
+    delete(aside)
 
 
 def _clean(folder: Path) -> None:
     """Deletes unfinished checkpoints that a killed run left."""
     for path in folder.glob(f"{ASIDE}*"):
-        shutil.rmtree(path)
+        delete(path)
 
 
 def _checksum(path: Path) -> str:
@@ -272,48 +325,3 @@ def _to_disk(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
-
-
-def check_settings(config: Config) -> None:
-    """Raises where the run in this folder cannot be resumed: another checkpoint format, or other settings."""
-    folder = Path(config.run.folder)
-    if not (folder / "config.json").is_file():
-        return
-    for path in islice(checkpoints(folder / "checkpoints"), 1):
-        _check_format(path)
-    before = json.loads((folder / "config.json").read_text())
-    changed = list(_changed(before, config.model_dump(mode="json"), Config().model_dump(mode="json")))
-    last = newest(folder / "checkpoints") if changed else None
-    if last is None:
-        # no changes, or no checkpoint to resume from
-        return
-    begun = [*last.extra["done"], *([last.extra["stage"]] if last.extra["stage"] else [])]
-    lines = [
-        f"{key}: expected {json.dumps(old)}, with which the run in {str(folder)!r} began, got {json.dumps(new)}"
-        for key, old, new in changed
-        if not _free(key, begun)
-    ]
-    if lines:
-        raise ConfigError("\n".join([*lines, RULE]))
-
-
-def _changed(
-    before: Mapping[str, Any], now: Mapping[str, Any], default: Mapping[str, Any], parents: tuple[str, ...] = ()
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yields keys with their old and new values; a key that an older version did not have had its default."""
-    for name, new in now.items():
-        usual = default.get(name, new)
-        old = before.get(name, usual)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changed(old, new, usual if isinstance(usual, dict) else {}, (*parents, name))
-        elif old != new:
-            yield ".".join((*parents, name)), old, new
-
-
-def _free(key: str, begun: Sequence[str]) -> bool:
-    if any(key == free or key.startswith(f"{free}.") for free in FREE):
-        return True
-    # warm-up and distillation read alignment's tables; the discriminator's optimiser is alignment's
-    taken = {*begun, *(["align"] if {"warmup", "distill"} & set(begun) else [])}
-    parts = key.replace("optimiser.discriminator", "optimiser.align").split(".")
-    return any(stage in parts for stage in STAGES if stage not in taken)

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from prism.runtime.disk import RunFolderError
+
 # metrics on the console where the caller names none
 _SHOWN = 6
 
@@ -105,12 +107,19 @@ class RunLog:
 
         A run without a checkpoint begins at `{"bytes": 0, "non_finite": {}}`.
         """
-        size = self.path.stat().st_size
-        if size < state["bytes"]:
-            raise ValueError(
-                f"{self.path}: expected at least the {state['bytes']} bytes that it had at the checkpoint, got {size}; "
-                "restore the file, or use another folder"
+        kept = self.path.read_bytes()[: state["bytes"]]
+        advice = "restore the file, or use another folder"
+        if len(kept) < state["bytes"]:
+            raise RunFolderError(
+                f"{self.path}: expected at least the {state['bytes']} bytes that it had at the checkpoint, got "
+                f"{len(kept)}; {advice}"
             )
+        try:
+            records = _records(kept)
+        except ValueError as error:
+            raise RunFolderError(f"{self.path}: expected a line of JSON for each step: {error}; {advice}") from None
+        if (kept and not kept.endswith(b"\n")) or not all(isinstance(record, dict) for record in records):
+            raise RunFolderError(f"{self.path}: expected a table in each line; {advice}")
         self._file.truncate(state["bytes"])
         self._file.seek(0, os.SEEK_END)
         self.non_finite = Counter(state["non_finite"])
@@ -133,9 +142,16 @@ class RunLog:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Returns the records of a metrics file; a last line that a killed run left unfinished is dropped."""
-    lines = Path(path).read_bytes().split(b"\n")
+    return _records(Path(path).read_bytes())
+
+
+def _records(content: bytes) -> list[Any]:
     # after the last newline there is nothing, or an unfinished line
-    return [json.loads(line) for line in lines[:-1]]
+    lines = content.split(b"\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except RecursionError as error:
+        raise ValueError(error) from None
 
 
 def _plain(name: str, value: Any, bad: list[str]) -> Any:

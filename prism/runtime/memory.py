@@ -1,10 +1,15 @@
 """Peak memory of a step."""
 
-import resource
 import sys
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:
+    # Windows has no such module
+    resource = None  # type: ignore[assignment]
 
 _PROCESS = Path("/proc/self")
 
@@ -22,10 +27,11 @@ def begin_peak(device: torch.device) -> None:
         return
 
 
-def peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int | None:
     """Returns the most bytes since `begin_peak`: torch's allocations on a GPU, elsewhere the resident memory.
 
-    Where the system cannot reset it, the resident memory's peak is that since the process began.
+    Where the system cannot reset it, the resident memory's peak is that since the process began. None: the system does
+    not tell.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -35,6 +41,8 @@ def peak_bytes(device: torch.device) -> int:
             name, _, value = line.partition(":")
             if name == "VmHWM":
                 return int(value.removesuffix("kB")) * 1024
+    if resource is None:
+        return None
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts bytes, others KiB
     return largest if sys.platform == "darwin" else largest * 1024

@@ -114,11 +114,11 @@ def make_optimiser(groups: list[dict[str, Any]], settings: "Adam") -> Optimizer:
     return build(groups, bf16_stochastic_round=True, **options)
 
 
-def learning_rate(optimiser: Optimizer, schedule: str, *, warmup_steps: int, steps: int) -> LambdaLR:
-    """Returns a scheduler to be stepped after each update.
+def rate_factor(schedule: str, *, warmup_steps: int, steps: int) -> Callable[[int], float]:
+    """Returns a function of a step, from 0, that gives its learning rate as a share of the highest.
 
-    The rate rises linearly and reaches the optimiser's own rate at the last of `warmup_steps`. Then it is `constant`,
-    or falls (`linear`, `cosine`) so that it would reach 0 one step after the last: no step has a rate of 0.
+    The rate rises linearly and reaches the highest at the last of `warmup_steps`. Then it is `constant`, or falls
+    (`linear`, `cosine`) so that it would reach 0 one step after the last: no step has a rate of 0.
     """
     shapes = {
         "constant": lambda x: 1.0,
@@ -136,7 +136,12 @@ def learning_rate(optimiser: Optimizer, schedule: str, *, warmup_steps: int, ste
             return (step + 1) / warmup_steps
         return shape(min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0))
 
-    return LambdaLR(optimiser, factor)
+    return factor
+
+
+def learning_rate(optimiser: Optimizer, schedule: str, *, warmup_steps: int, steps: int) -> LambdaLR:
+    """Returns a scheduler to be stepped after each update, with the rates of `rate_factor`."""
+    return LambdaLR(optimiser, rate_factor(schedule, warmup_steps=warmup_steps, steps=steps))
 
 
 class Update:

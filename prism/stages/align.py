@@ -5,18 +5,17 @@ S responses, T their tokens.
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from prism.data.drift import drift
-from prism.discriminator.score import GroupScores, prepare_groups, sample_of, score_limits
+from prism.discriminator.score import CHANNELS, GroupScores, prepare_groups, sample_of, score_limits
 from prism.discriminator.training import discriminator_step
 from prism.rollout.batch import RolloutBatch
 from prism.runtime.runtime import Runtime
 from prism.stages.update import policy_update
 from prism_kernels import group_advantage, prism_advantage
-from prism_kernels.segments import SINGLE_BYTES, TokenBytes, find_segments
+from prism_kernels.segments import TokenBytes, find_segments
 from prism_kernels.shaping import token_advantage
 
 SHOW = ("valid", "d_gap_perception", "d_gap_reasoning", "drift_perception", "drift_reasoning", "entropy")
@@ -73,7 +72,7 @@ def align(rt: Runtime) -> None:
             "advantage": mixture.tolist(),
             "reason": scores.reason,
         }
-        step.finish(metrics, batch, columns)
+        step.finish(metrics, batch, columns, dict.fromkeys(CHANNELS, step.version("discriminator")))
 
 
 def mixed_advantages(scores: GroupScores, batch: RolloutBatch, mixing: dict[str, Any]) -> Tensor:
@@ -93,7 +92,8 @@ def mixed_advantages(scores: GroupScores, batch: RolloutBatch, mixing: dict[str,
 def token_credit(scores: GroupScores, batch: RolloutBatch, table: TokenBytes, mixture: Tensor) -> list[Tensor]:
     """Returns one advantage per token: perception's in the caption, reasoning's in thinking and answer.
 
-    Tags and invalid responses get the mixture.
+    A token with bytes of a tag and of a section's text is the section's. Tags, tokens of both channels, and invalid
+    responses get the mixture.
 
     Args:
         scores: scores of the responses.
@@ -113,21 +113,16 @@ def token_credit(scores: GroupScores, batch: RolloutBatch, table: TokenBytes, mi
     channel = _channels([token for rollout in batch.rollouts for token in rollout.token_ids], bounds, table)
     credit = token_advantage(advantages, channel, bounds.to(torch.int32))
     spread = mixture.repeat_interleave(lengths)
-    return list(torch.where(channel >= 0, credit.to(spread.dtype), spread).split(lengths.tolist()))
+    # a response may be unscored although it has sections, as one that is too long
+    credited = (channel >= 0) & valid.repeat_interleave(lengths)
+    return list(torch.where(credited, credit.to(spread.dtype), spread).split(lengths.tolist()))
 
 
 def _channels(token_ids: list[int], bounds: Tensor, table: TokenBytes) -> Tensor:
-    """Returns the channel of each token, (T,): that of the section with its first byte; -1 outside all sections."""
-    tokens = np.array(token_ids, dtype=np.int64)
-    length = np.diff(table.offsets)[tokens]
-    begin = np.concatenate(([0], length.cumsum()))
-    place = np.repeat(table.offsets[tokens] - begin[:-1], length) + np.arange(begin[-1])
-    # in bytes: a section whose only token begins inside the tag before it is still valid
-    sections = find_segments(table.data[place], begin[bounds.numpy()], SINGLE_BYTES)
-    channel = np.full(len(tokens), -1, dtype=np.int64)
+    """Returns the channel whose sections each token belongs to, (T,); -1 for a token of none or of both."""
+    sections = find_segments(token_ids, bounds, table)
+    member = torch.zeros(max(CHANNEL) + 1, len(token_ids), dtype=torch.bool)
     for section, row in enumerate(CHANNEL):
-        start, end = sections.start[:, section].numpy(), sections.end[:, section].numpy()
-        first, last = np.searchsorted(begin[:-1], start), np.searchsorted(begin[:-1], end)
-        for a, b in zip(first, last):
-            channel[a:b] = row
-    return torch.from_numpy(channel)
+        for start, end in zip(sections.start[:, section].tolist(), sections.end[:, section].tolist()):
+            member[row, start:end] = True
+    return torch.where(member.sum(0) == 1, member.int().argmax(0), -1)

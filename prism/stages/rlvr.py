@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prism.config import Config
-from prism.rewards import ProblemView, Rewards, join_rewards, rewards_of
+from prism.rewards import ProblemView, Rewards, join_rewards, reward_versions, rewards_of
 from prism.rollout.batch import RolloutBatch
 from prism.runtime.runtime import Runtime, Step
 from prism.stages.update import policy_update
@@ -18,11 +18,14 @@ SHOW = ("reward", "accuracy", "format", "length", "entropy")
 
 
 class Rewarded(NamedTuple):
-    """Rollouts with their rewards, and the total of each less the penalty for its length, (S,)."""
+    """Rollouts with their rewards."""
 
     batch: RolloutBatch
     rewards: Rewards
+    # (S,), the total reward of each less the penalty for its length
     total: Tensor
+    # (S,), what differs in the groups that dynamic sampling keeps
+    compared: Tensor
 
 
 def rlvr(rt: Runtime) -> None:
@@ -31,7 +34,7 @@ def rlvr(rt: Runtime) -> None:
     settings = config.optimiser.rlvr
     for step in rt.steps("rlvr", policy=settings, reference=bool(algorithm.kl_coef), show=SHOW):
         rewarded, tries = sample(rt, step)
-        batch, rewards, total = rewarded
+        batch, rewards, total, compared = rewarded
         verdicts = rewards.verdicts
         advantage = group_advantage(total, batch.group, **algorithm.advantage_options())
         metrics = policy_update(
@@ -52,19 +55,21 @@ def rlvr(rt: Runtime) -> None:
             "accuracy": sum(v.accuracy for v in verdicts) / len(verdicts),
             "format": sum(v.format for v in verdicts) / len(verdicts),
             "length": float(batch.lengths.float().mean()),
-            "informative": float(informative_groups(total, batch.group).float().mean()),
+            "informative": float(informative_groups(compared, batch.group).float().mean()),
             "tries": tries,
             **rewards.metrics(),
         }
         columns = {
             "reward": total.tolist(),
             "reason": [verdict.reason for verdict in verdicts],
+            "accuracy": [verdict.accuracy for verdict in verdicts],
+            "format": [verdict.format for verdict in verdicts],
             "advantage": advantage.tolist(),
             **{f"reward_{name}": values for name, values in rewards.by_name.items()},
         }
         if rewards.failures:
             rewards.write_failures(rt.folder / "failed_rewards" / f"rlvr-{step.index + 1:06d}.jsonl")
-        step.finish(metrics, batch, columns)
+        step.finish(metrics, batch, columns, reward_versions(algorithm.custom_rewards, algorithm.verifier_weight))
 
 
 def sample(rt: Runtime, step: Step) -> tuple[Rewarded, int]:
@@ -97,18 +102,22 @@ def reward_rollouts(batch: RolloutBatch, config: Config) -> Rewarded:
         verifier_weight=settings.verifier_weight,
     )
     value = torch.tensor(rewards.total)
+    # format and length tell responses apart where all are right or all are wrong; without the built-in reward, accuracy
+    # says nothing about the custom ones
+    accuracy = torch.tensor([verdict.accuracy for verdict in rewards.verdicts])
+    compared = accuracy if settings.verifier_weight else value
     rule = settings.overlong
     if rule is not None:
         limit = config.rollout.rlvr.max_new_tokens
         value = value + overlong_penalty(
             batch.lengths, limit=limit, buffer=config.overlong_buffer, penalty=rule.penalty
         )
-    return Rewarded(batch, rewards, value)
+    return Rewarded(batch, rewards, value, compared)
 
 
 def informative(rewarded: Rewarded, most: int) -> Rewarded:
-    """Returns the first `most` problems whose responses have different rewards, with their responses."""
-    keep = informative_groups(rewarded.total, rewarded.batch.group)
+    """Returns the first `most` problems with right and wrong responses, and these responses."""
+    keep = informative_groups(rewarded.compared, rewarded.batch.group)
     owners = rewarded.batch.group[keep].unique().tolist()[:most]
     return select(rewarded, owners)
 
@@ -123,7 +132,7 @@ def select(rewarded: Rewarded, chosen: list[int]) -> Rewarded:
         [replace(batch.rollouts[s], prompt=place[batch.rollouts[s].prompt]) for s in kept],
         [batch.texts[s] for s in kept],
     )
-    return Rewarded(part, rewarded.rewards.select(kept), rewarded.total[kept])
+    return Rewarded(part, rewarded.rewards.select(kept), rewarded.total[kept], rewarded.compared[kept])
 
 
 def join(parts: list[Rewarded]) -> Rewarded:
@@ -138,4 +147,5 @@ def join(parts: list[Rewarded]) -> Rewarded:
             whole.texts + batch.texts,
         )
     rewards = join_rewards([part.rewards for part in parts])
-    return Rewarded(whole, rewards, torch.cat([part.total for part in parts]))
+    total, compared = (torch.cat([getattr(part, name) for part in parts]) for name in ("total", "compared"))
+    return Rewarded(whole, rewards, total, compared)

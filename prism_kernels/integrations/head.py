@@ -198,8 +198,8 @@ def head_logprob(
         cache_bytes=cache_bytes,
     )
     # views would lose FSDP2's hooks where a caller writes into them
-    entropies = None if result.entropy is None else result.entropy.clone()
-    return result._replace(logp=result.logp.clone(), entropy=entropies)
+    copies = {name: x.clone() for name, x in result._asdict().items() if x is not None and x._is_view()}
+    return result._replace(**copies)
 
 
 def _plain(op: str, module: nn.Module | None) -> Head:

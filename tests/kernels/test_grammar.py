@@ -76,7 +76,7 @@ def test_tokens_and_texts_have_one_grammar():
         texts.append(valid[:place] + valid[place + 1 :])
         texts += [valid[:place] + piece + valid[place:] for piece in pieces]
     expected = list(parsed_in_bytes(texts))
-    # bytes that are tokens of their own are never inside a token
+    # that number is reserved
     assert {parsed.reason for parsed in expected} == set(Reason) - {Reason.NO_TOKEN}
     for text, parsed in zip(texts, expected):
         assert parse_response(text) == parsed, text

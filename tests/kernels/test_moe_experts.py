@@ -255,6 +255,13 @@ def test_opcheck():
     out, pre, *order = ops.moe_experts_fwd(*arguments, "torch")
     for needs in ([True] * 4, [False, False, False, True], [False, True, False, False]):
         torch.library.opcheck(ops.moe_experts_bwd.default, (out, x, *leaves, pre, *order, needs, "torch"))
+    if not native_reason["_C"]:
+        results = {"ends": 5, "assignment": index.numel(), "row": index.numel()}
+        results = {name: torch.empty(size, dtype=torch.int32) for name, size in results.items()}
+        results["bad"] = torch.empty(1, dtype=torch.int64)
+        given = (routing.index.flatten(), routing.offsets, routing.permutation)
+        # it runs inside the others, which have the fakes
+        torch.library.opcheck(ops.moe_experts_order.out, given, results, test_utils="test_schema")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

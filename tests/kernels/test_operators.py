@@ -69,7 +69,7 @@ def test_no_operator_is_without_opcheck():
         name
         for text in tests
         if "opcheck(" in text
-        for name in re.findall(r"\b(?:prism_kernels|ops)\.(\w+_(?:fwd|bwd)_?)\b", text)
+        for name in re.findall(r"\b(?:prism_kernels|ops)\.(\w+_(?:fwd|bwd|order)_?)\b", text)
     }
     defined = {
         s.name.removeprefix("prism_kernels::") for s in torch._C._jit_get_all_schemas() if "prism_kernels" in s.name

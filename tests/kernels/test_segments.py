@@ -1,6 +1,7 @@
 """find_segments against a regular expression on the decoded bytes of each response, and the grammar case by case."""
 
 import re
+from functools import cache
 from itertools import chain, pairwise
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from prism_kernels.segments import TAGS, Reason, TokenBytes, byte_alphabet, find_segments, token_bytes
 
@@ -50,7 +51,7 @@ def bytes_of(ids, table=BYTES):
 
 
 def oracle(ids, tags=TAGS, table=BYTES):
-    """One response: the spans of its tokens, and the reason, by regular expressions."""
+    """One response: its spans in tokens and in bytes, and the reason, by regular expressions and brute force."""
     pieces = bytes_of(ids, table)
     text = b"".join(pieces)
     starts = np.cumsum([0] + [len(p) for p in pieces])
@@ -60,11 +61,11 @@ def oracle(ids, tags=TAGS, table=BYTES):
     match = re.fullmatch(rf"\s*{pattern}\s*".encode(), text, re.DOTALL)
     if match and all(group.strip() for group in match.groups()):
         spans = []
-        for g in range(1, len(tags) + 1):
-            inside = [i for i, p in enumerate(pieces) if p and match.start(g) <= starts[i] < match.end(g)]
-            if not inside:
-                return None, Reason.NO_TOKEN
-            spans.append((inside[0], inside[-1] + 1))
+        for first, last in match.regs[1:]:
+            held = [i for i, p in enumerate(pieces) if {*range(first, last)} & {*range(starts[i], starts[i] + len(p))}]
+            # what lies between the first and the last of them has no bytes or belongs to them
+            assert all(i in held or not pieces[i] for i in range(held[0], held[-1] + 1))
+            spans.append((held[0], held[-1] + 1, first, last))
         return spans, Reason.VALID
     if match:
         return None, Reason.EMPTY_SEGMENT
@@ -86,14 +87,25 @@ def oracle(ids, tags=TAGS, table=BYTES):
 def check_against_oracle(responses, tags=TAGS, table=BYTES):
     ids, bounds = join(*responses)
     segments = find_segments(ids, bounds, table, tags)
-    assert segments.start.shape == segments.end.shape == (len(responses), len(tags))
+    assert all(column.shape == (len(responses), len(tags)) for column in segments[:2] + segments[3:])
+    tokens, place = 0, 0
     for s, response in enumerate(responses):
         spans, reason = oracle(response, tags, table)
         assert Reason(int(segments.reason[s])) == reason, bytes_of(response, table)
-        found = list(zip(segments.start[s].tolist(), segments.end[s].tolist()))
-        offset = int(bounds[s])
-        assert found == ([(a + offset, b + offset) for a, b in spans] if spans else [(0, 0)] * len(tags))
+        rows = (segments.start, segments.end, segments.byte_start, segments.byte_end)
+        found = list(zip(*(row[s].tolist() for row in rows)))
+        if spans:
+            assert found == [(a + tokens, b + tokens, c + place, d + place) for a, b, c, d in spans]
+        else:
+            assert found == [(0, 0, 0, 0)] * len(tags)
+        tokens += len(response)
+        place += len(b"".join(bytes_of(response, table)))
     return segments
+
+
+def vocabulary(pieces):
+    """A table whose tokens are the given byte strings, in order."""
+    return TokenBytes(np.frombuffer(b"".join(pieces), dtype=np.uint8), np.cumsum([0] + [len(p) for p in pieces]))
 
 
 GOOD = b"<caption>a cube</caption>\n<think>one</think> <answer>1</answer>"
@@ -142,36 +154,58 @@ def test_each_case_alone_and_all_in_one_batch():
     assert together.reason.tolist() == [reason for _, reason in CASES]
 
 
-def test_the_tokens_of_the_text():
+def test_the_tokens_and_the_bytes_of_the_text():
     ids, bounds = join(b"no", GOOD)
     segments = find_segments(torch.tensor(ids), torch.tensor(bounds, dtype=torch.int32), BYTES)
     texts = [bytes(ids[a:b].tolist()) for a, b in zip(segments.start[1], segments.end[1])]
     assert texts == [b"a cube", b"one", b"1"]
-    assert segments.start[0].tolist() == segments.end[0].tolist() == [0, 0, 0]
-    assert segments.start.dtype == segments.end.dtype == segments.reason.dtype == torch.int64
+    whole = b"".join(bytes_of(ids))
+    assert [whole[a:b] for a, b in zip(segments.byte_start[1], segments.byte_end[1])] == texts
+    assert all(column[0].tolist() == [0, 0, 0] for column in segments[:2] + segments[3:])
+    assert all(column.dtype == torch.int64 for column in segments)
 
 
 def test_tags_may_be_cut_anywhere():
-    """Every way to cut the response in two or three tokens more than its characters' pairs allow."""
-    for size in range(1, 12):
+    for size in range(1, len(GOOD) + 1):
         for shift in range(size):
             cuts = sorted({0, *range(shift, len(GOOD), size), len(GOOD)})
             pieces = [GOOD[a:b] for a, b in pairwise(cuts)]
-            table = TokenBytes(np.frombuffer(GOOD, dtype=np.uint8), np.array(cuts))
-            segments = check_against_oracle([list(range(len(pieces)))], table=table)
-            if segments.reason[0] == Reason.VALID:
-                continue
-            assert segments.reason[0] == Reason.NO_TOKEN
+            segments = check_against_oracle([list(range(len(pieces)))], table=vocabulary(pieces))
+            assert segments.reason.tolist() == [Reason.VALID]
 
 
-def test_a_straddling_token_is_where_its_first_byte_is():
-    pieces = [b"<caption>red", b" cu", b"be</cap", b"tion><think", b">", b"a", b"</think><answer>", b"b", b"</answer>"]
-    table = TokenBytes(np.frombuffer(b"".join(pieces), dtype=np.uint8), np.cumsum([0] + [len(p) for p in pieces]))
-    segments = check_against_oracle([list(range(9))], table=table)
-    assert segments.start.tolist() == [[1, 5, 7]] and segments.end.tolist() == [[3, 6, 8]]
-    hidden = [b"<caption>red</caption><think>", b"a", b"</think><answer>", b"b", b"</answer>"]
-    table = TokenBytes(np.frombuffer(b"".join(hidden), dtype=np.uint8), np.cumsum([0] + [len(p) for p in hidden]))
-    assert check_against_oracle([list(range(5))], table=table).reason.tolist() == [Reason.NO_TOKEN]
+def test_a_token_belongs_to_each_segment_whose_text_it_holds():
+    pieces = [b"<caption>red", b" cu", b"be</cap", b"tion><think", b">", b"a", b"</think><answer>b", b"</answer>"]
+    segments = check_against_oracle([list(range(8))], table=vocabulary(pieces))
+    assert segments.start.tolist() == [[0, 5, 6]] and segments.end.tolist() == [[3, 6, 7]]
+    # bytes of two segments in a token
+    pieces = [b"<caption>red", b" cube</caption><think>a", b"</think><answer>", b"b</answer>"]
+    segments = check_against_oracle([list(range(4))], table=vocabulary(pieces))
+    assert segments.start.tolist() == [[0, 1, 3]] and segments.end.tolist() == [[2, 2, 4]]
+    # a whole response in a token, between others and tokens without bytes
+    pieces = [b"", GOOD, b"x"]
+    segments = check_against_oracle([[2], [0, 1, 0], [], [1]], table=vocabulary(pieces))
+    assert segments.reason.tolist() == [Reason.MISSING_TAG, Reason.VALID, Reason.MISSING_TAG, Reason.VALID]
+    assert segments.start[[1, 3]].tolist() == [[2] * 3, [4] * 3] and segments.end[[1, 3]].tolist() == [[3] * 3, [5] * 3]
+
+
+def test_white_space_at_the_ends_belongs_to_the_text():
+    pieces = [b"<caption", b">\n", b" a", b"\n\n", b"</caption>\n<think>", b"b", b"</think>", b"<answer>", b"\t", b"c"]
+    pieces += [b"\n</", b"answer>"]
+    segments = check_against_oracle([list(range(len(pieces)))], table=vocabulary(pieces))
+    assert segments.start.tolist() == [[1, 5, 8]] and segments.end.tolist() == [[4, 6, 11]]
+    whole = b"".join(pieces)
+    texts = [whole[a:b] for a, b in zip(segments.byte_start[0], segments.byte_end[0])]
+    assert texts == [b"\n a\n\n", b"b", b"\tc\n"]
+
+
+def test_characters_may_be_cut_anywhere():
+    response = "<caption>红色</caption><think>\U0001f600</think><answer>é</answer>".encode()
+    for size in range(1, 5):
+        pieces = [response[a : a + size] for a in range(0, len(response), size)]
+        segments = check_against_oracle([list(range(len(pieces)))], table=vocabulary(pieces))
+        texts = [response[a:b].decode() for a, b in zip(segments.byte_start[0], segments.byte_end[0])]
+        assert texts == ["红色", "\U0001f600", "é"]
 
 
 def test_no_tag_reaches_over_a_boundary():
@@ -191,6 +225,14 @@ def test_special_tokens_have_no_bytes():
     first = GOOD.index(b"a cube")
     edge = find_segments(*join([*plain[:first], SPECIAL, *plain[first:]]), BYTES)
     assert int(edge.start[0, 0]) == first + 1
+    # they count as tokens, not as bytes
+    for found in (middle, edge):
+        assert [int(found.byte_start[0, 0]), int(found.byte_end[0, 0])] == [first, first + len(b"a cube")]
+    # and are no text
+    empty = GOOD.replace(b"one", b"")
+    place = empty.index(b"</think>")
+    check = check_against_oracle([[*empty[:place], SPECIAL, *empty[place:]]])
+    assert check.reason.tolist() == [Reason.EMPTY_SEGMENT]
 
 
 @pytest.mark.parametrize("tags", [("a",), ("x-1", "y"), ("p", "q", "r", "s", "é")])
@@ -288,6 +330,84 @@ def test_segments_of_tokenized_responses(tokenizer):
     assert segments.reason.tolist() == [Reason.VALID, Reason.TEXT_OUTSIDE]
     found = [tokenizer.decode(ids[0][a:b]) for a, b in zip(segments.start[0], segments.end[0])]
     assert [text.strip() for text in found] == ["a red cube", "the cubes é", "4"]
+
+
+CROSSING = (
+    "<caption>a red cube (left)</caption><think>it is red.</think><answer>B</answer>",
+    '<caption>\n- a\n</caption>\n<think>\n<a href="x"><b>so 红色"</think>\n<answer>red</answer>',
+    "<caption>a</caption><think>b</think>\n<answer>C</answer>",
+)
+# tokens of the vocabularies below that hold bytes of a tag and of a text, or of two texts
+CROSSED = {"qwen": {">B", ">red", ")</", '"><', '"</', ".</", ">\n"}, "free": {"a</caption><think>b", ">B</answer>"}}
+
+
+@cache
+def crossing(name):
+    """A byte-level BPE whose merges cross tags: `qwen` splits text as Qwen's tokenizers do, `free` does not split."""
+    bpe = Tokenizer(models.BPE())
+    free = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer if name == "qwen" else free
+    bpe.decoder = decoders.ByteLevel()
+    # without the last texts, merges of whole tags would come first
+    texts = [*CROSSING, "a</caption><think>b", ">B</answer>", ">B</answer>"] * 3
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
+    table = token_bytes(tokenizer)
+    assert CROSSED[name] <= {piece.decode(errors="replace") for piece in bytes_of(range(len(tokenizer)), table)}
+    return tokenizer, table
+
+
+@pytest.mark.parametrize("name", CROSSED)
+@pytest.mark.parametrize("answer", ["A", "B", "C", "(B)", "B.", "red", "4", '"B"', "红", " B", "B\n"])
+def test_an_answer_that_shares_tokens_with_its_tags_is_an_answer(name, answer):
+    tokenizer, table = crossing(name)
+    for text in CROSSING:
+        text = re.sub("<answer>.*</answer>", lambda _: f"<answer>{answer}</answer>", text)
+        ids = tokenizer(text + END)["input_ids"]
+        segments = check_against_oracle([ids], table=table)
+        assert segments.reason.tolist() == [Reason.VALID], tokenizer.convert_ids_to_tokens(ids)
+        whole = b"".join(bytes_of(ids, table))
+        found = [whole[a:b].decode() for a, b in zip(segments.byte_start[0], segments.byte_end[0])]
+        assert found == re.findall(r"<(?:caption|think|answer)>(.*?)</(?:caption|think|answer)>", text, re.DOTALL)
+        # all tokens of the text, and at most one token on each side that is only partly of it
+        inner = whole[int(segments.byte_start[0, 2]) : int(segments.byte_end[0, 2])]
+        tokens = bytes_of(ids[int(segments.start[0, 2]) : int(segments.end[0, 2])], table)
+        assert inner in b"".join(tokens) and b"".join(tokens[1:-1]) in inner
+
+
+PIECES = ["a", "B", "red", ")", ".", '"', "<b>", "红色", "é", " ", "\n", "\n\n", "</", "><", END]
+TEXTS = st.lists(st.sampled_from([*(mark.decode() for mark in MARKS), *PIECES]), max_size=12).map("".join)
+WORDS = st.text(st.sampled_from('aB.)"> \n红\U0001f600'), max_size=4)
+
+
+@pytest.mark.parametrize("name", CROSSED)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_equals_the_oracle_where_merges_cross_tags(name, data):
+    tokenizer, table = crossing(name)
+    good = st.tuples(WORDS, WORDS, WORDS, st.sampled_from(["", " ", "\n"])).map(
+        lambda w: f"<caption>{w[0]}</caption>{w[3]}<think>{w[1]}</think>{w[3]}<answer>{w[2]}</answer>"
+    )
+    texts = data.draw(st.lists(st.one_of(good, good, TEXTS), max_size=4))
+    check_against_oracle([tokenizer(text)["input_ids"] for text in texts], table=table)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_equals_the_oracle_wherever_tokens_are_cut(data):
+    """Each response is cut into tokens at random places, tokens without bytes among them."""
+    responses, pieces = [], []
+    for text in data.draw(st.lists(st.one_of(st.tuples(WORDS, WORDS, WORDS), TEXTS), max_size=3)):
+        if isinstance(text, tuple):
+            text = "<caption>{}</caption><think>{}</think><answer>{}</answer>".format(*text)
+        whole = text.encode()
+        cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=20)))
+        cut = [whole[a:b] for a, b in pairwise([0, *cuts, len(whole)])]
+        responses.append(list(range(len(pieces), len(pieces) + len(cut))))
+        pieces += cut
+    check_against_oracle(responses, table=vocabulary(pieces))
 
 
 def test_a_tokenizer_that_is_not_byte_level_is_refused():

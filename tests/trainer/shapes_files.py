@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from prism.data.rows import PLACEHOLDER
+from prism.models.vocabulary import PLACEHOLDER
 from prism.worlds.shapes.scenes import Bytes
 from prism.worlds.shapes.world import ShapesSample
 from prism_kernels.grammar import Sections

@@ -28,9 +28,14 @@ class FixedRun(SimpleNamespace):
         assert (discriminator is None) == (getattr(self, "discriminator_optimiser", None) is None)
         assert reference == (self.reference is not None)
         for _ in range(self.count):
-            yield SimpleNamespace(seed=0, problems=lambda count: self.batch.problems, finish=self.finish)
+            yield SimpleNamespace(
+                seed=0,
+                problems=lambda count: self.batch.problems,
+                version=lambda model: {"model": model, "stage": stage, "step": 0},
+                finish=self.finish,
+            )
 
-    def finish(self, metrics, batch=None, columns=None):
+    def finish(self, metrics, batch=None, columns=None, scored_by=None):
         assert all(len(values) == len(batch.rollouts) for values in (columns or {}).values())
         self.metrics.append(metrics)
 

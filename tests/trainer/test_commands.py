@@ -185,14 +185,20 @@ def test_published_discriminators_are_read_with_either_value_head_also_from_the_
     weights = tensors(tmp_path)
     weight = weights.pop("v_head.weight")
     fetched = []
-    monkeypatch.setattr(building, "snapshot_download", lambda name, **_: fetched.append(name) or str(tmp_path))
+
+    def download(name, allow_patterns, **_):
+        fetched.append((name, "*.safetensors" in allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(building, "snapshot_download", download)
     settings = load_config(chain / "small.toml", {"model.discriminator": "some/discriminator"})
     save_file({**weights, "v_head.summary.weight": weight}, tmp_path / "model.safetensors")
     assert_equal(build_discriminator(settings, None).state_dict(), model.state_dict())
     save_file(weights, tmp_path / "model.safetensors")
     torch.save({"weight": weight}, tmp_path / "value_head.pt")
     assert_equal(build_discriminator(settings, None).state_dict(), model.state_dict())
-    assert fetched == ["some/discriminator"] * 2
+    # the weights last
+    assert fetched == [("some/discriminator", False), ("some/discriminator", True)] * 2
     del config["expert_layout"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"model.discriminator: .*expert_layout in config.json, got neither"):
@@ -209,9 +215,13 @@ def test_folders_without_the_model_are_errors_that_say_what_was_expected(chain, 
     assert "did you mean" in error("rlvr", *small, "--model.policy", whole)
     assert f"{whole}/discriminator" in error("align", *small, "--model.discriminator", whole)
     assert "with a config.json, got" in error("rlvr", *small, "--model.policy", str(tmp_path / "gone"))
-    assert "lacks 1 tensors, the first is lm_head.weight" in error(
-        "rlvr", *small, "--model.policy", f"{whole}/discriminator"
-    )
+    assert "expected a Qwen3-VL, of type qwen3_vl," in error("rlvr", *small, "--model.policy", f"{whole}/discriminator")
+    headless = tmp_path / "headless"
+    shutil.copytree(f"{whole}/policy", headless)
+    weights = tensors(headless)
+    del weights["lm_head.weight"]
+    save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks 1 tensors, the first is lm_head.weight" in error("rlvr", *small, "--model.policy", str(headless))
     monkeypatch.chdir(chain)
     assert "model.policy: expected a folder with a config.json" in error("rlvr", *small, "--model.policy", "whole/rlvr")
     assert "which it would write over" in error(

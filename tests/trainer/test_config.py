@@ -54,6 +54,25 @@ def test_the_tiny_file_says_what_the_defaults_are():
     assert load_config(CONFIGS / "tiny.toml") == load_config() == Config()
 
 
+def test_a_table_of_an_algorithm_given_in_part_keeps_its_other_defaults(tmp_path):
+    default = Config().algorithm
+    for text in ("alpha = 0.3", 'name = "prism"\nalpha = 0.3'):
+        align = load_config(written(tmp_path, f"[algorithm.align]\n{text}\n")).algorithm.align
+        assert align == default.align.model_copy(update={"alpha": 0.3})
+        assert (align.kl_coef, align.kl_estimator, align.token_credit) == (0.1, "k3", True)
+    rlvr = load_config(None, {"algorithm.rlvr.entropy_coef": 0.01}).algorithm.rlvr
+    assert rlvr == default.rlvr.model_copy(update={"entropy_coef": 0.01}) and rlvr.kl_coef == 0.05
+    assert load_config(None, {"algorithm.rlvr.overlong.buffer": 9}).algorithm.rlvr.kl_coef == 0.05
+    # another algorithm: its published options, and nothing of the one that the defaults are for
+    for name in ("dapo", "dr_grpo", "reinforce_pp"):
+        assert load_config(None, {"algorithm.rlvr.name": name}).algorithm.rlvr == RlvrAlgorithm(name=name)
+    gspo = load_config(None, {"algorithm.align.name": "gspo"}).algorithm.align
+    assert gspo == AlignAlgorithm(name="gspo") and not gspo.token_credit
+    # the settings that a run writes are read back as they are
+    for config in (Config(), load_config(None, {"algorithm.align.kl_coef": 0.0, "algorithm.rlvr.name": "dapo"})):
+        assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
 def test_the_papers_settings(tmp_path):
     for size in ("4b_1xh200", "4b_8xh100", "8b_8xh100"):
         config = shipped(CONFIGS / f"qwen3vl_{size}.toml", tmp_path)
@@ -70,7 +89,8 @@ def test_the_papers_settings(tmp_path):
         assert (optimiser.align.steps, optimiser.rlvr.steps, optimiser.rlvr.lr) == (500, 1500, 1e-6)
         loss = config.algorithm.align
         assert (loss.clip, loss.dual_clip, loss.aggregate) == ((0.2, 0.2), 3.0, "token_mean")
-        assert (loss.alpha, loss.format_penalty, loss.kl_coef) == (0.5, 1.5, 0.0)
+        assert (loss.alpha, loss.format_penalty, loss.kl_coef, loss.token_credit) == (0.5, 1.5, 0.0, False)
+        assert (config.algorithm.rlvr.name, config.algorithm.rlvr.kl_coef) == ("grpo", 0.0)
         judge = config.discriminator
         assert (judge.experts, judge.top_k, judge.aux_coef, judge.regularisation) == (4, 2, 0.01, 1e-3)
         assert judge.soft_clip == 10
@@ -133,7 +153,9 @@ def test_a_preset_sets_its_options_and_the_loss_takes_them(name):
     config = load_config(None, {f"algorithm.{stage}.name": name})
     algorithm = getattr(config.algorithm, stage)
     stated = {**LOSS_PRESETS[name], **REWARD_PRESETS.get(name, {})}
-    plain = model().model_dump() | {"dual_clip": None, "name": name}
+    default = getattr(Config().algorithm, stage)
+    # the table's defaults are for the algorithm that it names by default
+    plain = (default if name == default.name else model()).model_dump() | {"dual_clip": None, "name": name}
     for key, value in algorithm.model_dump().items():
         if key in ("dynamic_sampling", "overlong"):
             assert (value is not None) == (key in stated)
@@ -244,8 +266,12 @@ BAD = {
         r"algorithm.rlvr.correction_bounds: expected \[lower, upper\].*got \[2.0, 0.5\]",
     ),
     "credit by channel of a mixed advantage": (
-        '[algorithm.align]\nmode = "rlvr"\ntoken_credit = true',
-        r"algorithm.align.token_credit: expected false without mode = 'align'",
+        '[algorithm.align]\nnormalize = "sum"',
+        r"algorithm.align.token_credit: expected false without normalize = 'channel'",
+    ),
+    "a mode that needs an accuracy": (
+        '[algorithm.align]\nmode = "rlvr"',
+        r"algorithm.align.mode: expected 'align', 'rlvr' needs an accuracy, which alignment does not know",
     ),
     "a group of one in alignment": (
         "[rollout.align]\ngroup = 1",

@@ -184,6 +184,7 @@ def test_packs_do_not_change_the_steps_of_policy_and_discriminator_in_alignment(
             "discriminator.z_coef": 0.1,
             "data.prompt_tokens": 256,
             "algorithm.align.token_credit": False,
+            "algorithm.align.kl_coef": 0.0,
             "optimiser.discriminator.clip_norm": 1e9,
             "memory.score_pack_tokens": "none",
         },

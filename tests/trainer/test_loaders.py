@@ -268,8 +268,9 @@ def test_remote_images_only_where_allowed(tmp_path, server):
     rows = [chat(0, images=[f"{server}/good.png"]), chat(1, images=[f"{server}/gone.png"])]
     path = write_lines(tmp_path / "rows.jsonl", rows)
     assert dry_run(path, "chat").rejected == {"remote image": 2}
-    allowed = LoadOptions(images=ImageLimits(allow_remote=True))
+    trusted = (server.removeprefix("http://"),)
+    allowed = LoadOptions(images=ImageLimits(allow_remote=True, trusted=trusted))
     tried = dry_run(path, "chat", allowed)
     assert tried.accepted == 1 and "404" in tried.first["image not found"]
-    small = LoadOptions(images=ImageLimits(allow_remote=True, max_bytes=100))
+    small = LoadOptions(images=ImageLimits(allow_remote=True, max_bytes=100, trusted=trusted))
     assert "at most 100 bytes" in dry_run(path, "chat", small).first["image size"]

@@ -37,7 +37,9 @@ ROWS = [
     ("chat", chat(messages=turns(SAY)), "order of messages", "", "the last message to be of assistant"),
     ("chat", chat(messages=turns(REPLY)), "order of messages", "", "expected a user's message"),
     ("chat", chat(messages=turns(SAY, ("system", "x"), REPLY)), "order of messages", "", "system's message first"),
-    ("chat", chat(messages=[{"role": "user", "content": [{"type": "video"}]}]), "wrong type", "messages.0.content",
+    ("chat", chat(messages=[{"role": "user", "content": [{"type": "video"}]}]), "unsupported field", "messages",
+     "expected no videos"),
+    ("chat", chat(messages=[{"role": "user", "content": [{"type": "file"}]}]), "wrong type", "messages.0.content",
      "text and image items"),
     ("chat", chat(images=[]), "image count", "", "an image for each of 1 places, got 0"),
     ("chat", chat(images=["images/good.png"] * 2), "image count", "", "an image for each of 1 places, got 2"),
@@ -46,7 +48,7 @@ ROWS = [
     ("chat", chat(images=[""]), "wrong type", "images.0", "got ''"),
     ("chat", chat(images=[{"bytes": None, "path": None}]), "wrong type", "images.0", "got None"),
     ("chat", chat(images=["images/gone.png"]), "image not found", "images.0", "gone.png: No such file"),
-    ("chat", chat(images=["images"]), "image not found", "images.0", "Is a directory"),
+    ("chat", chat(images=["images"]), "image not found", "images.0", "got a folder"),
     ("chat", chat(images=["a\0b"]), "image not found", "images.0", "null"),
     ("chat", chat(images=["images/half.png"]), "broken image", "images.0", "truncated"),
     ("chat", chat(images=["images/text.png"]), "broken image", "images.0", "cannot identify"),
@@ -55,7 +57,19 @@ ROWS = [
     ("chat", chat(images=["images/huge.png"]), "image size", "images.0", "at most 40000000 pixels"),
     ("chat", chat(images=["https://example.invalid/a.png"]), "remote image", "images.0", "allow_remote_images = true"),
     ("chat", chat(images=["file:///etc/hostname"]), "remote image", "images.0", "got 'file:///etc/hostname'"),
-    ("chat", chat(videos=["a.mp4"]), "unsupported field", "", "expected no videos"),
+    ("chat", chat(images=["http://[::1/x.png"]), "remote image", "images.0", "Invalid IPv6 URL"),
+    ("chat", chat(messages=turns(("user", "<image>Hi<|im_end|>\n<|im_start|>assistant"), REPLY)), "special token",
+     "messages.0.content", "expected text without <|im_end|>"),
+    ("chat", chat(messages=turns(SAY, ("assistant", "Two<|endoftext|>"))), "special token", "messages.1.content",
+     "remove it"),
+    ("chat", chat(system="<|im_start|>system"), "special token", "system", "got '<|im_start|>system'"),
+    # two items are one text for the template, and so is a text whose images a discriminator does not see
+    ("chat", chat(messages=[{"role": "user", "content": [{"type": "text", "text": "<|im_"}, {"type": "text", "text":
+     "end|><image>"}]}, *turns(REPLY)]), "special token", "messages.0.content", "without <|im_end|>"),
+    ("chat", chat(messages=turns(("user", "<|im_<image>end|>"), REPLY)), "special token", "messages.0.content",
+     "without <|im_end|>"),
+    ("chat", chat(system="<image>"), "image count", "", "for each of 2 places, got 1"),
+    ("chat", chat(videos=["a.mp4"]), "unsupported field", "videos", "expected no videos"),
     ("warmup", without(warmup(), "question"), "missing field", "question", "it is not there"),
     ("warmup", without(warmup(), "teacher_caption"), "missing field", "teacher_caption", "or teacher_response"),
     ("warmup", without(warmup(), "student_cot"), "missing field", "student_cot", "or student_response"),
@@ -69,6 +83,20 @@ ROWS = [
     ("warmup", warmup(images=["images/good.png"]), "image count", "", "image or images, got both"),
     ("warmup", warmup(image="images/text.png"), "broken image", "image", "cannot identify"),
     ("warmup", {**without(warmup(), "image"), "images": ["images/thin.png"]}, "image size", "images.0", "1 to 200"),
+    ("warmup", warmup(question="a<|vision_start|>"), "special token", "question", "without <|vision_start|>"),
+    ("warmup", warmup(question=turns(("system", "a"), ("user", "<|im_end|>"))), "special token", "question.1.content",
+     "without <|im_end|>"),
+    ("warmup", warmup(question=turns(("user", "a"), REPLY)), "order of messages", "", "last message to be of user"),
+    ("warmup", warmup(question=turns(("user", "<image>"), REPLY, ("user", "<image>"))), "image count", "",
+     "of 2 places"),
+    ("warmup", warmup(system=3), "wrong type", "system", "got 3"),
+    ("warmup", warmup(student_caption="a<|im_end|>"), "special token", "student_caption", "without <|im_end|>"),
+    ("problem", problem(prompt=turns(("user", "<image><|vision_pad|>"))), "special token", "prompt.0.content",
+     "without <|vision_pad|>"),
+    ("problem", problem(teacher_response=f"{RESPONSE}<|im_end|>"), "special token", "teacher_response", "<|im_end|>"),
+    ("problem", problem(teacher_response=None, teacher_caption="<|im_end|>", teacher_cot="1"), "special token",
+     "teacher_caption", "<|im_end|>"),
+    ("problem", problem(system="<|im_end|>"), "special token", "system", "<|im_end|>"),
     ("problem", problem(images=["images/gone.png"]), "image not found", "images.0", "gone.png: No such file"),
     ("problem", without(problem(), "data_source"), "missing field", "data_source", "it is not there"),
     ("problem", without(problem(), "prompt"), "missing field", "prompt", "it is not there"),
@@ -168,15 +196,19 @@ def test_too_many_skipped_rows_stop(tmp_path):
         list(stream)
 
 
-def test_a_line_too_long_for_memory_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr("prism.data.files.MAX_LINE", 5000)
+def test_a_line_too_long_for_memory_is_skipped(tmp_path):
     write_images(tmp_path)
     long = chat(99, note="x" * 20000)
     path = write_lines(tmp_path / "rows.jsonl", [*[chat(i) for i in range(25)], long, chat(25)])
-    stream = RowStream(path, "chat", LoadOptions(buffer=0))
+    options = LoadOptions(buffer=0, max_bytes=5000)
+    stream = RowStream(path, "chat", options)
     assert [row.id for row in stream] == [f"c{i}" for i in range(26)]
     assert stream.causes == {"too long": 1}
-    assert dry_run(path, "chat").first["too long"].startswith(f"{path}, row 26: expected a line of at most 5000 bytes")
+    assert (
+        dry_run(path, "chat", options)
+        .first["too long"]
+        .startswith(f"{path}, row 26: expected a line of at most 5000 bytes")
+    )
 
 
 def test_image_limits_are_settings(tmp_path):

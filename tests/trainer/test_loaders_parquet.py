@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pyarrow as arrow
 import pytest
-from loader_cases import RESPONSE, chat, picture, problem, write_images
+from loader_cases import RESPONSE, chat, picture, problem, warmup, write_images
 from pyarrow import parquet
 from shapes_files import write_problems, write_sft
 
@@ -110,6 +110,14 @@ def test_malformed_rows_and_files(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(good[:40] + bytes(200) + good[240:])
     with pytest.raises(DataError, match="expected a parquet file"):
         dry_run(tmp_path / "cut.parquet", "problem")
+
+
+@pytest.mark.parametrize("field", ["videos", "video", "audios", "audio"])
+@pytest.mark.parametrize(("schema", "row"), [("chat", chat), ("problem", problem), ("warmup", warmup)])
+def test_videos_and_sound_are_seen_among_the_columns(tmp_path, schema, row, field):
+    write_images(tmp_path)
+    path = write(tmp_path / "rows.parquet", [row(0, **{field: ["a"]}), row(1)])
+    assert dry_run(path, schema).rejected == {"unsupported field": 1}
 
 
 def test_without_pyarrow(tmp_path, monkeypatch):

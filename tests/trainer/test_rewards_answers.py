@@ -1,6 +1,7 @@
 """What counts as the right answer, beside math-verify, and for any text at all."""
 
 import logging
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -87,9 +88,18 @@ def test_long_answer_is_right_only_to_the_letter():
 
 _PIECES = r"""
 1 2 10 1,000 . , ; : ( ) [ ] { } $ $$ \frac \frac{1}{2} \boxed{ \text{ } ^ ^{2} √ π ± ½ ² ° ' " % cm m kg / * - − = < x
-A B) answer: the and or 五 十 答案 yes 1/2 10^ e5 \\ \{ \pm ~ to
+A B) answer: the and or 五 十 答案 yes 1/2 10^ e5 five half a dozen third point is = because not wait July 4 2020 (1) 2)
+① sin pi it's we'll squared no, \\ \{ \pm ~ to
 """
 _PIECE = st.sampled_from(_PIECES.split())
+
+
+def test_a_text_of_megabytes_is_refused_by_its_length():
+    # seconds if every character were looked at
+    begun = time.process_time()
+    assert equivalent(["a " * 10_000_000], "1", None) is False
+    assert equivalent(["1"], "a " * 10_000_000, None) is False
+    assert time.process_time() - begun < 1
 
 
 @settings(max_examples=300, deadline=None)

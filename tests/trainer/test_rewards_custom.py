@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -147,6 +148,74 @@ def test_the_page_lists_what_a_reward_sees():
 def test_texts_and_problems_must_be_as_many():
     with pytest.raises(ValueError, match="rewards_of: expected problems for each of the 2 texts, got 1"):
         rewards_of(["a", "b"], [1, 1], [PROBLEM], {})
+
+
+FRAGILE = """
+import os
+from pathlib import Path
+
+def one(rollout, problem):
+    if rollout.text == "crash":
+        {deed}
+        os.abort()
+    return 1.0
+"""
+
+
+def ask_fragile(tmp_path, monkeypatch, deed, name, **options):
+    """Returns the rewards by a module that changes in its first call, in which its worker crashes."""
+    (tmp_path / f"{name}.py").write_text(FRAGILE.format(deed=deed))
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = ["a", "crash", "b", response("3")]
+    with Workers(1, preload=[name], required=False, **options) as pool:
+        return rewards_of(texts, [1] * 4, [PROBLEM] * 4, {"one": (f"{name}:one", 1.0)}, workers=pool, timeout_s=2)
+
+
+# what the module has become when its worker is replaced, and why no later call has a value
+@pytest.mark.parametrize(
+    ("name", "deed", "cause"),
+    [
+        ("gone_reward", "os.unlink(__file__)", "error: ImportError: expected module 'gone_reward' of"),
+        ("half_reward", "Path(__file__).write_text('def one(')", "error: ImportError: expected module 'half_reward'"),
+        ("poor_reward", "Path(__file__).write_text('import no_such')", "error: ImportError: expected 'no_such', which"),
+        ("exit_reward", "Path(__file__).write_text('raise SystemExit(3)')", "error: SystemExit: 3"),
+        ("dead_reward", "Path(__file__).write_text('import os; os.abort()')", "crash: the process ended with status"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_again_costs_samples(tmp_path, monkeypatch, name, deed, cause):
+    rewards = ask_fragile(tmp_path, monkeypatch, deed, name)
+    assert rewards.by_name["one"] == [1.0, None, None, None]
+    assert [verdict.accuracy for verdict in rewards.verdicts] == [0.0, 0.0, 0.0, 1.0]
+    causes = [f"{failure.cause}: {failure.detail.strip().splitlines()[-1]}" for failure in rewards.failures]
+    assert causes[0] == "crash: the process ended with status -6"
+    assert len(causes) == 3 and all(one.startswith(cause) for one in causes[1:]), causes
+
+
+def test_a_module_that_hangs_at_its_second_import_is_waited_for_once(tmp_path, monkeypatch):
+    deed = "Path(__file__).write_text('import time; time.sleep(60)')"
+    begun = time.monotonic()
+    rewards = ask_fragile(tmp_path, monkeypatch, deed, "slow_reward", start_seconds=4)
+    assert [failure.cause for failure in rewards.failures] == ["crash", "timeout", "timeout"]
+    # one start of 4 s and two calls of 2 s
+    assert time.monotonic() - begun < 20
+
+
+def test_a_module_that_is_whole_again_is_used_again(tmp_path, monkeypatch):
+    path = tmp_path / "healed_reward.py"
+    (tmp_path / "whole.txt").write_text("def one(rollout, problem): return 2.0\n")
+    # the first call after the crash finds no module, and a second reward puts it back
+    (tmp_path / "healer.py").write_text(
+        f"import shutil\ndef heal(rollout, problem): shutil.copy({str(tmp_path / 'whole.txt')!r}, {str(path)!r})\n"
+    )
+    path.write_text(FRAGILE.format(deed="os.unlink(__file__)"))
+    monkeypatch.syspath_prepend(tmp_path)
+    custom = {"one": ("healed_reward:one", 1.0), "heal": ("healer:heal", 1.0)}
+    with Workers(1, preload=["healed_reward", "healer"], required=False) as pool:
+        first, second = (
+            rewards_of(texts, [1, 1], [PROBLEM] * 2, custom, workers=pool, timeout_s=20).by_name["one"]
+            for texts in (["crash", "b"], ["c", "d"])
+        )
+    assert first == [None, None] and second == [2.0, 2.0]
 
 
 def test_values_are_finite_numbers(module):

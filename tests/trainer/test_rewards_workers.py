@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prism.rewards import Workers, score_batch, verifier_workers
+from prism.rewards import ProblemView, Workers, grade, rewards_of, score_batch, score_response, verifier_workers
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -198,3 +198,70 @@ def test_a_hanging_verifier_is_counted(caplog):
         verdicts = score_batch([response(a) for a in answers], [r"\frac{\sqrt{36}}{2}"] * 3, timeout_s=5, workers=pool)
     assert [v.reason for v in verdicts] == ["right", "timeout", "wrong"]
     assert any("timeout" in record.getMessage() for record in caplog.records)
+
+
+# as deep as an answer of 500 characters can be; the reader of bare brackets calls itself for each
+DEEP = [opening * 240 + "1, 2" + closing * 240 for opening, closing in ("[]", "{}", "()")] + [
+    r"\frac{1}{" * 45 + "x" + "}" * 45
+]
+
+
+@pytest.mark.parametrize("gold", DEEP)
+def test_a_deeply_nested_right_answer_costs_nothing_but_its_own_sample(gold):
+    answers = [gold, gold.replace("1", "3"), f"{gold} "]
+    verdicts = score_batch([response(a) for a in answers], [gold] * 3)
+    assert [v.accuracy for v in verdicts] == [1.0, 0.0, 1.0]
+    assert score_response(response("3"), gold)["accuracy"] == 0.0
+
+
+def broken(*_):
+    raise RecursionError("maximum recursion depth exceeded")
+
+
+def test_an_error_of_the_verifier_is_counted_and_costs_its_sample_alone(monkeypatch, caplog):
+    readable = grade.equivalent
+    monkeypatch.setattr(
+        grade, "equivalent", lambda golds, *rest: (broken if "bad" in golds else readable)(golds, *rest)
+    )
+    problems = [ProblemView("1", "How many?", gold, (), "test") for gold in ("3", "bad", "4")]
+    rewards = rewards_of([response("3")] * 3, [1] * 3, problems, {})
+    assert [(v.accuracy, v.format, v.reason) for v in rewards.verdicts] == [
+        (1.0, 1.0, "right"),
+        (0.0, 1.0, "error"),
+        (0.0, 1.0, "wrong"),
+    ]
+    assert rewards.metrics() == {"failed_verdicts": {"error": 1}}
+    assert "RecursionError" in caplog.text
+
+
+def test_an_error_in_the_pool_is_counted_and_costs_its_sample_alone(caplog):
+    # undecided without algebra
+    answers = [r"\sqrt{9}", r"\sqrt{9}", r"\sqrt{16}"]
+    with Workers(1, preload=["prism.rewards.algebra"]) as pool:
+        pool.map("builtins:exec", [("import prism.rewards.algebra as a; a.verify, a.kept = None, a.verify",)], 5)
+        verdicts = score_batch([response(a) for a in answers], [r"\frac{\sqrt{36}}{2}"] * 3, workers=pool)
+        assert [v.reason for v in verdicts] == ["error"] * 3
+        pool.map("builtins:exec", [("import prism.rewards.algebra as a; a.verify = a.kept",)], 5)
+        verdicts = score_batch([response(a) for a in answers], [r"\frac{\sqrt{36}}{2}"] * 3, workers=pool)
+    assert [v.reason for v in verdicts] == ["right", "right", "wrong"]
+    assert sum("error" in record.getMessage() for record in caplog.records) == 3
+
+
+# each repeated word or sign may be read in several ways, and the time must not grow with the number of readings
+REPEATED = """
+the answer |answer is |not |or |could be |i mean |wait, |is |because |and five |five hundred and |no, it is |(A) |A. |
+a.|B) |(1) |1. |1-|0_|x - |x'|' |, |1 |1,|= |x = |[|\\frac{|^|$|\\text{a} |May 5 |the |it is |U.|so |we get |: |half a |
+- |!"""
+
+
+def test_no_text_of_an_answer_takes_long_to_read():
+    texts = [
+        (f"{start}{unit * 500}")[:499]
+        for unit in REPEATED.replace("\n", "").split("|")
+        for start in ("B) ", "Yes, ", "")
+    ]
+    calls = [(["B", "yes", "12", "(1) 5 (2) 7", "The area is 12"], text, None) for text in texts]
+    calls += [([text], "The area is 12", None) for text in texts]
+    with Workers(1, preload=["prism.rewards.equivalence"]) as pool:
+        results = pool.map("prism.rewards.equivalence:equivalent", calls, 8)
+    assert [(call[:2], result.reason) for call, result in zip(calls, results) if result.reason] == []

@@ -6,7 +6,8 @@ import torch
 from prism.commands.run import run, run_stages
 from prism.config import load_config
 from prism.runtime.log import read_metrics
-from prism.runtime.runtime import InterruptedRunError, Runtime
+from prism.runtime.runtime import Runtime
+from prism.runtime.signals import InterruptedRunError
 
 SMALL = {
     "run.stages": ["base", "sft", "distill", "warmup", "align", "rlvr"],

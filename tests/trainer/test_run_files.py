@@ -17,11 +17,13 @@ from prism.data.files import DataError
 from prism.data.loader import dry_run
 from prism.data.problem import problem_reader
 from prism.data.sources import problems_of
+from prism.discriminator.score import prepare_groups, sample_of
 from prism.models.prompts import PromptEncoder
 from prism.models.sizes import TinyMoeSize
 from prism.models.tiny import save_tiny, tiny_discriminator_base, tiny_image_processor, tiny_policy, train_tokenizer
 from prism.runtime.log import read_metrics
-from prism.runtime.runtime import InterruptedRunError, Runtime
+from prism.runtime.runtime import Runtime
+from prism.runtime.signals import InterruptedRunError
 from prism.worlds.shapes.world import ShapesWorld
 
 STAGES = ("sft", "warmup", "align", "rlvr")
@@ -192,10 +194,51 @@ def test_rows_become_problems(tmp_path, encoder):
     assert [message["content"] for message in longer.prompt] == ["Hello", "Hi", "<image>How many?"]
     assert longer.teacher == "One."
     (pair,) = drawn(tmp_path, encoder, "warmup", [warmup()], 1)
-    assert "- red circle south" in pair.student and "- red circle north" in pair.teacher and pair.prompt == "How many?"
+    assert (
+        "- red circle south" in pair.student
+        and "- red circle north" in pair.teacher
+        and pair.prompt == "<image>How many?"
+    )
     for stage in ("align", "distill", "rlvr"):
         (one,) = drawn(tmp_path, encoder, stage, [problem()], 1)
         assert (one.name, one.answer, one.teacher, len(one.images)) == ("p0", "1", RESPONSE, 1)
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_a_warm_up_row_may_be_a_chat_with_a_system_prompt(tmp_path, encoder, images):
+    """What alignment asks and what warm-up asks are one prompt to the discriminator, with images or without."""
+    turns = [("user", "Hello"), ("assistant", "Hi"), ("user", "<image>How many?")]
+    turns = [dict(zip(("role", "content"), turn)) for turn in turns]
+    system = {"role": "system", "content": "Be brief."}
+    pairs = [
+        warmup(0, system="Be brief.", question="How many?"),
+        warmup(1, system="Be brief.", question=None, prompt=turns),
+        warmup(2, question=[system, *turns]),
+        warmup(3, system="Unused.", question=[system, *turns]),
+    ]
+    short = [system, {"role": "user", "content": "<image>How many?"}]
+    asked = [
+        problem(0, prompt=short),
+        problem(1, prompt=[system, *turns]),
+        problem(2, system="Be brief.", prompt=turns),
+        problem(3, system="Unused.", prompt=[system, *turns]),
+    ]
+    plain = {"data.buffer": 0}
+    for one, other in zip(
+        drawn(tmp_path, encoder, "warmup", pairs, 4, **plain), drawn(tmp_path, encoder, "align", asked, 4, **plain)
+    ):
+        texts = [one.student]
+        first, second = (
+            prepare_groups(
+                [sample_of(each, texts, each.encoded(encoder) if images else None, teacher=one.teacher)],
+                encoder,
+                images=images,
+            ).packs[0].pack.input_ids
+            for each in (one, other)
+        )  # fmt: skip
+        assert torch.equal(first, second)
+        assert "system\nBe brief.<|im_end|>" in encoder.tokenizer.decode(first)
+        assert (encoder.image_token_id in first) == images
 
 
 def test_warm_up_without_files_reads_the_alignment_files(tmp_path, encoder):
@@ -233,8 +276,8 @@ UNUSABLE = [
      "expected at most data.prompt_tokens = 128 tokens"),
     # the image, resized to 288 x 288 pixels, is already 81 tokens
     ("rlvr", problem(images=["images/wide.png"]), "prompt", "expected at most data.prompt_tokens = 60 tokens, got"),
-    ("rlvr", problem(prompt=[{"role": "user", "content": "<image>a <|image_pad|>"}]), "prompt",
-     "expected <image> where an image goes"),
+    ("rlvr", problem(prompt=[{"role": "user", "content": "<image>a <|image_pad|>"}]), "prompt.0.content",
+     "write <image> where an image goes"),
 ]  # fmt: skip
 
 
@@ -303,7 +346,7 @@ def test_order_buffer_and_image_folder_follow_the_settings(tmp_path, encoder):
     with pytest.raises(DataError, match=r"got none of 1.*image at"):
         drawn(tmp_path, encoder, "sft", [row], 1)
     remote = chat(images=["http://127.0.0.1:9/a.png"])
-    for allowed, reason in ((False, "expected a local file"), (True, "refused")):
+    for allowed, reason in ((False, "expected a local file"), (True, "public address")):
         with pytest.raises(DataError, match=reason):
             drawn(tmp_path, encoder, "sft", [remote], 1, **{"data.allow_remote_images": allowed})
 

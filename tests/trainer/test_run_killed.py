@@ -1,6 +1,7 @@
-"""A run killed ten times equals an uninterrupted run bit for bit.
+"""A run killed twelve times equals an uninterrupted run bit for bit.
 
-The kills come in every stage, during an evaluation, while a checkpoint is written, and while the report is.
+The kills come in every stage, during an evaluation, while the settings or a checkpoint are written, and while the
+report is.
 """
 
 import functools
@@ -26,6 +27,7 @@ from prism.config import load_config
 from prism.models import tiny
 from prism.models.building import build_policy
 from prism.rollout import batch
+from prism.runtime import runtime
 from prism.runtime.checkpoint import checkpoints
 from prism.runtime.log import read_metrics
 from prism.runtime.runtime import Runtime, Step
@@ -98,6 +100,7 @@ def run_with(clock, settings):
         (Runtime, "assess"): lambda self, after: f"evaluation {after}",
         (Runtime, "_save"): lambda self, inside=None: f"checkpoint {' '.join(map(str, inside or self.done[-1:]))}",
         (Runtime, "finish"): lambda self: "report",
+        (runtime, "write_whole"): lambda path, text: f"write {path.name}",
     }
     for (owner, method), name in places.items():
         setattr(owner, method, telling(clock, name, getattr(owner, method)))
@@ -153,12 +156,12 @@ class Driver:
 
 
 def moments(said, rng):
-    """Returns ten moments in order: the run's places from one on, and a number of calls after it."""
+    """Returns twelve moments in order: the run's places from one on, and a number of calls after it."""
     places, calls = list(said), list(said.values())
     # in each stage after its first checkpoint; twice in alignment, which has the most state
     wanted = [f"{stage} {rng.randint(2, 3)}" for stage in ("sft", "warmup", "rlvr")]
     wanted += ["align 2", "align 3", "evaluation start", "checkpoint sft 2", "checkpoint align 2", "report"]
-    wanted += [f"evaluation {rng.choice(STAGES)}"]
+    wanted += [f"evaluation {rng.choice(STAGES)}", "write config.json", "write changes.json"]
     # 9 / 10: the number of calls varies a little with the time spent waiting for the reward workers
     return [(places[place:], rng.randint(1, calls[place + 1] * 9 // 10)) for place in sorted(map(places.index, wanted))]
 
@@ -177,7 +180,7 @@ def outcome(folder):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_ten_moments_resumes_to_the_same_bits(tmp_path):
+def test_a_run_killed_at_twelve_moments_resumes_to_the_same_bits(tmp_path):
     driver, rng = Driver(), random.Random(0)
     whole, end = driver.run(tmp_path / "whole")
     assert end == 0

@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from prism.models.building import load_encoder
 from prism.models.prompts import PromptEncoder
 from prism.models.sizes import TinyMoeSize, TinySize
 from prism.models.tiny import (
     SPECIAL_TOKENS,
+    save_processor,
     save_tiny,
     tiny_discriminator_base,
     tiny_image_processor,
@@ -152,6 +154,17 @@ def test_processor_files_name_their_classes(tmp_path):
 
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert processor.tokenizer("three")["input_ids"] == tokenizer("three")["input_ids"]
+
+
+def test_a_model_of_a_folder_is_saved_with_its_settings_of_videos(tmp_path):
+    save_tiny(tmp_path / "given", *tiny_policy())
+    path = tmp_path / "given" / "video_preprocessor_config.json"
+    # Qwen3-VL's limits of videos are not those of images
+    settings = {**json.loads(path.read_text()), "size": {"longest_edge": 25165824, "shortest_edge": 4096}, "fps": 2}
+    path.write_text(json.dumps(settings))
+    save_processor(tmp_path / "saved", load_encoder("model.policy", str(tmp_path / "given"), 50000))
+    assert json.loads((tmp_path / "saved" / path.name).read_text()) == settings
+    assert json.loads((tmp_path / "saved" / "preprocessor_config.json").read_text())["size"]["longest_edge"] == 50000
 
 
 def test_saved_weights_are_the_model(tmp_path):

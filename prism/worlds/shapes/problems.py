@@ -82,6 +82,10 @@ class EmbeddedProblems:
     def go_to(self, stage: str, position: dict[str, Any]) -> None:
         """Does nothing: a step draws without a position."""
 
+    def reading(self, stage: str) -> str:
+        """Returns the name of the split."""
+        return f"data.shapes, {SPLIT_OF[stage]}"
+
     def _split(self, name: str) -> ShapesProblems:
         judged = self.settings.judged if name == "base" else 0.0
         return ShapesProblems(self.world, name, getattr(self.settings, name), judged)

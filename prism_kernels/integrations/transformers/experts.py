@@ -3,7 +3,7 @@
 Importing this module registers it::
 
     import prism_kernels.integrations.transformers.experts
-    model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="prism")
+    model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="prism", trust_remote_code=False)
 """
 
 from torch import Tensor, nn

@@ -12,26 +12,23 @@ from torch.autograd.function import once_differentiable
 from prism_kernels.library import register_op
 from prism_kernels.ops.prefix_attention import eager
 from prism_kernels.ops.rows import accumulator
-from prism_kernels.packing import Layout, layout_of
+from prism_kernels.packing import layout_of
 
 NAME = "prefix_attention"
 
 
-def _layout(tokens: int, *lengths: Tensor) -> Layout:
-    cu_prefix, cu_branch, branch_group, last_index = lengths
-    return layout_of(cu_prefix, cu_branch, branch_group, last_index, tokens, NAME)
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *lengths, scale = rest
-    return eager.forward(q, k, v, _layout(q.shape[0], *lengths), scale)
+    cu_prefix, cu_branch, group, last, scale = rest
+    layout = layout_of(cu_prefix, cu_branch, group, last, q.shape[0], NAME)
+    return eager.forward(q, k, v, layout, scale)
 
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *lengths, scale = rest
-    return eager.backward(grad, q, k, v, out, lse, _layout(q.shape[0], *lengths), scale)
+    cu_prefix, cu_branch, group, last, scale = rest
+    layout = layout_of(cu_prefix, cu_branch, group, last, q.shape[0], NAME)
+    return eager.backward(grad, q, k, v, out, lse, layout, scale)
 
 
 def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
