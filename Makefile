@@ -50,7 +50,7 @@ test-all: $(VENV)/install.stamp ## runs the tests with the whole of every grid
 test-real: $(VENV)/install.stamp ## trains a small Qwen3-VL in the form of a published one; stops, resumes, compares
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/real --durations=5
 
-# half of SECONDS for each pass. ASAN_OPTIONS: Python leaks at its end, and torch throws through code without ASan
+# half of SECONDS for each pass. ASan must find libstdc++ when it starts, to see exceptions; Python leaks at its end
 SECONDS := 120
 FUZZ := FUZZ_SECONDS=$$(($(SECONDS) / 2)) OMP_NUM_THREADS=1
 ASAN := build/asan
@@ -59,8 +59,10 @@ fuzz: $(VENV)/install.stamp ## tries random and damaged inputs for SECONDS=120, 
 	$(FUZZ) $(BIN)/python -m pytest tests/fuzz -s
 	PRISM_KERNELS_SANITIZE=address PRISM_KERNELS_CUDA=0 PRISM_KERNELS_REQUIRE=1 \
 		$(BIN)/python setup.py -q build --build-base $(ASAN) --build-lib $(ASAN)/lib
-	$(FUZZ) LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest tests/fuzz/test_ops.py tests/fuzz/test_native.py -s -o pythonpath=$(ASAN)/lib
+	$(FUZZ) ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
+		$(BIN)/python -m pytest tests/fuzz/test_ops.py tests/fuzz/test_native.py -s -p no:faulthandler \
+		-o pythonpath=$(ASAN)/lib
 
 # the peers get their own environment: they pin other versions than the package needs
 PEERS := .venv-peers

@@ -87,6 +87,10 @@ class Layout(NamedTuple):
     branches: tuple[int, ...]
 
 
+# what `layout_of` takes
+LENGTHS = ("cu_prefix", "cu_branch", "branch_group", "last_index")
+
+
 def layout_of(
     cu_prefix: Tensor, cu_branch: Tensor, branch_group: Tensor, last_index: Tensor, tokens: int, op: str = NAME
 ) -> Layout:
@@ -100,7 +104,7 @@ def layout_of(
         tokens: T.
         op: the name of the caller in errors.
     """
-    named = {"cu_prefix": cu_prefix, "cu_branch": cu_branch, "branch_group": branch_group, "last_index": last_index}
+    named = dict(zip(LENGTHS, (cu_prefix, cu_branch, branch_group, last_index)))
     for name, value in named.items():
         check.tensor(op, name, value)
         check.memory(op, name, value)
@@ -168,7 +172,7 @@ class PrefixPack:
 
     @property
     def lengths(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The tensors that `layout_of` takes."""
+        """The tensors of `LENGTHS`."""
         return self.cu_prefix, self.cu_branch, self.branch_group, self.last_index
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PrefixPack":

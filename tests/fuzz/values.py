@@ -104,21 +104,19 @@ def maybe(draw, make):
     return make() if draw(st.booleans()) else None
 
 
-def damage(draw, arguments):
-    """Damages one argument in half of the cases."""
-    if not draw(st.booleans()):
-        return arguments
-    name = draw(st.sampled_from(sorted(arguments)))
-    value = arguments[name]
-    if isinstance(value, torch.Tensor):
-        kind = draw(st.sampled_from(list(DAMAGES)))
-        wants = value.requires_grad
-        value = DAMAGES[kind](draw, value.detach())
-        if wants and isinstance(value, torch.Tensor) and value.is_floating_point():
-            value = value.detach().requires_grad_()
-    else:
-        value = draw(st.sampled_from(SCALARS))
-    return {**arguments, name: value}
+def damage(draw, arguments, most=1):
+    """Damages up to `most` arguments, none of them in half of the cases where `most` is 1."""
+    names = draw(st.lists(st.sampled_from(sorted(arguments)), max_size=most, unique=True))
+    return {**arguments, **{name: _damaged(draw, arguments[name]) for name in names}}
+
+
+def _damaged(draw, value):
+    if not isinstance(value, torch.Tensor):
+        return draw(st.sampled_from(SCALARS))
+    changed = DAMAGES[draw(st.sampled_from(list(DAMAGES)))](draw, value.detach())
+    if value.requires_grad and isinstance(changed, torch.Tensor) and changed.is_floating_point():
+        return changed.detach().requires_grad_()
+    return changed
 
 
 def refused(error, *names):

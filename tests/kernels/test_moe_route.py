@@ -279,6 +279,11 @@ BAD = [
         ValueError,
         "expected kind_bias of shape (kinds, 5), got (2, 4)",
     ),
+    (
+        {"kind": torch.zeros(4).long(), "kind_bias": torch.zeros(0, 5)},
+        ValueError,
+        "expected kind_bias of shape (kinds, E) with kinds > 0, got (0, 5)",
+    ),
     ({"token_weight": torch.zeros(5)}, ValueError, "expected token_weight of shape (4,), got (5,)"),
     (
         {"token_weight": torch.tensor([1.0, -1, 1, 1])},

@@ -339,6 +339,7 @@ BAD_PACKS = {
         "last_index 9 of branch 0, by the lengths and branch_group, got",
     ),
     "groups as floats": ({"branch_group": GROUPS.double()}, "branch_group of dtype int32, int64, got float64"),
+    "groups as a sparse tensor": ({"branch_group": GROUPS.to_sparse()}, "branch_group to be a dense tensor"),
     "groups in a matrix": ({"branch_group": GROUPS[None]}, "branch_group of shape (S,), got (1, 10)"),
     "short prefixes": ({"cu_prefix": PREFIX - PREFIX.clamp(max=1)}, "cu_prefix and cu_branch to cover the pack's 57"),
     "prefixes from 1": ({"cu_prefix": PREFIX + 1}, "cu_prefix to begin with 0 and not to decrease, got [1,"),
@@ -359,3 +360,9 @@ def test_refuses_a_damaged_pack(name, way):
     op = "prefix_attention" if way == "cpu" else "packing"
     with pytest.raises((ValueError, TypeError), match=re.escape(f"{op}: expected {message}")):
         (prefix_attention if way == "cpu" else WAYS[way])(q, k, v, pack)
+
+
+def test_refuses_a_damaged_pack_without_tokens():
+    pack = replace(make_pack([]), branch_group=torch.ones(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"prefix_attention: expected branch_group of shape \(0,\), got \(1,\)"):
+        prefix_attention(*[torch.zeros(0, 1, 4)] * 3, pack)

@@ -117,6 +117,14 @@ def test_other_layouts_are_right_in_place(backend, device, name):
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 2), (2, 1), (0, 2)])
+def test_every_other_element_of_any_shape(backend, device, shape):
+    logits = torch.randn(2 * shape[0], 2 * shape[1], device=device)[::2, ::2].requires_grad_()
+    target = torch.zeros(shape[0], dtype=torch.int64, device=device)
+    out, grad = run(token_logprob, logits, target, backend=backend)
+    assert out.logp.shape == target.shape and grad.shape == logits.shape and grad.isfinite().all()
+
+
 def test_torch_notices_another_use_of_logits_written_in_place(backend, device):
     """The same memory, or a base of it, is saved for a backward pass that comes later."""
     leaf, target = inputs(6, 30, device=device)

@@ -8,7 +8,7 @@ from prism_kernels.ops.prefix_attention.eager import attend_pieces
 from prism_kernels.ops.prefix_attention.op import NAME, PrefixAttentionFunction
 from prism_kernels.ops.prefix_attention.varlen import attend_expanded, flash_takes
 from prism_kernels.ops.rows import FLOATS
-from prism_kernels.packing import PrefixPack, layout_of
+from prism_kernels.packing import LENGTHS, PrefixPack, layout_of
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale: float | None = None) -> Tensor:
@@ -39,8 +39,8 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, pack: PrefixPack, *, scale
         check.device(NAME, name, value, q, "q")
     if not isinstance(pack, PrefixPack):
         check.fail(NAME, "pack to be a PrefixPack (prism_kernels.packing)", type(pack).__name__, TypeError)
-    for value in pack.lengths:
-        check.tensor(NAME, "pack's lengths and groups", value)
+    for name, value in zip(LENGTHS, pack.lengths):
+        check.tensor(NAME, name, value)
         check.device(NAME, "pack", value, q, "q")
     if q.dim() != 3 or 0 in q.shape[1:]:
         check.fail(NAME, "q of shape (T, H, d) with H, d > 0", tuple(q.shape))
