@@ -177,21 +177,21 @@ def targets(op: str, target: Tensor, columns: int, ignore_index: int) -> None:
 
 
 def temperatures(op: str, temperature: Tensor, softcap: float = 0.0) -> None:
-    """Checks each temperature, where values may be read: positive, not huge, and not above a soft cap.
+    """Checks each temperature, where values may be read: positive, not huge, and at most four times a soft cap.
 
-    The slope of a soft cap is computed from the logarithms of exponentials, which do not tell a cap below the
-    temperature.
+    The slope of a soft cap is computed from the logarithms of exponentials, in which a cap far below the temperature
+    is lost.
     """
     if not reads_values(temperature) or not temperature.numel():
         return
     # both are NaN where one value is
     low, high = temperature.aminmax()
-    if float(low) >= SMALLEST and float(high) <= (softcap or LARGEST_TEMPERATURE):
+    if float(low) >= SMALLEST and float(high) <= min(4 * softcap or LARGEST_TEMPERATURE, LARGEST_TEMPERATURE):
         return
     bad = ~((temperature >= SMALLEST) & (temperature <= LARGEST_TEMPERATURE))
     if bad.any():
         row = int(bad.nonzero()[0, 0])
         value = float(temperature[row])
         fail(op, _positive("temperature", value, LARGEST_TEMPERATURE), f"{value} in row {row}")
-    if softcap and float(high) > softcap:
-        fail(op, f"softcap of at least the temperature {float(high):g}", softcap)
+    if softcap and float(high) > 4 * softcap:
+        fail(op, f"softcap of at least a quarter of the temperature {float(high):g}", softcap)
