@@ -56,7 +56,7 @@ FUZZ := FUZZ_SECONDS=$$(($(SECONDS) / 2)) OMP_NUM_THREADS=1
 ASAN := build/asan
 
 fuzz: $(VENV)/install.stamp ## tries random and damaged inputs for SECONDS=120, then again under AddressSanitizer
-	$(FUZZ) $(BIN)/python -m pytest tests/fuzz -s
+	$(FUZZ) $(BIN)/python -m pytest tests/fuzz -s --hypothesis-profile fuzz
 	PRISM_KERNELS_SANITIZE=address PRISM_KERNELS_CUDA=0 PRISM_KERNELS_REQUIRE=1 \
 		$(BIN)/python setup.py -q build --build-base $(ASAN) --build-lib $(ASAN)/lib
 	$(FUZZ) ASAN_OPTIONS=detect_leaks=0 \

@@ -1,4 +1,4 @@
-"""Shares FUZZ_SECONDS, which `make fuzz` sets, among the fuzz targets; pytest skips this folder unless it is named.
+"""Shares FUZZ_SECONDS, which `make fuzz` sets, among the fuzz targets; without it each runs one round, always the same.
 
 A target is a test that decorates a function with the fixture `fuzz`: see test_ops.py. A file for each group of targets.
 """
@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
-SEED = int(os.environ.get("FUZZ_SEED", random.SystemRandom().randrange(2**32)))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))
+SEED = int(os.environ.get("FUZZ_SEED", random.SystemRandom().randrange(2**32) if SECONDS else 0))
 ROUND = settings(
     max_examples=20,
     deadline=None,
@@ -22,6 +22,8 @@ ROUND = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
+# of targets that are plain hypothesis tests
+settings.register_profile("fuzz", max_examples=max(25, int(4 * SECONDS)), print_blob=True)
 
 
 def pytest_report_header():

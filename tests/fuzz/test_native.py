@@ -8,9 +8,9 @@ from contextlib import suppress
 import pytest
 import torch
 from hypothesis import strategies as st
-from values import FLOATS, booleans, damage, floats, integers, maybe
 
 import prism_kernels as pk
+from fuzz.values import FLOATS, booleans, damage, floats, integers, maybe
 from prism_kernels.backend import unavailable
 
 ops = torch.ops.prism_kernels

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
-from values import FLOATS, booleans, damage, floats, integers, maybe, run
 
 import prism_kernels as pk
+from fuzz.values import FLOATS, booleans, damage, floats, integers, maybe, run
 from prism_kernels.backend import unavailable
 from prism_kernels.ops.group_advantage import reference as group
 from prism_kernels.ops.linear_logprob import reference as linear
