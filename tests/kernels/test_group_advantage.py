@@ -192,3 +192,14 @@ def test_group_advantage_names_the_bad_argument(changes, error, message):
     arguments = {"reward": torch.zeros(6), "group": torch.zeros(6, dtype=torch.int64)}
     with pytest.raises(error, match="group_advantage: .*" + re.escape(message)):
         group_advantage(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    "baseline, scale", [("mean", "std"), ("leave_one_out", "std"), ("none", "std"), ("mean", "none")]
+)
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), 3.0])
+def test_a_group_of_one_gets_0_whatever_its_reward(backend, baseline, scale, reward):
+    rewards, group = torch.tensor([reward, 1.0, 2.0]), torch.tensor([2, 0, 0])
+    with use_backend(backend):
+        out = group_advantage(rewards, group, baseline=baseline, scale=scale)
+    assert out[0] == 0 and out[1:].isfinite().all()

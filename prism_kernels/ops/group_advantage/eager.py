@@ -82,7 +82,9 @@ def group_advantage_eager(
         if baseline != "none" or scale == "std":
             result = torch.where(single, 0, result)
         if scale == "std":
-            result = result / (_deviation(groups.sum(centred.square()), count) + eps)
+            # the deviation of a group of one is NaN where its reward is
+            deviation = torch.where(single, 0, _deviation(groups.sum(centred.square()), count))
+            result = result / (deviation + eps)
         elif scale == "batch_std":
             total = included.sum()
             mean = result.sum() / total.clamp(min=1)
