@@ -74,6 +74,8 @@ def test_the_kernels_and_the_trainer_import_on_other_systems_and_the_kernels_wor
     assert len([name for name in modules if name.startswith("prism.")]) > 70
 
 
+# the same tests run on this system too
+@pytest.mark.full
 def test_pure_python_tests_pass_on_another_system():
     # some of those that .github/workflows/ci.yml runs on macOS and Windows themselves
     files = [f"tests/kernels/test_{name}.py" for name in ("arguments", "grammar", "packing", "reward_shaping")]
@@ -81,7 +83,7 @@ def test_pure_python_tests_pass_on_another_system():
     assert " passed" in run(code, PRETEND="darwin")
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.full)])
 def test_a_reader_that_closes_the_report_is_no_error(unbuffered):
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered, "PATH": ""}
     pipe = subprocess.PIPE

@@ -191,6 +191,8 @@ def test_a_module_that_cannot_be_imported_again_costs_samples(tmp_path, monkeypa
     assert len(causes) == 3 and all(one.startswith(cause) for one in causes[1:]), causes
 
 
+# eight seconds of waiting
+@pytest.mark.full
 def test_a_module_that_hangs_at_its_second_import_is_waited_for_once(tmp_path, monkeypatch):
     deed = "Path(__file__).write_text('import time; time.sleep(60)')"
     begun = time.monotonic()

@@ -182,7 +182,11 @@ def test_workers_end_with_a_parent_that_is_killed():
     assert until(lambda: not alive(worker) or alive(worker) == "zombie")
 
 
-@pytest.mark.parametrize("bomb", ["9^{9^{9^{9}}}", r"\frac{1}{10^{10^{10}}}", r"x^{99999999} + (x+1)^{99999}"])
+# each bomb takes its whole time limit
+BOMBS = ["9^{9^{9^{9}}}", r"\frac{1}{10^{10^{10}}}", r"x^{99999999} + (x+1)^{99999}"]
+
+
+@pytest.mark.parametrize("bomb", [BOMBS[0], *(pytest.param(bomb, marks=pytest.mark.full) for bomb in BOMBS[1:])])
 def test_a_pathological_answer_costs_its_own_accuracy(bomb):
     answers = [r"\frac{\sqrt{36}}{2}", bomb, r"\sqrt{4}+1"]
     with verifier_workers(1) as pool:
